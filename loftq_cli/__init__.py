@@ -1,0 +1,49 @@
+"""loftq: quantize Hugging Face checkpoints with LoftQ, matrix by matrix.
+
+    import loftq_cli
+    manifest = loftq_cli.quantize("path/to/model", output="out", bits=2, rank=64)
+    model = loftq_cli.load("out", trainable=True)
+
+Importing this package imports neither torch nor transformers; the functions do when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loftq_cli.artifacts.decode import decode
+    from loftq_cli.artifacts.manifest import Manifest, read_manifest
+    from loftq_cli.errors import LoftqError
+    from loftq_cli.planner import Plan
+    from loftq_cli.api import plan, quantize
+    from loftq_cli.recipe import Recipe
+    from loftq_cli.runtime.load import load
+
+_HOMES = {
+    "LoftqError": "loftq_cli.errors",
+    "Manifest": "loftq_cli.artifacts.manifest",
+    "Plan": "loftq_cli.planner",
+    "Recipe": "loftq_cli.recipe",
+    "decode": "loftq_cli.artifacts.decode",
+    "load": "loftq_cli.runtime.load",
+    "plan": "loftq_cli.api",
+    "quantize": "loftq_cli.api",
+    "read_manifest": "loftq_cli.artifacts.manifest",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

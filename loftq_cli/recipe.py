@@ -1,0 +1,218 @@
+"""`Recipe`: everything that decides an output's bytes, from flags, YAML or Python, validated in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.errors import UsageError
+from loftq_cli.numerics.codebooks import DATA_TYPES
+
+BITS = (2, 3, 4, 8)
+BLOCK_SIZES = (32, 64, 128, 256)
+METHODS = ("loftq", "qlora")
+FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
+EMBEDDINGS = ("keep", "quantize", "adapt")
+LM_HEADS = ("keep", "quantize")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+SVDS = ("fast", "exact")
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`REGEX=SPEC`: what the first rule whose regex is found in a module's path says of it.
+
+    Attributes:
+        bits, rank: overrides; None leaves the recipe's own.
+        keep: `skip` leaves the matrix alone; `dense` leaves it in full precision but gives it an adapter that starts
+            at zero; "" quantizes it.
+    """
+
+    pattern: str
+    bits: int | None = None
+    rank: int | None = None
+    keep: str = ""
+
+    def matches(self, module: str) -> bool:
+        return re.search(self.pattern, module) is not None
+
+
+def parse_rule(text: str) -> Rule:
+    """`'down_proj=4:32'`, `'layers\\.0\\.=skip'`, `'lm_head=dense'` → `Rule`.
+
+    Raises:
+        UsageError: the text is no rule.
+    """
+    pattern, separator, spec = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"the rule '{text}' has a broken regular expression ({error}).") from error
+    if not separator or not pattern:
+        raise UsageError(f"'{text}' is no rule: write REGEX=SPEC, SPEC being bits, bits:rank, skip or dense.")
+    if spec in ("skip", "dense"):
+        return Rule(pattern, keep=spec)
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", spec)
+    if match is None or int(match[1]) not in BITS or match[2] == "0":
+        raise UsageError(f"'{spec}' in the rule '{text}' is no SPEC: write 2, 3, 4 or 8, bits:rank, skip or dense.")
+    return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
+
+
+def parse_size(text: str | int) -> int:
+    """`'5GB'`, `'500MiB'`, `'1000000'` → bytes.
+
+    Raises:
+        UsageError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"'{text}' is no size: write a number with KB, MB, GB, KiB, MiB or GiB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`."""
+
+    model: str
+    bits: int = 4
+    rank: int = 16
+    iters: int = 5
+    method: str = "loftq"
+    data_type: str = "nf"
+    block_size: int = 64
+    format: str = "auto"
+    rule: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: str = "keep"
+    lm_head: str = "keep"
+    alpha: float | None = None
+    keep_last: bool = False
+    svd: str = "fast"
+    dtype: str = "auto"
+    seed: int = 0
+    max_shard_size: str = "5GB"
+    rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("rule", "include", "exclude"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else tuple(value or ())
+            if not all(isinstance(item, str) for item in value):
+                raise UsageError(f"{name} must be a list of strings.")
+            object.__setattr__(self, name, value)
+        _check(self)
+        object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
+
+    @property
+    def plain(self) -> bool:
+        """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
+        return self.method == "qlora" or self.iters == 0
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, what PEFT multiplies BA by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values in the order of the fields, as they stand in loftq.yaml."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def fingerprint(self, source: str) -> str:
+        """One hash of the recipe and the source's own fingerprint; `model`, a mere path, does not count."""
+        values = {name: value for name, value in self.as_dict().items() if name != "model"}
+        return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
+
+
+def recipe_fields() -> dict[str, Any]:
+    """Every field a recipe may have, with its default (`model` has none)."""
+    fields = [f for f in dataclasses.fields(Recipe) if f.init]
+    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+
+
+def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
+    """A recipe from a YAML file (`config`) with `given` on top; what is None in `given` was not given.
+
+    Raises:
+        UsageError: an unknown field, a value that cannot be meant, or no model.
+    """
+    values: dict[str, Any] = {} if config is None else read_yaml(config)
+    values.update({name: value for name, value in given.items() if value is not None})
+    known = recipe_fields()
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            raise UsageError(f"a recipe has no field '{name}': {hint}")
+    if not values.get("model"):
+        raise UsageError("no model was given: name a checkpoint's directory.")
+    values["model"] = str(values["model"])
+    return Recipe(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML recipe; tags that would build objects are refused.
+
+    Raises:
+        UsageError: the file is missing or is no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
+    return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def write_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: `loftq quantize --config` repeats the run from it."""
+    import yaml
+
+    return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _check(recipe: Recipe) -> None:
+    choices = {
+        "bits": BITS,
+        "block_size": BLOCK_SIZES,
+        "method": METHODS,
+        "data_type": DATA_TYPES,
+        "format": FORMAT_NAMES,
+        "embeddings": EMBEDDINGS,
+        "lm_head": LM_HEADS,
+        "dtype": DTYPE_CHOICES,
+        "svd": SVDS,
+    }
+    for name, allowed in choices.items():
+        value = getattr(recipe, name)
+        if value not in allowed or isinstance(value, bool):
+            listed = ", ".join(str(item) for item in allowed)
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
+    for name, least in (("rank", 1), ("iters", 0), ("seed", 0)):
+        value = getattr(recipe, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
+    if not isinstance(recipe.keep_last, bool):
+        raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
+    if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
+        raise UsageError(
+            f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
+        )
+    if parse_size(recipe.max_shard_size) < 1_000:
+        raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
