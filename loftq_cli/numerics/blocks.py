@@ -1,0 +1,113 @@
+"""Block-wise absmax quantization on a container's own grid (QLoRA eq. 1-2; LoftQ section 3.1).
+
+A `BlockGrid` says everything that decides the bytes: levels, block layout, the dtype the scales are stored in and the
+dtype the loader rounds the product to. What `quantize` and `dequantize` compute is what the container's loader computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loftq_cli.numerics.codebooks import Codebook
+
+Layout = Literal["rows", "flat"]
+
+# bitsandbytes' own guard: the reciprocal of anything smaller would overflow float32.
+_SMALLEST_ABSMAX = 1e-38
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """How a container quantizes a matrix [out, in].
+
+    Attributes:
+        codebook: the levels, in units of the block's absmax.
+        block_size: elements that share one absmax.
+        layout: `rows` blocks run along each row and the last one of a row may be shorter; `flat` blocks run over the
+            row-major flattened matrix and only the very last one may be shorter (bitsandbytes).
+        scale_dtype: dtype absmax is rounded to, before any code is chosen.
+        value_dtype: dtype the loader rounds `level * absmax` to (the product is taken in float32).
+    """
+
+    codebook: Codebook
+    block_size: int
+    layout: Layout
+    scale_dtype: torch.dtype
+    value_dtype: torch.dtype
+
+    def n_blocks(self, out_features: int, in_features: int) -> int:
+        """How many absmax values a matrix of this shape has."""
+        if self.layout == "rows":
+            return out_features * -(-in_features // self.block_size)
+        return -(-out_features * in_features // self.block_size)
+
+    def levels(self, device: torch.device | str = "cpu") -> Tensor:
+        """The codebook as float32 [2**bits]."""
+        return torch.tensor(self.codebook.levels, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class QuantizedBlocks:
+    """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype."""
+
+    codes: Tensor
+    absmax: Tensor
+
+
+def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
+    """Round every element to the nearest level of its block.
+
+    Args:
+        x: float32 [out, in].
+
+    The arithmetic is bitsandbytes': multiply by the reciprocal of absmax (divide in the short last block of the flat
+    layout), clamp, compare with the float32 midpoints; a tie takes the lower code.
+    """
+    blocks = _to_blocks(x, grid)  # [n_blocks, block_size]
+    absmax = round_to(blocks.abs().amax(dim=1), grid.scale_dtype)
+    scaled = blocks * absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal().unsqueeze(1)
+    if grid.layout == "flat" and x.numel() % grid.block_size and absmax[-1] >= _SMALLEST_ABSMAX:
+        scaled[-1] = blocks[-1] / absmax[-1]
+    codes = torch.bucketize(scaled.clamp_(-1.0, 1.0), midpoints(grid.levels(x.device)), out_int32=True)
+    return QuantizedBlocks(codes=_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax=absmax)
+
+
+def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:
+    """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
+    shape = quantized.codes.shape
+    values = grid.levels(quantized.codes.device)[_to_blocks(quantized.codes, grid).int()]
+    values = round_to(values.mul_(quantized.absmax.unsqueeze(1)), grid.value_dtype)
+    return _from_blocks(values, shape, grid)
+
+
+def midpoints(levels: Tensor) -> Tensor:
+    """Decision thresholds between neighbouring levels, float32 [2**bits - 1]."""
+    return (levels[:-1] + levels[1:]) / 2
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to the values of `dtype`, saturating instead of overflowing, and stay in float32."""
+    if dtype == torch.float32:
+        return x
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).float()
+
+
+def _to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
+    """[out, in] -> [n_blocks, block_size]; short last blocks are filled up with zeros."""
+    if grid.layout == "flat":
+        x = x.reshape(1, -1)
+    rest = -x.shape[1] % grid.block_size
+    return (F.pad(x, (0, rest)) if rest else x).reshape(-1, grid.block_size)
+
+
+def _from_blocks(blocks: Tensor, shape: torch.Size, grid: BlockGrid) -> Tensor:
+    """[n_blocks, block_size] -> [out, in]; what filled up short blocks is dropped."""
+    if grid.layout == "flat":
+        return blocks.reshape(-1)[: shape.numel()].reshape(shape)
+    return blocks.reshape(shape[0], -1)[:, : shape[1]].contiguous()
