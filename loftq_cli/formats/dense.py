@@ -1,0 +1,44 @@
+"""`dense`: the dequantized backbone in the model's own dtype. Loads anywhere and saves no memory.
+
+The scales are rounded to the model's dtype before codes are chosen, so that the rounded product has the same absmax:
+loading the dense file with bitsandbytes' on-the-fly NF4 (block size 64, no double quantization) gives back the very
+same codes and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from loftq_cli.formats.base import GridRequest, OutputTensor, QuantizedMatrix
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
+from loftq_cli.numerics.codebooks import codebook
+
+
+class DenseFormat:
+    """See the module's docstring; implements `formats.base.Format`."""
+
+    name = "dense"
+
+    def grid(self, request: GridRequest) -> BlockGrid:
+        book = codebook(request.data_type, request.bits)
+        return BlockGrid(book, request.block_size, "rows", scale_dtype=request.dtype, value_dtype=request.dtype)
+
+    def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
+        shape = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
+        return (OutputTensor(matrix.tensor, matrix.grid.value_dtype, shape),)
+
+    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+        dense = dequantize(quantized, matrix.grid).to(matrix.grid.value_dtype)
+        return {matrix.tensor: dense.T.contiguous() if matrix.kind == "conv1d" else dense}
+
+    def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
+        dense = read(matrix.tensor).float()
+        return dense.T.contiguous() if matrix.kind == "conv1d" else dense
+
+    def quantization_config(
+        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+    ) -> None:
+        return None
