@@ -1,0 +1,1 @@
+"""What stands beside the weights: adapter, manifest, model card."""

@@ -1,0 +1,181 @@
+"""The model card: what it is, its numbers, the exact command, and a snippet that loads it (a test runs it)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from loftq_cli.artifacts.manifest import Manifest
+from loftq_cli.planner import Plan
+from loftq_cli.recipe import recipe_fields
+
+_WORST = 5
+
+
+def render_card(manifest: Manifest, plan: Plan) -> bytes:
+    """README.md of an output directory. Measured numbers have fixed widths, so that its length is known beforehand."""
+    totals = manifest.totals
+    name = plan.output.name
+    rows = [
+        ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
+        ("adapter on disk", _gb(totals.adapter_bytes)),
+        ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored"),
+        ("mean residual, plain quantization", f"{totals.plain_residual:8.4f}"),
+        (f"mean residual, {manifest.recipe['method']}", f"{totals.residual:8.4f}"),
+        ("matrices", f"{totals.matrices} quantized, {len(manifest.kept)} tensors in full precision"),
+        ("time", f"{totals.seconds:11.1f} s on {manifest.device:64}".rstrip()),
+        ("peak memory", f"{totals.peak_memory_bytes / 1e9:9.2f} GB"),
+    ]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return f"""{_front_matter(manifest, plan)}
+# {name}
+
+{_what(manifest)}
+
+{_loading(manifest, plan)}
+
+## Numbers
+
+| | |
+|---|---|
+{table}
+
+The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matrices with the largest one:
+
+{_worst(manifest)}
+
+Every matrix stands in `loftq.json`.
+
+## How it was made
+
+```bash
+{_command(plan)}
+```
+
+or, byte for byte, `loftq quantize --config loftq.yaml`, with {_versions(manifest)}.
+""".encode()
+
+
+def snippet(manifest: Manifest, plan: Plan) -> str:
+    """Python that loads backbone and adapter with transformers and PEFT, ready to train."""
+    path = json.dumps(str(plan.output), ensure_ascii=False)
+    loader = _auto_class(manifest)
+    lines = (
+        ["import loftq_cli.runtime  # teaches transformers the packed layers"] if manifest.format == "packed" else []
+    )
+    lines += [
+        "from peft import PeftModel",
+        f"from transformers import {loader}",
+        "",
+        f"path = {path}",
+        f"backbone = {loader}.from_pretrained(path)",
+    ]
+    if manifest.format == "bnb":
+        lines += [
+            "for module in backbone.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack, and stop training",
+            '    if hasattr(module, "support_avx512bf16_for_cpu"):',
+            "        module.support_avx512bf16_for_cpu = False",
+        ]
+    if manifest.totals.adapter_bytes:
+        lines.append('model = PeftModel.from_pretrained(backbone, path, subfolder="loftq_init", is_trainable=True)')
+    else:
+        lines = [line for line in lines if "peft" not in line] + ["model = backbone"]
+    return "\n".join(lines)
+
+
+def _what(manifest: Manifest) -> str:
+    bits = sorted({record.bits for record in manifest.matrices})
+    widths = "/".join(str(width) for width in bits)
+    ranks = sorted({record.rank for record in manifest.matrices if record.rank})
+    adapter = f" and a rank-{'/'.join(str(rank) for rank in ranks)} LoRA adapter in `loftq_init/`" if ranks else ""
+    start = (
+        "The adapter starts at zero, as in QLoRA (arXiv 2305.14314)."
+        if not any(record.best for record in manifest.matrices)
+        else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
+        f"is {manifest.scaling:g}; do not change `lora_alpha`."
+    )
+    return (
+        f"A {widths}-bit backbone (`{manifest.format}`) of {manifest.architecture or 'a checkpoint'}{adapter}, made by "
+        f"loftq. {start}"
+    )
+
+
+def _loading(manifest: Manifest, plan: Plan) -> str:
+    needs = {"packed": "loftq-cli[train]", "bnb": "peft bitsandbytes", "dense": "peft"}[manifest.format]
+    return f"""## Load it
+
+```bash
+pip install transformers {shlex.quote(needs) if "[" in needs else needs}
+```
+
+```python
+{snippet(manifest, plan)}
+```
+
+Or in one call, for any format: `loftq_cli.load({json.dumps(str(plan.output), ensure_ascii=False)}, trainable=True)`."""
+
+
+def _auto_class(manifest: Manifest) -> str:
+    """The Auto class of the usual tasks; else transformers' own class, which is always right."""
+    if manifest.task_type == "CAUSAL_LM":
+        return "AutoModelForCausalLM"
+    if manifest.task_type == "SEQ_2_SEQ_LM":
+        return "AutoModelForSeq2SeqLM"
+    return manifest.architecture or "AutoModel"
+
+
+def _front_matter(manifest: Manifest, plan: Plan) -> str:
+    lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
+    if manifest.format == "bnb":
+        lines.append("- bitsandbytes")
+    licence = _licence(plan.source)
+    if licence:
+        lines.append(f"license: {licence}")
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _licence(source: Path) -> str | None:
+    """The licence line of the source's own card."""
+    import yaml
+
+    try:
+        text = (source / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        return front.get("license") if isinstance(front.get("license"), str) else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return None
+
+
+def _worst(manifest: Manifest) -> str:
+    ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
+    width = max(len(record.module) for record in manifest.matrices)
+    rows = [
+        f"| {record.module:{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
+        for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
+    ]
+    return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
+
+
+def _command(plan: Plan) -> str:
+    """The command with every flag that is not at its default."""
+    words = ["loftq", "quantize", str(plan.source), "-o", str(plan.output)]
+    defaults = recipe_fields()
+    for name, value in plan.recipe.as_dict().items():
+        if name == "model" or value == defaults[name] or value in ([], None):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                words += [flag, str(item)]
+    return shlex.join(words)
+
+
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f} GB" if size < 10**10 else f"{size / 1e9:.1f} GB"

@@ -1,0 +1,69 @@
+"""Q of one matrix, read back from an output directory by the container's own decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.artifacts import adapter
+from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
+from loftq_cli.formats import get_format
+from loftq_cli.formats.base import DTYPES, QuantizedMatrix
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import codebook
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+
+
+def decode(path: str | Path, matrix: str) -> Tensor:
+    """Q as every loader computes it: float32 [out, in] holding values of the model's dtype.
+
+    Args:
+        path: a finished output directory.
+        matrix: module path or tensor name.
+
+    Raises:
+        LoftqError: no such directory or matrix.
+    """
+    manifest = read_manifest(path)
+    return decode_matrix(Path(path), manifest, manifest.matrix(matrix))
+
+
+def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
+    """Like `decode`, for a record at hand."""
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: _read(path, name))
+
+
+def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
+    """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    from safetensors import safe_open
+
+    target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank)
+    with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
+        tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
+    return adapter.decode_adapter(target, tensors, manifest.scaling)
+
+
+def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
+    """The matrix with its grid, as the plan had it."""
+    grid = BlockGrid(
+        codebook(record.data_type, record.bits),
+        record.block_size,
+        record.layout,  # type: ignore[arg-type]
+        DTYPES[record.scale_dtype],
+        DTYPES[record.value_dtype],
+    )
+    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, grid)  # type: ignore[arg-type]
+
+
+def _read(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    index = path / _INDEX
+    file = json.loads(index.read_bytes())["weight_map"][name] if index.exists() else "model.safetensors"
+    with safe_open(path / file, framework="pt") as handle:
+        return handle.get_tensor(name)

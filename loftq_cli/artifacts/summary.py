@@ -1,0 +1,219 @@
+"""From a plan and what was measured to the manifest; and how long the manifest and the card can get.
+
+Both files hold measured numbers, yet `loftq plan` tells every file's size: they are rendered once with the widest
+numbers there can be, and the real ones are padded with blanks to that length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.artifacts.card import render_card
+from loftq_cli.artifacts.manifest import (
+    MANIFEST_VERSION,
+    FileRecord,
+    KeptRecord,
+    Manifest,
+    MatrixRecord,
+    Totals,
+    render,
+)
+from loftq_cli.formats.base import DTYPE_NAMES
+from loftq_cli.planner import Plan, Unit
+
+CARD = "README.md"
+_WIDE_NUMBER = 1.2345678e-100
+_WIDE_SECONDS = 9999999.999
+_WIDE_BYTES = 10**15
+_WIDE_DEVICE = "x" * 64
+_WIDE_HASH = "0" * 64
+_PACKAGES = ("loftq-cli", "torch", "transformers", "safetensors", "numba")
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Bytes of the two files that hold measured numbers."""
+
+    manifest: int
+    card: int
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a byte of the output."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def build_manifest(
+    plan: Plan,
+    source_fingerprint: str,
+    records: Mapping[str, MatrixRecord],
+    files: Mapping[str, FileRecord],
+    seconds: float,
+    device: torch.device,
+) -> Manifest:
+    """The manifest of a finished run; `records` by tensor name."""
+    ordered = tuple(records[unit.tensor] for unit in plan.matrices)
+    on_gpu = device.type == "cuda"
+    totals = dataclasses.replace(
+        _planned_totals(plan),
+        plain_residual=_mean([record.plain_residual for record in ordered]),
+        residual=_mean([record.residual for record in ordered]),
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+    )
+    name = torch.cuda.get_device_name(device) if on_gpu else str(device)
+    return _manifest(plan, source_fingerprint, ordered, files, totals, name[: len(_WIDE_DEVICE)])
+
+
+def text_sizes(plan: Plan) -> TextSizes:
+    """How many bytes the manifest and the card of this plan take."""
+    records = tuple(_widest_record(unit, plan) for unit in plan.matrices)
+    names = [*(file.name for file in plan.files), *plan.texts, *(side.name for side in plan.side_files), CARD]
+    files = {name: FileRecord(_WIDE_BYTES, _WIDE_HASH) for name in names}
+    totals = dataclasses.replace(
+        _planned_totals(plan),
+        plain_residual=_WIDE_NUMBER,
+        residual=_WIDE_NUMBER,
+        seconds=_WIDE_SECONDS,
+        peak_memory_bytes=_WIDE_BYTES,
+        peak_device_memory_bytes=_WIDE_BYTES,
+    )
+    manifest = _manifest(plan, _WIDE_HASH, records, files, totals, _WIDE_DEVICE)
+    return TextSizes(len(render(manifest)), len(render_card(manifest, plan)))
+
+
+def pad(content: bytes, size: int) -> bytes:
+    """Fill up with blanks before the last line feed, which neither JSON nor Markdown minds."""
+    assert len(content) <= size and content.endswith(b"\n"), "the planned size is the widest one"
+    return content[:-1] + b" " * (size - len(content)) + b"\n"
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _planned_totals(plan: Plan) -> Totals:
+    return Totals(
+        matrices=len(plan.matrices),
+        source_bytes=plan.source_bytes,
+        backbone_bytes=plan.backbone_bytes,
+        adapter_bytes=plan.adapter_bytes,
+        quantized_weights=plan.quantized_weights,
+        bits_effective=round(plan.bits_effective, 4),
+        bits_stored=round(plan.bits_stored, 4),
+        plain_residual=0.0,
+        residual=0.0,
+        seconds=0.0,
+        peak_memory_bytes=0,
+        peak_device_memory_bytes=0,
+    )
+
+
+def _manifest(
+    plan: Plan,
+    source_fingerprint: str,
+    records: tuple[MatrixRecord, ...],
+    files: Mapping[str, FileRecord],
+    totals: Totals,
+    device: str,
+) -> Manifest:
+    return Manifest(
+        manifest_version=MANIFEST_VERSION,
+        versions=versions(),
+        fingerprint=plan.fingerprint,
+        output=str(plan.output),
+        source=str(plan.source),
+        source_fingerprint=source_fingerprint,
+        architecture=plan.modules.architecture,
+        model_type=plan.modules.model_type,
+        task_type=plan.modules.task_type,
+        format=plan.recipe.format,
+        dtype=DTYPE_NAMES[plan.dtype],
+        scaling=plan.recipe.scaling,
+        device=device,
+        recipe=plan.recipe.as_dict(),
+        totals=totals,
+        notes=plan.notes,
+        files=dict(files),
+        matrices=records,
+        kept=tuple(
+            KeptRecord(
+                tensor=unit.tensor,
+                module=unit.module,
+                kind=unit.kind,
+                shape=unit.source.shape,
+                reason=unit.reason,
+                rank=unit.target.rank if unit.target else 0,
+                nbytes=unit.backbone_bytes,
+            )
+            for unit in plan.kept
+        ),
+    )
+
+
+def matrix_record(
+    unit: Unit,
+    *,
+    plain_residual: float,
+    residual: float,
+    residuals: tuple[float, ...],
+    best: int,
+    seconds: float,
+) -> MatrixRecord:
+    """What is planned of a matrix, with what was measured of it."""
+    matrix, target = unit.matrix, unit.target
+    assert matrix is not None
+    grid = matrix.grid
+    return MatrixRecord(
+        tensor=unit.tensor,
+        module=matrix.module,
+        kind=unit.kind,
+        shape=matrix.shape,
+        bits=grid.codebook.bits,
+        data_type=grid.codebook.data_type,
+        block_size=grid.block_size,
+        layout=grid.layout,
+        scale_dtype=DTYPE_NAMES[grid.scale_dtype],
+        value_dtype=DTYPE_NAMES[grid.value_dtype],
+        rank=target.rank if target else 0,
+        plain_residual=plain_residual,
+        residual=residual,
+        residuals=residuals,
+        best=best,
+        seconds=seconds,
+        backbone_bytes=unit.backbone_bytes,
+        adapter_bytes=unit.adapter_bytes,
+    )
+
+
+def _widest_record(unit: Unit, plan: Plan) -> MatrixRecord:
+    steps = 0 if plan.recipe.plain or unit.target is None else plan.recipe.iters
+    return matrix_record(
+        unit,
+        plain_residual=_WIDE_NUMBER,
+        residual=_WIDE_NUMBER,
+        residuals=(_WIDE_NUMBER,) * steps,
+        best=steps,
+        seconds=_WIDE_SECONDS,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return float(f"{sum(values) / len(values):.8g}")
