@@ -1,0 +1,84 @@
+"""`loftq inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
+
+if TYPE_CHECKING:
+    from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
+
+
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show what a converted directory holds: every matrix with its bits and residuals, and the totals.
+
+    Example: loftq inspect llama-2bit
+    """
+    with guarded(debug):
+        from loftq_cli.artifacts.manifest import read_manifest
+
+        manifest = read_manifest(directory)
+        if json:
+            print_json(dataclasses.asdict(manifest))
+        else:
+            _print_manifest(manifest, verbose)
+
+
+def _print_manifest(manifest: Manifest, verbose: bool) -> None:
+    from rich.table import Table
+
+    console = results()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("matrix", overflow="fold")
+    for column in ("out × in", "bits", "rank", "plain", "kept", "gain", "step", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for record in manifest.matrices:
+        table.add_row(*_row(record))
+    console.print(table)
+    if verbose:
+        kept = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("in full precision", "why", "bytes"):
+            kept.add_column(column, overflow="fold")
+        for item in manifest.kept:
+            kept.add_row(item.tensor, item.reason, gigabytes(item.nbytes))
+        console.print()
+        console.print(kept)
+    totals = manifest.totals
+    console.print(
+        f"\n{manifest.architecture or 'checkpoint'} as [bold]{manifest.format}[/] ({manifest.dtype}): "
+        f"{totals.matrices} matrices, {len(manifest.kept)} tensors in full precision"
+        f"{'' if verbose else ' (--verbose lists them)'}\n"
+        f"{gigabytes(totals.source_bytes)} → {gigabytes(totals.backbone_bytes)} backbone + "
+        f"{gigabytes(totals.adapter_bytes)} adapter; {totals.bits_effective:.2f} bits effective, "
+        f"{totals.bits_stored:.2f} stored\n"
+        f"mean residual {totals.plain_residual:.4f} plain → {totals.residual:.4f}; {duration(totals.seconds)} on "
+        f"{manifest.device}, peak {gigabytes(totals.peak_memory_bytes)}",
+        soft_wrap=True,
+    )
+
+
+def _row(record: MatrixRecord) -> list[str]:
+    gain = 1 - record.residual / record.plain_residual if record.plain_residual else 0.0
+    steps = f"{record.best}/{len(record.residuals)}" if record.residuals else "-"
+    return [
+        record.module,
+        f"{record.shape[0]} × {record.shape[1]}",
+        f"{record.bits} {record.data_type}",
+        str(record.rank) if record.rank else "-",
+        f"{record.plain_residual:.4f}",
+        f"{record.residual:.4f}",
+        f"{gain:.0%}",
+        steps,
+        gigabytes(record.backbone_bytes),
+    ]

@@ -1,0 +1,190 @@
+"""Every option once, with its help panel. Defaults are `Recipe`'s; None means "not given", so that a YAML recipe can
+speak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from loftq_cli import recipe as r
+
+_DEFAULTS = r.recipe_fields()
+_WHAT, _WHERE, _GRID, _LOFTQ, _RUN, _SHOW = (
+    "What to convert",
+    "Output",
+    "Quantization",
+    "LoftQ",
+    "Running",
+    "Showing",
+)
+
+
+def _default(name: str) -> str:
+    value = _DEFAULTS[name]
+    return str(value) if value not in (None, ()) else ""
+
+
+def _option(field: str, flags: str | tuple[str, ...], help: str, panel: str, **more: Any) -> Any:
+    names = (flags,) if isinstance(flags, str) else flags
+    shown = more.pop("show", _default(field))
+    return typer.Option(*names, help=_with_default(help, shown), rich_help_panel=panel, show_default=False, **more)
+
+
+def _with_default(help: str, shown: str) -> str:
+    # Typer would put a default that is only text in brackets of its own: "[default: (16)]".
+    return f"{help} [dim]\\[default: {shown}][/]" if shown else help
+
+
+def _choice(values: tuple[object, ...]) -> str:
+    return "|".join(str(value) for value in values)
+
+
+Model = Annotated[
+    Optional[str],
+    typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors and config.json)."),
+]
+Output = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--output",
+        "-o",
+        help=_with_default("Directory to write.", "./MODEL-METHOD-BITSbit-rRANK"),
+        rich_help_panel=_WHERE,
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Optional[Path],
+    typer.Option("--config", help="YAML recipe; flags win over it.", rich_help_panel=_WHAT, show_default=False),
+]
+Include = Annotated[
+    Optional[list[str]],
+    _option("include", "--include", "Only modules matching this glob (repeatable).", _WHAT, metavar="GLOB"),
+]
+Exclude = Annotated[
+    Optional[list[str]],
+    _option("exclude", "--exclude", "Leave modules matching this glob alone (repeatable).", _WHAT, metavar="GLOB"),
+]
+RuleOption = Annotated[
+    Optional[list[str]],
+    _option(
+        "rule",
+        "--rule",
+        "What modules matching a regex get: bits, bits:rank, skip (left alone) or dense (full precision with an adapter "
+        "that starts at zero). Repeatable, the first match wins.",
+        _WHAT,
+        metavar="REGEX=SPEC",
+    ),
+]
+Embeddings = Annotated[
+    Optional[str],
+    _option(
+        "embeddings",
+        "--embeddings",
+        "Input embedding: keep it, quantize it, or quantize it and give it an adapter (adapt).",
+        _WHAT,
+        metavar=_choice(r.EMBEDDINGS),
+    ),
+]
+LmHead = Annotated[
+    Optional[str],
+    _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, metavar=_choice(r.LM_HEADS)),
+]
+Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, metavar=_choice(r.BITS))]
+DataTypeOption = Annotated[
+    Optional[str],
+    _option(
+        "data_type",
+        "--data-type",
+        "Levels: NormalFloat, its symmetric variant, or evenly spaced (8 bits are always uniform).",
+        _GRID,
+        metavar=_choice(r.DATA_TYPES),
+    ),
+]
+BlockSize = Annotated[
+    Optional[int],
+    _option("block_size", "--block-size", "Weights that share a scale.", _GRID, metavar=_choice(r.BLOCK_SIZES)),
+]
+Format = Annotated[
+    Optional[str],
+    _option(
+        "format",
+        "--format",
+        "Container: auto takes bnb for 4-bit nf, else packed.",
+        _GRID,
+        metavar=_choice(r.FORMAT_NAMES),
+    ),
+]
+Dtype = Annotated[
+    Optional[str],
+    _option(
+        "dtype",
+        "--dtype",
+        "Type the model is loaded in; auto keeps the source's.",
+        _GRID,
+        metavar=_choice(r.DTYPE_CHOICES),
+    ),
+]
+Method = Annotated[
+    Optional[str],
+    _option(
+        "method",
+        "--method",
+        "loftq alternates; qlora quantizes plainly and starts the adapter at zero.",
+        _LOFTQ,
+        metavar=_choice(r.METHODS),
+    ),
+]
+Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
+Iters = Annotated[Optional[int], _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ)]
+Alpha = Annotated[
+    Optional[float],
+    _option(
+        "alpha", "--alpha", "lora_alpha; B is divided by alpha/rank, so the start is the same.", _LOFTQ, show="rank"
+    ),
+]
+KeepLast = Annotated[
+    Optional[bool],
+    _option(
+        "keep_last",
+        "--keep-last/--keep-best",
+        "Keep the paper's literal last iterate, or the one with the smallest residual.",
+        _LOFTQ,
+        show="keep-best",
+    ),
+]
+Svd = Annotated[
+    Optional[str],
+    _option(
+        "svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, metavar=_choice(r.SVDS)
+    ),
+]
+Seed = Annotated[Optional[int], _option("seed", "--seed", "Seed of every random start.", _LOFTQ)]
+MaxShardSize = Annotated[
+    Optional[str], _option("max_shard_size", "--max-shard-size", "Largest weight file.", _WHERE, metavar="SIZE")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a finished output, or drop an unfinished one.", rich_help_panel=_WHERE),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to compute: auto is the GPU if there is one.",
+        rich_help_panel=_RUN,
+        metavar="auto|cpu|cuda|cuda:N",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=_SHOW)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.", rich_help_panel=_SHOW)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every matrix and tensor.", rich_help_panel=_SHOW)]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks instead of sentences.", rich_help_panel=_SHOW)]
+
+
+def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's fields among a command's parameters."""
+    return {name: values[name] or None if isinstance(values[name], list) else values[name] for name in _DEFAULTS}

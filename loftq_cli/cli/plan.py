@@ -1,0 +1,182 @@
+"""`loftq plan`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import gigabytes, guarded, print_json, results, warn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loftq_cli.artifacts.summary import TextSizes
+    from loftq_cli.planner import Plan, Unit
+
+
+def plan_command(
+    model: o.Model = None,
+    output: o.Output = None,
+    config: o.Config = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    rule: o.RuleOption = None,
+    embeddings: o.Embeddings = None,
+    lm_head: o.LmHead = None,
+    bits: o.Bits = None,
+    data_type: o.DataTypeOption = None,
+    block_size: o.BlockSize = None,
+    format: o.Format = None,
+    dtype: o.Dtype = None,
+    method: o.Method = None,
+    rank: o.Rank = None,
+    iters: o.Iters = None,
+    alpha: o.Alpha = None,
+    keep_last: o.KeepLast = None,
+    svd: o.Svd = None,
+    seed: o.Seed = None,
+    max_shard_size: o.MaxShardSize = None,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show what `quantize` with the same flags would do, without reading a weight.
+
+    Matrices, bits and ranks, what is left alone and why, and every output file's exact size.
+
+    Example: loftq plan path/to/Llama-2-13b --bits 2 --rank 64
+    """
+    recipe = o.recipe_values(locals())
+    with guarded(debug):
+        from loftq_cli.api import plan
+        from loftq_cli.artifacts.summary import text_sizes
+
+        recipe.pop("model")
+        made = plan(model, output=output, config=config, **recipe)
+        sizes = text_sizes(made)
+        if json:
+            print_json(plan_values(made, sizes))
+        else:
+            _print_plan(made, sizes, verbose)
+
+
+def output_sizes(plan: Plan, sizes: TextSizes) -> dict[str, int]:
+    """Every output file and its size in bytes."""
+    from loftq_cli.artifacts.manifest import NAME
+    from loftq_cli.artifacts.summary import CARD
+
+    found = {file.name: file.nbytes for file in plan.files}
+    found |= {name: len(content) for name, content in plan.texts.items()}
+    found |= {side.name: side.nbytes for side in plan.side_files}
+    return found | {CARD: sizes.card, NAME: sizes.manifest}
+
+
+def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
+    """The plan as `--json` prints it."""
+    return {
+        "architecture": plan.modules.architecture,
+        "format": plan.recipe.format,
+        "output": str(plan.output),
+        "fingerprint": plan.fingerprint,
+        "source_bytes": plan.source_bytes,
+        "backbone_bytes": plan.backbone_bytes,
+        "adapter_bytes": plan.adapter_bytes,
+        "bits_effective": round(plan.bits_effective, 4),
+        "bits_stored": round(plan.bits_stored, 4),
+        "notes": list(plan.notes),
+        "files": output_sizes(plan, sizes),
+        "matrices": [
+            {
+                "tensor": unit.tensor,
+                "module": unit.module,
+                "shape": list(unit.matrix.shape),
+                "bits": unit.matrix.grid.codebook.bits,
+                "data_type": unit.matrix.grid.codebook.data_type,
+                "block_size": unit.matrix.grid.block_size,
+                "rank": unit.target.rank if unit.target else 0,
+                "bytes": unit.backbone_bytes,
+            }
+            for unit in plan.matrices
+            if unit.matrix
+        ],
+        "kept": [{"tensor": unit.tensor, "reason": unit.reason, "bytes": unit.backbone_bytes} for unit in plan.kept],
+    }
+
+
+def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
+    console = results()
+    weights = plan.quantized_weights
+    console.print(
+        f"[bold]{plan.modules.architecture or 'checkpoint'}[/], {gigabytes(plan.source_bytes)}: {len(plan.matrices)} "
+        f"matrices ({weights / 1e6:,.1f} million weights) to [bold]{plan.recipe.format}[/], "
+        f"{plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored\n",
+        soft_wrap=True,
+    )
+    _print_matrices(console, plan.matrices, verbose)
+    _print_kept(console, plan.kept, verbose)
+    _print_files(console, plan, sizes)
+    for note in plan.notes:
+        warn(note)
+
+
+def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
+    table.add_column("matrices")
+    for column in ("count", "out × in", "bits", "block", "rank", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    groups: dict[tuple[str, ...], list[Unit]] = defaultdict(list)
+    for unit in units:
+        assert unit.matrix is not None
+        grid = unit.matrix.grid
+        name = unit.matrix.module if verbose else re.sub(r"\b\d+\b", "*", unit.matrix.module)
+        shape = f"{unit.matrix.out_features} × {unit.matrix.in_features}"
+        bits = f"{grid.codebook.bits} {grid.codebook.data_type}"
+        rank = str(unit.target.rank) if unit.target else "-"
+        groups[name, shape, bits, str(grid.block_size), rank].append(unit)
+    for (name, *cells), members in groups.items():
+        size = gigabytes(sum(unit.backbone_bytes for unit in members))
+        table.add_row(name, str(len(members)), *cells, size)
+    console.print(table)
+
+
+def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("in full precision")
+    table.add_column("count", justify="right")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("why")
+    groups: dict[tuple[str, str], list[Unit]] = defaultdict(list)
+    for unit in units:
+        # Vectors are many and say little: one line for each reason.
+        matrix = len(unit.source.shape) > 1
+        name = unit.tensor if verbose else re.sub(r"\b\d+\b", "*", unit.tensor) if matrix else "(vectors)"
+        groups[name, unit.reason].append(unit)
+    for (name, reason), members in groups.items():
+        table.add_row(name, str(len(members)), gigabytes(sum(unit.backbone_bytes for unit in members)), reason)
+    console.print()
+    console.print(table)
+
+
+def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
+    from rich.table import Table
+
+    files = output_sizes(plan, sizes)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("writes")
+    table.add_column("bytes", justify="right")
+    for name, size in files.items():
+        table.add_row(name, f"{size:,}")
+    table.add_row("[bold]total[/]", f"[bold]{sum(files.values()):,}[/]")
+    console.print()
+    console.print(table)
+    console.print(
+        f"\n{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + {gigabytes(plan.adapter_bytes)} "
+        f"adapter in {plan.output}",
+        soft_wrap=True,
+    )

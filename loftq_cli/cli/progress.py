@@ -1,0 +1,154 @@
+"""Progress of a conversion: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from loftq_cli.artifacts.manifest import MatrixRecord
+from loftq_cli.cli.terminal import duration, gigabytes, messages, warn
+from loftq_cli.engine.progress import Reporter
+from loftq_cli.planner import Plan, Unit
+
+_LINE_EVERY = 5.0  # seconds between plain lines
+_SHOWN_MODULE = 44
+
+
+def choose_reporter(*, silent: bool, verbose: bool) -> Reporter:
+    """Silent, live or plain, as the flags and the terminal say."""
+    if silent:
+        return Reporter()
+    console = messages()
+    return LiveReporter(console) if console.is_terminal and not verbose else LineReporter(console, verbose)
+
+
+class _Counting(Reporter):
+    """Counts what both displays show; work is measured in bytes of the matrices to quantize."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.records: list[MatrixRecord] = []
+        self.total = self.done_bytes = self.matrices = 0
+        self._before = 0  # bytes an earlier run had done, which say nothing of this run's rate
+        self.started = time.monotonic()
+
+    def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
+        self.started = time.monotonic()
+        self.total = sum(unit.source.nbytes for unit in plan.matrices)
+        self.matrices = len(plan.matrices)
+        widths = "/".join(str(b) for b in sorted({u.matrix.grid.codebook.bits for u in plan.matrices if u.matrix}))
+        self.console.print(
+            f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {gigabytes(self.total)} to "
+            f"{widths} bits ({plan.recipe.format}), {len(plan.kept)} tensors copied",
+            soft_wrap=True,
+        )
+        if finished:
+            self.console.print(f"going on: {len(finished)} of {len(plan.units)} tensors are done already")
+        self.records = [record for record in finished.values() if record is not None]
+        done = {record.tensor for record in self.records}
+        self.done_bytes = self._before = sum(unit.source.nbytes for unit in plan.matrices if unit.tensor in done)
+        for note in plan.notes:
+            warn(note)
+
+    def done(self, unit: Unit, record: MatrixRecord | None) -> None:
+        if record is not None:
+            self.records.append(record)
+            self.done_bytes += unit.source.nbytes
+
+    @property
+    def rate(self) -> float:
+        return (self.done_bytes - self._before) / max(1e-9, time.monotonic() - self.started)
+
+    def residual_text(self) -> str:
+        """`0.5615 → 0.4583 now, 0.5602 → 0.4591 mean`."""
+        if not self.records:
+            return ""
+        last, count = self.records[-1], len(self.records)
+        plain = sum(record.plain_residual for record in self.records) / count
+        kept = sum(record.residual for record in self.records) / count
+        now = f"{last.plain_residual:.4f} → {last.residual:.4f}"
+        return f"residual {now}, mean {plain:.4f} → {kept:.4f}"
+
+
+class LineReporter(_Counting):
+    """A line every few seconds; with `verbose` one for every matrix."""
+
+    def __init__(self, console: Console, verbose: bool) -> None:
+        super().__init__(console)
+        self._verbose = verbose
+        self._last = time.monotonic()
+
+    def done(self, unit: Unit, record: MatrixRecord | None) -> None:
+        super().done(unit, record)
+        now = time.monotonic()
+        if record is None or not (self._verbose or now - self._last >= _LINE_EVERY):
+            return
+        self._last = now
+        left = duration((self.total - self.done_bytes) / self.rate) if self.rate else "?"
+        self.console.print(
+            f"{len(self.records)}/{self.matrices} {record.module} "
+            f"{list(record.shape)} {record.bits} bits, {self.residual_text()}, "
+            f"{gigabytes(self.rate)}/s, {left} left",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def finishing(self, step: str) -> None:
+        self.console.print(step)
+
+
+class _TwoLines(Progress):
+    """The bar, and below it the current and the mean residual against plain quantization."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["residual"], style="dim")
+
+
+class LiveReporter(_Counting):
+    """A bar with matrices, bytes, rate and time left, the current matrix and the residuals."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bar = _TwoLines(
+            TextColumn("{task.fields[count]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[amount]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[module]}[/]"),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+        )
+
+    def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
+        super().start(plan, finished)
+        self._task = self._bar.add_task("", total=self.total, completed=self.done_bytes, module="", **self._fields())
+        self._bar.start()
+
+    def working(self, unit: Unit) -> None:
+        if unit.matrix is not None:
+            self._bar.update(self._task, module=_short(unit.matrix.module), **self._fields())
+
+    def done(self, unit: Unit, record: MatrixRecord | None) -> None:
+        super().done(unit, record)
+        self._bar.update(self._task, completed=self.done_bytes, **self._fields())
+
+    def finishing(self, step: str) -> None:
+        self._bar.update(self._task, module=step)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _fields(self) -> dict[str, str]:
+        amount = f"{gigabytes(self.done_bytes)} of {gigabytes(self.total)}, {gigabytes(self.rate)}/s"
+        return {"count": f"{len(self.records)}/{self.matrices}", "amount": amount, "residual": self.residual_text()}
+
+
+def _short(module: str) -> str:
+    return module if len(module) <= _SHOWN_MODULE else f"…{module[-_SHOWN_MODULE + 1 :]}"

@@ -1,0 +1,103 @@
+"""`loftq quantize`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from loftq_cli.artifacts.manifest import Manifest
+
+
+def quantize_command(
+    model: o.Model = None,
+    output: o.Output = None,
+    config: o.Config = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    rule: o.RuleOption = None,
+    embeddings: o.Embeddings = None,
+    lm_head: o.LmHead = None,
+    bits: o.Bits = None,
+    data_type: o.DataTypeOption = None,
+    block_size: o.BlockSize = None,
+    format: o.Format = None,
+    dtype: o.Dtype = None,
+    method: o.Method = None,
+    rank: o.Rank = None,
+    iters: o.Iters = None,
+    alpha: o.Alpha = None,
+    keep_last: o.KeepLast = None,
+    svd: o.Svd = None,
+    seed: o.Seed = None,
+    max_shard_size: o.MaxShardSize = None,
+    overwrite: o.Overwrite = False,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Convert a checkpoint: quantized backbone and LoRA adapter, ready to train.
+
+    The output loads through transformers and PEFT exactly as it was computed. A conversion that was stopped goes on
+    when the same command runs again.
+
+    Example: loftq quantize path/to/Llama-2-13b --bits 2 --rank 64 --iters 5 -o llama-2bit
+    """
+    recipe = o.recipe_values(locals())
+    with guarded(debug, resumable="interrupted; finished matrices are kept: run the same command again to go on."):
+        from loftq_cli.api import quantize
+        from loftq_cli.cli.progress import choose_reporter
+
+        reporter = choose_reporter(silent=quiet or json, verbose=verbose)
+        recipe.pop("model")
+        manifest = quantize(
+            model, output=output, config=config, device=device, overwrite=overwrite, reporter=reporter, **recipe
+        )
+        if json:
+            print_json(summary(manifest))
+        elif not quiet:
+            print_summary(manifest)
+
+
+def summary(manifest: Manifest) -> dict[str, object]:
+    """What `--json` prints: everything of the manifest but the lists."""
+    values = dataclasses.asdict(manifest)
+    return {name: values[name] for name in values if name not in ("matrices", "kept", "files", "manifest_version")}
+
+
+def print_summary(manifest: Manifest) -> None:
+    """The last thing a person sees: sizes, bits, residuals, time, memory, where it is and how to load it."""
+    from rich.table import Table
+
+    totals, console = manifest.totals, results()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    size = totals.backbone_bytes + totals.adapter_bytes
+    table.add_row("weights", f"{gigabytes(totals.source_bytes)} → {gigabytes(size)}")
+    table.add_row("", f"[dim]backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}[/]")
+    table.add_row("bits a weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
+    table.add_row("residual", _residual_text(manifest))
+    table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
+    peak = f"{gigabytes(totals.peak_memory_bytes)}"
+    if totals.peak_device_memory_bytes:
+        peak += f", {gigabytes(totals.peak_device_memory_bytes)} on the GPU"
+    table.add_row("peak memory", peak)
+    table.add_row("format", f"{manifest.format}, {manifest.dtype}")
+    console.print(table)
+    output = manifest.output
+    console.print(f"\nwritten to [bold]{output}[/]", soft_wrap=True)
+    console.print(f"load it:   loftq_cli.load({str(output)!r}, trainable=True)", soft_wrap=True, markup=False)
+
+
+def _residual_text(manifest: Manifest) -> str:
+    totals = manifest.totals
+    if not any(record.best for record in manifest.matrices):
+        return f"{totals.plain_residual:.4f} plain (the adapter starts at zero)"
+    gain = 1 - totals.residual / totals.plain_residual if totals.plain_residual else 0.0
+    return f"{totals.plain_residual:.4f} plain → [bold]{totals.residual:.4f}[/] with the adapter ({-gain:.0%})"

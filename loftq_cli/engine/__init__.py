@@ -1,0 +1,1 @@
+"""Run a plan: read, convert, write in place, record, finish."""

@@ -1,0 +1,105 @@
+"""One unit of work: a tensor in, its output tensors and its record out. No files."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.artifacts.adapter import encode_adapter
+from loftq_cli.artifacts.manifest import MatrixRecord
+from loftq_cli.artifacts.summary import matrix_record
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import get_format
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.start import zero_start
+from loftq_cli.planner import Unit
+from loftq_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Output tensors by name (CPU), split by file kind; `record` is None for a copied tensor."""
+
+    backbone: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+    record: MatrixRecord | None
+
+
+def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) -> Converted:
+    """Quantize or copy one tensor.
+
+    Args:
+        tensor: as it is on disk, on the CPU.
+
+    Raises:
+        LoftqError: a matrix to quantize holds a NaN or an infinity.
+    """
+    generator = torch.Generator().manual_seed(_seed(recipe.seed, unit.tensor))
+    if unit.matrix is None:
+        return _copy(unit, tensor, recipe, generator)
+    started = time.perf_counter()
+    weight = tensor.to(device).float()
+    if unit.kind == "conv1d":
+        weight = weight.T.contiguous()
+    _check_finite(unit, weight)
+    result = _quantize(unit, weight, recipe, generator)
+    encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
+    backbone = {name: value.cpu() for name, value in encoded.items()}
+    adapter = {}
+    if unit.target is not None:
+        adapter = encode_adapter(unit.target, result.lora_a.cpu(), result.lora_b.cpu(), recipe.scaling)
+    record = matrix_record(
+        unit,
+        plain_residual=_rounded(result.plain_residual),
+        residual=_rounded(result.residual),
+        residuals=tuple(_rounded(value) for value in result.residuals),
+        best=result.best,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    return Converted(backbone, adapter, record)
+
+
+def _quantize(unit: Unit, weight: Tensor, recipe: Recipe, generator: torch.Generator) -> LoftQResult:
+    assert unit.matrix is not None
+    quantizer = block_quantizer(unit.matrix.grid, weight.device)
+    rank = unit.target.rank if unit.target else 0
+    if recipe.plain or rank == 0:
+        return plain_start(weight, quantizer, rank=rank, generator=generator)
+    step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last)
+
+
+def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:
+    (output,) = unit.backbone
+    adapter = {}
+    if unit.target is not None:
+        target = unit.target
+        start = zero_start(target.out_features, target.in_features, target.rank, generator=generator)
+        adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
+    return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for every matrix, whatever the order of work."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
+
+
+def _check_finite(unit: Unit, weight: Tensor) -> None:
+    # A sum is finite only if every element is, and costs one pass without a mask; overflow is told apart below.
+    if bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all()):
+        return
+    row, column = (int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
+    raise LoftqError(
+        f"{unit.tensor} in {unit.source.file} holds {float(weight[row, column])} at [{row}, {column}] (out, in): "
+        f"the checkpoint is damaged there; repair it, or leave the matrix out with --exclude '{unit.module}'."
+    )
+
+
+def _rounded(value: float) -> float:
+    """Eight significant digits: what float32 arithmetic can vouch for, and of bounded length in the manifest."""
+    return float(f"{value:.8g}")

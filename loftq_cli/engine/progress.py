@@ -1,0 +1,30 @@
+"""What the engine tells whoever watches; the terminal and the tests implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
+from loftq_cli.planner import Plan, Unit
+
+
+class Reporter:
+    """Silent. Subclasses show what they like; none of these may raise."""
+
+    def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
+        """Work begins; `finished` tensors (with their records) were done by an earlier run."""
+
+    def working(self, unit: Unit) -> None:
+        """A unit is taken up."""
+
+    def done(self, unit: Unit, record: MatrixRecord | None) -> None:
+        """A unit's bytes are on the disk; `record` is None for a copied tensor."""
+
+    def finishing(self, step: str) -> None:
+        """All units are done; files are hashed or moved."""
+
+    def finish(self, manifest: Manifest) -> None:
+        """The output is complete."""
+
+    def close(self) -> None:
+        """The run is over, one way or another."""

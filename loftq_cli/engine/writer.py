@@ -1,0 +1,73 @@
+"""Output files filled in place: headers first, then every tensor at its planned position, in any order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loftq_cli.files import TensorFile
+
+
+class ShardWriter:
+    """Preallocated safetensors files; `place` says where a file of the plan lies.
+
+    A file has its final size and header from the start; what is not written yet reads as zeros. Nothing here decides
+    when a file counts as complete: the journal does.
+    """
+
+    def __init__(self, place: Callable[[str], Path], files: tuple[TensorFile, ...]) -> None:
+        self._place = place
+        self._files = {file.name: file for file in files}
+        self._homes = {tensor.name: (file, tensor) for file in files for tensor in file.tensors}
+        self._handles: dict[str, int] = {}
+
+    def prepare(self) -> None:
+        """Create what is missing; a file that is there already keeps its content."""
+        for file in self._files.values():
+            path = self._place(file.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handles[file.name] = handle
+            if os.fstat(handle).st_size != file.nbytes or os.pread(handle, len(file.header), 0) != file.header:
+                os.ftruncate(handle, 0)
+                os.ftruncate(handle, file.nbytes)
+                _write_all(handle, memoryview(file.header), 0)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors at their places and flush them to the disk."""
+        touched = set()
+        for name, tensor in tensors.items():
+            file, planned = self._homes[name]
+            assert tensor.dtype == planned.dtype and tuple(tensor.shape) == planned.shape, f"{name} is not as planned"
+            _write_all(self._handles[file.name], tensor_bytes(tensor), file.starts[name])
+            touched.add(file.name)
+        for name in touched:
+            os.fdatasync(self._handles[name])
+
+    def read(self, name: str) -> bytes:
+        """The bytes that stand at a tensor's place."""
+        file, planned = self._homes[name]
+        return os.pread(self._handles[file.name], planned.nbytes, file.starts[name])
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+            os.close(handle)
+        self._handles.clear()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, row-major, without a copy where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _write_all(handle: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, position)
+        data, position = data[written:], position + written
