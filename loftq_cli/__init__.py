@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from loftq_cli.artifacts.decode import decode
-    from loftq_cli.artifacts.manifest import Manifest, read_manifest
-    from loftq_cli.errors import LoftqError
-    from loftq_cli.planner import Plan
-    from loftq_cli.api import plan, quantize
-    from loftq_cli.recipe import Recipe
-    from loftq_cli.runtime.load import load
+    from loftq_cli.api import plan as plan
+    from loftq_cli.api import quantize as quantize
+    from loftq_cli.artifacts.decode import decode as decode
+    from loftq_cli.artifacts.manifest import Manifest as Manifest
+    from loftq_cli.artifacts.manifest import read_manifest as read_manifest
+    from loftq_cli.errors import LoftqError as LoftqError
+    from loftq_cli.planner import Plan as Plan
+    from loftq_cli.recipe import Recipe as Recipe
+    from loftq_cli.runtime.load import load as load
 
 _HOMES = {
     "LoftqError": "loftq_cli.errors",

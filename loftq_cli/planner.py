@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,7 +19,7 @@ from loftq_cli.checkpoint import Checkpoint, TensorInfo
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, GridRequest, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
 from loftq_cli.modules import ModuleMap, TensorRole, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.select import Decision, decide, unused_filters
@@ -198,29 +199,30 @@ def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, 
 
 def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> Unit:
     info = checkpoint.tensors[role.tensor]
-    reason = decision.reason
-    matrix = None
-    if decision.bits:
-        grid = get_format(recipe.format).grid(_request(role, info, decision, recipe, dtype))
-        if isinstance(grid, Refusal):
-            if grid.fatal:
-                raise UsageError(f"{role.tensor} does not fit --format {recipe.format}: {grid.reason}.")
-            reason = grid.reason
-        else:
-            matrix = QuantizedMatrix(role.tensor, role.module or "", role.kind, *_oriented(role, info), grid)
     target = None
     if decision.rank:
         target = AdapterTarget(role.module or "", role.kind, *_oriented(role, info), decision.rank)
-    if matrix is not None:
+    matrix = _matrix(role, info, decision, recipe, dtype) if decision.bits else Refusal(decision.reason, fatal=False)
+    if isinstance(matrix, QuantizedMatrix):
         return Unit(info, role.module, role.kind, matrix, "", target, get_format(recipe.format).tensors(matrix))
-    cast = recipe.dtype != "auto" and info.dtype.is_floating_point
-    copied = OutputTensor(info.name, dtype if cast else info.dtype, info.shape)
-    return Unit(info, role.module, role.kind, None, reason, target, (copied,))
+    cast_to = dtype if recipe.dtype != "auto" and info.dtype.is_floating_point else info.dtype
+    copied = OutputTensor(info.name, cast_to, info.shape)
+    # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
+    return Unit(info, role.module, role.kind, None, matrix.reason, target, (copied,))
 
 
-def _request(role: TensorRole, info: TensorInfo, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> GridRequest:
-    shape = _oriented(role, info)
-    return GridRequest(role.kind, *shape, decision.bits, recipe.data_type, recipe.block_size, dtype)
+def _matrix(
+    role: TensorRole, info: TensorInfo, decision: Decision, recipe: Recipe, dtype: torch.dtype
+) -> QuantizedMatrix | Refusal:
+    """The matrix on the container's grid, or why it stays dense; what the recipe could mend is a usage error."""
+    kind, shape = cast("MatrixKind", role.kind), _oriented(role, info)
+    request = GridRequest(kind, *shape, decision.bits, recipe.data_type, recipe.block_size, dtype)
+    grid = get_format(recipe.format).grid(request)
+    if not isinstance(grid, Refusal):
+        return QuantizedMatrix(role.tensor, role.module or "", kind, *shape, grid)
+    if grid.fatal:
+        raise UsageError(f"{role.tensor} does not fit --format {recipe.format}: {grid.reason}.")
+    return grid
 
 
 def _oriented(role: TensorRole, info: TensorInfo) -> tuple[int, int]:

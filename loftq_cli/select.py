@@ -42,8 +42,9 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
         return Decision(0, 0, f"rule '{rule.pattern}=skip'")
     if info.dtype not in QUANTIZABLE:
         raise LoftqError(
-            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')}: loftq quantizes float32, "
-            f"bfloat16 and float16 weights, so give the full-precision model or leave it out with --exclude '{role.module}'."
+            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')}: loftq quantizes "
+            "float32, bfloat16 and float16 weights, so give the full-precision model or leave this matrix out with --exclude "
+            f"'{role.module}'."
         )
     # A rank above the matrix's own adds nothing.
     rank = min(rule.rank or recipe.rank, *info.shape)

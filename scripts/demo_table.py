@@ -54,7 +54,7 @@ def main(source: str, outputs: list[str]) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print("plain: residual of quantization alone; start: with the adapter; half of the file is the embedding.\n")
+    console.print("plain: residual of quantization alone; start: with the adapter. Half of a file is the embedding.\n")
     console.print("Load it and train:\n")
     console.print(f"  import loftq_cli\n  model = loftq_cli.load({outputs[-1]!r}, trainable=True)", soft_wrap=True)
 

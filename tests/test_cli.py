@@ -30,7 +30,8 @@ def sentence(result) -> str:
 
 def test_quantize_prints_a_summary_people_can_use(random_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", random_llama, "-o", tmp_path / "out", "--bits", 2, "--rank", 8, "--iters", 3)
-    for text in ("weights", "→", "effective", "stored", "residual", "time", "peak memory", "written to", "loftq_cli.load"):
+    shown = ("weights", "→", "effective", "stored", "residual", "time", "peak memory", "written to", "loftq_cli.load")
+    for text in shown:
         assert text in result.stdout
     assert str(tmp_path / "out") in result.stdout
     assert "14 matrices" in result.stderr and "Llama" in result.stderr

@@ -1,4 +1,4 @@
-"""Every family through the whole pipeline: converted, loaded with its own class and PEFT, compared with a dense twin."""
+"""Every family through the whole pipeline: converted, loaded with its own class and PEFT, held against a dense twin."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from test_quantize import load_plainly
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
-from test_quantize import load_plainly
 
 # Families that go through every container: one of each kind of layout.
 EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3")

@@ -14,7 +14,8 @@ STATEMENTS = {
     "help": "import runpy, sys; sys.argv = ['loftq', '--help']; runpy.run_module('loftq_cli', run_name='__main__')",
     "quantize help": "import runpy, sys; sys.argv = ['loftq', 'quantize', '--help']; "
     "runpy.run_module('loftq_cli', run_name='__main__')",
-    "version": "import runpy, sys; sys.argv = ['loftq', '--version']; runpy.run_module('loftq_cli', run_name='__main__')",
+    "version": "import runpy, sys; sys.argv = ['loftq', '--version']; "
+    "runpy.run_module('loftq_cli', run_name='__main__')",
 }
 
 
@@ -39,6 +40,6 @@ def test_public_names_resolve() -> None:
         assert getattr(loftq_cli, name) is not None
     assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)
     import loftq_cli.api
-    import loftq_cli.planner  # noqa: F401
+    import loftq_cli.planner
 
     assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)

@@ -184,7 +184,7 @@ def test_full_disk_is_exit_4_and_the_same_call_goes_on(uninterrupted, random_lla
         return pwrite(handle, data, position)
 
     monkeypatch.setattr(os, "pwrite", fill)
-    with pytest.raises(LoftqError, match="No space left on device.*run the same command again") as caught:
+    with pytest.raises(LoftqError, match=r"No space left on device.*run the same command again") as caught:
         loftq_cli.quantize(random_llama, output=out, **RECIPE)
     assert caught.value.exit_code == ExitCode.INCOMPLETE
     monkeypatch.undo()
@@ -214,5 +214,3 @@ main()
     assert [path.name for path in out.iterdir()] == [".loftq"]
     assert Journal(out / ".loftq" / "journal").entries()
     loftq_cli.quantize(random_llama, output=out, bits=2)
-
-

@@ -73,7 +73,7 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
     ]
     if manifest.format == "bnb":
         lines += [
-            "for module in backbone.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack, and stop training",
+            "for module in backbone.modules():  # else bitsandbytes repacks them on some CPUs, and training breaks",
             '    if hasattr(module, "support_avx512bf16_for_cpu"):',
             "        module.support_avx512bf16_for_cpu = False",
         ]
@@ -129,10 +129,20 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
     lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
     if manifest.format == "bnb":
         lines.append("- bitsandbytes")
+    base = hub_id(plan.source)
+    if base:
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
     licence = _licence(plan.source)
     if licence:
         lines.append(f"license: {licence}")
     return "---\n" + "\n".join(lines) + "\n---"
+
+
+def hub_id(source: Path) -> str | None:
+    """`org/name` where the source lies in the Hub's cache: models--ORG--NAME/snapshots/REVISION."""
+    if source.parent.name != "snapshots" or not source.parent.parent.name.startswith("models--"):
+        return None
+    return source.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def _licence(source: Path) -> str | None:

@@ -51,10 +51,17 @@ class Checkpoint(Protocol):
     """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
     any header or size."""
 
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any]
-    fingerprint: str
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as it is on disk, in memory of its own on the CPU."""

@@ -12,7 +12,7 @@ _NOT_COPIED = ("config.json", "loftq.json", "adapter_config.json", "quantize_con
 
 
 def find_side_files(directory: Path) -> tuple[Path, ...]:
-    """Tokenizer, processor and generation files, licences and sentence-transformers modules, relative to `directory`."""
+    """Tokenizer, processor and generation files, licences, sentence-transformers modules; relative to `directory`."""
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and _travels(path.name)]
     for folder in _sentence_transformers_folders(directory):
         found += [path for path in sorted(folder.glob("*.json")) if path.is_file()]

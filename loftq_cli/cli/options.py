@@ -73,8 +73,8 @@ RuleOption = Annotated[
     _option(
         "rule",
         "--rule",
-        "What modules matching a regex get: bits, bits:rank, skip (left alone) or dense (full precision with an adapter "
-        "that starts at zero). Repeatable, the first match wins.",
+        "What modules matching a regex get: bits, bits:rank, skip (left alone) or dense (full precision with an "
+        "adapter that starts at zero). Repeatable, the first match wins.",
         _WHAT,
         metavar="REGEX=SPEC",
     ),

@@ -176,7 +176,7 @@ def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"\n{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + {gigabytes(plan.adapter_bytes)} "
-        f"adapter in {plan.output}",
+        f"\n{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
+        f"{gigabytes(plan.adapter_bytes)} adapter in {plan.output}",
         soft_wrap=True,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -145,7 +146,7 @@ class LiveReporter(_Counting):
     def close(self) -> None:
         self._bar.stop()
 
-    def _fields(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, Any]:
         amount = f"{gigabytes(self.done_bytes)} of {gigabytes(self.total)}, {gigabytes(self.rate)}/s"
         return {"count": f"{len(self.records)}/{self.matrices}", "amount": amount, "residual": self.residual_text()}
 

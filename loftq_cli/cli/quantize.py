@@ -9,8 +9,6 @@ from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from loftq_cli.artifacts.manifest import Manifest
 
 

@@ -63,7 +63,8 @@ def run_plan(
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise LoftqError(
-                f"writing to {plan.output} failed ({error.strerror}): make room and run the same command again to go on.",
+                f"writing to {plan.output} failed ({error.strerror}): make room, then run the same command again to go "
+                "on.",
                 exit_code=ExitCode.INCOMPLETE,
             ) from error
         raise
@@ -110,8 +111,8 @@ def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
         return convert(unit, tensor, run.plan.recipe, run.device)
     except torch.OutOfMemoryError as error:
         raise LoftqError(
-            f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the same "
-            "command with --device cpu; finished matrices are kept.",
+            f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the "
+            "same command with --device cpu; finished matrices are kept.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
 

@@ -64,7 +64,7 @@ class ShardWriter:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's memory, row-major, without a copy where it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _write_all(handle: int, data: memoryview, position: int) -> None:
