@@ -1,0 +1,231 @@
+"""Put the LoftQ adapter around a backbone, also where the class loaded names its modules differently."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.artifacts.adapter import CONFIG, WEIGHTS
+from loftq_cli.errors import LoftqError
+from loftq_cli.runtime.paths import find_path
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_ROOT = "base_model.model."
+# What follows the module's path in an adapter key; nested `base_layer`s are stacked expert parameters.
+_LEAF = re.compile(r"(\.base_layer)*\.lora_[A-Za-z_]+(\.weight|\.bias)?$")
+
+# Modules that PEFT's wrapper for a task trains and saves, and therefore wants to find in the adapter file.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The adapter as it is, and as this class needs it.
+
+    Attributes:
+        config: for this class.
+        renames: key in the file -> key for this class; keys of modules it does not have are left out.
+        dropped: modules it does not have.
+        heads: modules whose current weights have to be put into the adapter.
+        changed: whether anything differs from the file.
+    """
+
+    config: LoraConfig
+    renames: dict[str, str]
+    dropped: tuple[str, ...]
+    heads: tuple[str, ...]
+    changed: bool
+
+
+def find_adapter(name: str, source: Mapping[str, Any]) -> Path:
+    """The folder of the adapter: in a local directory, or downloaded from the Hub into its cache.
+
+    Args:
+        source: Hub options (`revision`, `token`, ...).
+    """
+    from transformers.utils import cached_file
+
+    files = [cached_file(name, file, **source) for file in (CONFIG, WEIGHTS)]
+    return Path(str(files[0])).parent
+
+
+def attach_adapter(model: PreTrainedModel, home: Path, *, trainable: bool, placement: Mapping[str, Any]) -> PeftModel:
+    """Wrap `model` with the adapter in the folder `home`.
+
+    Where class and paths are those of the conversion this is plain `PeftModel.from_pretrained`. Otherwise keys and
+    config are renamed first, and adapters of modules that the class does not have are dropped with a warning.
+
+    Args:
+        placement: `device_map` and `max_memory` as given to the backbone.
+
+    Raises:
+        LoftqError: part of the adapter found no place, or layers of the backbone are offloaded to disk.
+    """
+    from peft import LoraConfig, PeftModel
+
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        # PEFT would copy the offloaded shards into the working directory (0.21).
+        raise LoftqError(
+            "PEFT cannot wrap a model with layers offloaded to disk: load it with adapter=False, or give it more "
+            "memory with `max_memory`."
+        )
+    file = home / Path(WEIGHTS).name
+    fit = _fit(LoraConfig.from_pretrained(str(home)), _keys(file), model)
+    if fit.dropped:
+        shown = ", ".join(fit.dropped[:3])
+        logger.warning("%s has no %s: %d adapter(s) left out.", type(model).__name__, shown, len(fit.dropped))
+    options = {**_placed(placement), "is_trainable": trainable}
+    if fit.changed:
+        with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
+            _write(fit, file, model, Path(folder))
+            wrapped = PeftModel.from_pretrained(model, folder, **options)
+    else:
+        wrapped = PeftModel.from_pretrained(model, home, **options)
+    _check_complete(wrapped, fit.renames.values())
+    return wrapped
+
+
+def _fit(config: LoraConfig, keys: Iterable[str], model: PreTrainedModel) -> _Fit:
+    keys = list(keys)
+    modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
+    prefix = getattr(model, "base_model_prefix", "")
+    renames, dropped = {}, set()
+    for key in keys:
+        path, leaf = _split(key)
+        found = find_path(path, modules, prefix)
+        if found is None:
+            dropped.add(path)
+        else:
+            renames[key] = f"{_ROOT}{found}{leaf}"
+    if not any(".lora_" in key for key in renames):
+        raise LoftqError(
+            f"the adapter has no module in common with {type(model).__name__}: load the class in config.json, or "
+            "another of the same family."
+        )
+    moved = bool(dropped) or any(old != new for old, new in renames.items())
+    if moved:
+        _rename_config(config, model, renames.values(), dropped)
+    task_type = config.task_type
+    config.task_type = _task_type(model, config)
+    heads = _missing_heads(model, config, keys)
+    changed = moved or bool(heads) or config.task_type != task_type
+    return _Fit(config, renames, tuple(sorted(dropped)), heads, changed)
+
+
+def _split(key: str) -> tuple[str, str]:
+    """`base_model.model.a.b.lora_A.weight` -> (`a.b`, `.lora_A.weight`); other keys split before their last part."""
+    bare = key.removeprefix(_ROOT)
+    leaf = _LEAF.search(bare)
+    at = leaf.start() if leaf else bare.rindex(".")
+    return bare[:at], bare[at:]
+
+
+def _rename_config(config: LoraConfig, model: PreTrainedModel, keys: Iterable[str], dropped: Container[str]) -> None:
+    """Name the modules as this class does: those of `keys` exactly, whatever the file's list or pattern was."""
+    adapted = {_split(key)[0] for key in keys if ".lora_" in key}
+    # Stacked experts have adapters too, but they are parameters and named in `target_parameters`.
+    layers = sorted(path for path in adapted if hasattr(model.get_submodule(path), "weight"))
+    config.target_modules = "|".join(re.escape(path) for path in layers)
+    prefix = getattr(model, "base_model_prefix", "")
+    places = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for field in ("rank_pattern", "alpha_pattern"):
+        kept = {key: value for key, value in getattr(config, field).items() if key not in dropped}
+        setattr(config, field, {find_path(key, places, prefix) or key: value for key, value in kept.items()})
+    if config.target_parameters:
+        named = [find_path(entry, places, prefix) or entry for entry in config.target_parameters]
+        config.target_parameters = named
+
+
+def _task_type(model: PreTrainedModel, config: LoraConfig) -> str | None:
+    """What PEFT calls the work of this class; the file's word counts for the class it was written for."""
+    kind = type(model).__name__
+    if kind in (getattr(model.config, "architectures", None) or ()):
+        return config.task_type
+    if kind.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if kind.endswith("ForTokenClassification"):
+        return "TOKEN_CLS"
+    if kind.endswith("ForQuestionAnswering"):
+        return "QUESTION_ANS"
+    if kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return None
+
+
+def _missing_heads(model: PreTrainedModel, config: LoraConfig, keys: Iterable[str]) -> tuple[str, ...]:
+    """Heads that PEFT will look for in the adapter file and not find."""
+    wanted = _HEADS.get(config.task_type or "", ())
+    present = tuple(keys)
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if wanted and path.endswith(wanted) and module.state_dict()
+        and not any(key.startswith(f"{_ROOT}{path}.") for key in present)
+    )  # fmt: skip
+
+
+def _write(fit: _Fit, file: Path, model: PreTrainedModel, folder: Path) -> None:
+    """The adapter under this class's names, as PEFT reads it."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as opened:
+        tensors = {new: opened.get_tensor(old) for old, new in fit.renames.items()}
+    for head in fit.heads:
+        for name, tensor in model.get_submodule(head).state_dict().items():
+            tensors[f"{_ROOT}{head}.{name}"] = tensor.cpu().contiguous()
+    fit.config.save_pretrained(str(folder))
+    save_file(tensors, folder / Path(WEIGHTS).name, metadata={"format": "pt"})
+
+
+def _placed(placement: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT dispatches a model with offloaded layers anew, and by then every module sits under its own prefix."""
+    placed = dict(placement)
+    if isinstance(placed.get("device_map"), Mapping):
+        devices = placed["device_map"].items()
+        placed["device_map"] = {f"{_ROOT}{path}" if path else "": device for path, device in devices}
+    return {key: value for key, value in placed.items() if value is not None}
+
+
+def _check_complete(wrapped: PeftModel, keys: Iterable[str]) -> None:
+    """Every LoRA weight of the file is in the model and the other way round.
+
+    Raises:
+        LoftqError: PEFT left something out, or started something from random numbers.
+    """
+    name = wrapped.active_adapter
+    have = {key for key in wrapped.state_dict() if ".lora_" in key and f".{name}" in key}
+    given = {_with_adapter(key, name) for key in keys if ".lora_" in key}
+    lost, made_up = sorted(given - have), sorted(have - given)
+    if lost or made_up:
+        raise LoftqError(
+            f"the adapter does not fit {type(wrapped.get_base_model()).__name__}: {len(lost)} of its weights found no "
+            f"place and {len(made_up)} were not in the file (the first: '{(lost + made_up)[0]}')."
+        )
+
+
+def _with_adapter(key: str, name: str) -> str:
+    """PEFT's files leave the adapter's name out of the keys."""
+    head, _, leaf = key.rpartition(".")
+    return f"{head}.{name}.{leaf}" if leaf in ("weight", "bias") else f"{key}.{name}"
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

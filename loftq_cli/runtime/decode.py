@@ -1,0 +1,96 @@
+"""From packed codes to dense rows, fast enough to do it again in every forward and backward pass.
+
+The result is `formats.packed.PackedFormat.decode`, bit for bit: level * absmax in float32, one rounding to the grid's
+value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time, so there is no tensor of single codes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import Codebook
+
+# Bits looked up at once: a whole number of codes, and a table that stays in the first-level cache (3 bits: second).
+_INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
+
+# One element that holds a table row of that many float32 levels: gathering single elements is twice as fast.
+_WIDE = {4: torch.complex128, 2: torch.complex64, 1: torch.float32}
+
+# Elements decoded at a time. The float32 values of one step are all there is beside the result; on the CPU they fit
+# the cache.
+_STEP_CPU = 2**22
+_STEP_GPU = 2**25
+
+
+def decode_rows(packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, dtype: torch.dtype) -> Tensor:
+    """Dense rows of a packed matrix.
+
+    Args:
+        packed: uint8 [rows, packed_width(columns, bits)].
+        absmax: [rows, ceil(columns / block_size)] in the grid's scale dtype.
+        dtype: what the values, already rounded to `grid.value_dtype`, are cast to.
+
+    Returns:
+        `dtype` [rows, columns].
+    """
+    rows = packed.shape[0]
+    # A compiler traces the function itself and warns about the cache.
+    build = _lookup_table.__wrapped__ if torch.compiler.is_compiling() else _lookup_table
+    table = build(grid.codebook, packed.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    step = max(1, (_STEP_CPU if packed.device.type == "cpu" else _STEP_GPU) // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        levels = _look_up(table, packed[part], grid.codebook.bits)[:, :columns]
+        values = _saturate(_scale(levels, absmax[part].float(), grid.block_size), grid)
+        # Copying into `out` is the one rounding where it has the value dtype.
+        out[part] = values if dtype == grid.value_dtype else values.to(grid.value_dtype)
+    return out
+
+
+def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """float32 levels [rows, at least the row's codes]."""
+    if _INDEX_BITS[bits] == 12:
+        grouped = F.pad(packed, (0, -packed.shape[1] % 3)).unflatten(1, (-1, 3)).int()
+        low, middle, high = grouped.unbind(-1)
+        index = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], dim=-1)
+    else:
+        index = packed.int()
+    found = table.index_select(0, index.reshape(-1))
+    return found.view(torch.float32).reshape(packed.shape[0], -1)
+
+
+def _scale(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Multiply each block by its absmax, in place; the last block of a row may be short."""
+    n_full = levels.shape[1] // block_size
+    cut = n_full * block_size
+    if n_full:
+        levels[:, :cut].unflatten(1, (n_full, block_size)).mul_(absmax[:, :n_full].unsqueeze(-1))
+    if cut < levels.shape[1]:
+        levels[:, cut:].mul_(absmax[:, n_full:])
+    return levels
+
+
+def _saturate(values: Tensor, grid: BlockGrid) -> Tensor:
+    """Keep values finite in the value dtype, as `blocks.round_to` does, where scales can be larger than values."""
+    limit = torch.finfo(grid.value_dtype).max
+    return values.clamp_(-limit, limit) if torch.finfo(grid.scale_dtype).max > limit else values
+
+
+@lru_cache(maxsize=64)
+def _lookup_table(codebook: Codebook, device: torch.device) -> Tensor:
+    """Row i: the levels of the codes that the bits of i stand for, as one wide element where the device has those."""
+    bits, index_bits = codebook.bits, _INDEX_BITS[codebook.bits]
+    # A cached inference tensor would poison later training.
+    with torch.inference_mode(False), torch.no_grad():
+        words = torch.arange(2**index_bits, dtype=torch.int32)
+        codes = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, index_bits, bits)], dim=1)
+        table = torch.tensor(codebook.levels, dtype=torch.float32)[codes].contiguous()
+        if device.type in ("cpu", "cuda"):
+            table = table.view(_WIDE[table.shape[1]]).squeeze(1)
+        return table.to(device)

@@ -1,0 +1,213 @@
+"""Layers that keep a packed weight and dequantize it while they run.
+
+They are `nn.Linear` and `nn.Embedding`, so PEFT wraps them in its ordinary LoRA layers and transformers finds them
+where it looks for either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loftq_cli.errors import LoftqError
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.packing import packed_width
+from loftq_cli.runtime.codes import guard
+from loftq_cli.runtime.decode import decode_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PackedWeight(nn.Module):
+    """What both layers share: the codes `weight`, the scales `weight_absmax` and the grid that gives them meaning.
+
+    Attributes:
+        weight: uint8 parameter [rows, packed_width(columns, bits)], frozen.
+        weight_absmax: buffer [rows, ceil(columns / block_size)] in the grid's scale dtype, whatever the model's is. A
+            layer tied to another has none and uses the other's.
+        grid: levels, block size, dtypes.
+        columns: the dense width.
+    """
+
+    # transformers would draw random weights for modules that do not say so.
+    _is_hf_initialized = True
+
+    grid: BlockGrid
+    columns: int
+
+    def _hold(self, rows: int, columns: int, grid: BlockGrid, device: torch.device | str | None) -> None:
+        assert grid.layout == "rows", "packed storage has blocks along rows"
+        self.grid, self.columns = grid, columns
+        # In a tuple, so that the other layer does not become a part of this one.
+        self._scales_of: tuple[PackedWeight, ...] = ()
+        codes = torch.zeros(rows, packed_width(columns, grid.codebook.bits), dtype=torch.uint8, device=device)
+        absmax = torch.zeros(rows, grid.n_blocks(1, columns), dtype=grid.scale_dtype, device=device)
+        self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
+        self.register_buffer("weight_absmax", absmax)
+
+    def use_scales_of(self, other: PackedWeight) -> None:
+        """Become the tied twin of `other`: transformers shares the codes between the two, this shares the scales."""
+        self._scales_of = (other,)
+        self._buffers["weight_absmax"] = None
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales, on one device."""
+        codes: Any = self._parameters["weight"]
+        absmax: Any = (self._scales_of[0] if self._scales_of else self)._buffers["weight_absmax"]
+        return codes, absmax.to(codes.device)
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        return guard(value) if name == "weight" else value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the scales but never cast them: they are part of the stored numbers, not of the compute dtype."""
+        absmax = self._buffers["weight_absmax"]
+        super()._apply(fn, recurse)
+        moved = self._buffers["weight_absmax"]
+        if absmax is not None and moved is not None and moved.dtype != absmax.dtype:
+            self._buffers["weight_absmax"] = absmax.to(moved.device)
+        return self
+
+    def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense [rows, columns]: exactly `PackedFormat.decode`, in the grid's value dtype or cast to `dtype`."""
+        with torch.no_grad():
+            return decode_rows(*self.stored(), self.grid, self.columns, dtype or self.grid.value_dtype)
+
+    def extra_repr(self) -> str:
+        book = self.grid.codebook
+        kind = f"bits={book.bits}, data_type={book.data_type}, block_size={self.grid.block_size}"
+        return f"{super().extra_repr()}, {kind}"
+
+
+class _PackedLinear(torch.autograd.Function):
+    """y = x Q^T + b. Backward dequantizes again, so that no dense weight outlives the call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, layer: LoftqLinear) -> Tensor:
+        ctx.save_for_backward(codes, absmax)
+        ctx.grid, ctx.columns = layer.grid, layer.columns
+        return F.linear(x, decode_rows(codes, absmax, layer.grid, layer.columns, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        codes, absmax = ctx.saved_tensors
+        grad_x = grad_bias = None
+        rows = grad.reshape(-1, grad.shape[-1])
+        # The dtype was settled in the forward pass.
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                weight = decode_rows(codes, absmax, ctx.grid, ctx.columns, grad.dtype)
+                grad_x = (rows @ weight).reshape(*grad.shape[:-1], ctx.columns)
+            if ctx.needs_input_grad[3]:
+                grad_bias = rows.sum(0)
+        return grad_x, None, None, grad_bias, None
+
+
+class LoftqLinear(PackedWeight, nn.Linear):
+    """`nn.Linear` over packed codes: y = x Q^T + b, computed in the dtype of x (or of autocast).
+
+    Gradients reach the input and the bias; the codes are frozen.
+
+    Args:
+        grid: a `rows` grid.
+        dtype: of the bias.
+        conv1d: the layer stands in for a transformers `Conv1D` (GPT-2); codes are [out, in] all the same.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        grid: BlockGrid,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        conv1d: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
+        self._hold(out_features, in_features, grid, device)
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any floating [..., in] -> the same dtype [..., out].
+
+        Raises:
+            LoftqError: x was cast to the dtype of the codes, as some models do with `x.to(layer.weight.dtype)`.
+        """
+        if not x.is_floating_point():
+            raise LoftqError(
+                f"a packed layer was given {x.dtype} activations, because this model casts them to its weight's "
+                "dtype: convert it again with a `--rule` that skips this layer."
+            )
+        dtype, device = x.dtype, x.device.type
+        if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _PackedLinear.apply(x.to(dtype), *self.stored(), bias, self)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        """The layer this one stands in for, with Q rounded to the value dtype and then cast to `dtype`."""
+        weight = self.dequantized_weight(dtype)
+        with torch.device("meta"):
+            if self.conv1d:
+                layer: nn.Linear | Conv1D = Conv1D(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
+        return layer
+
+
+class LoftqEmbedding(PackedWeight, nn.Embedding):
+    """`nn.Embedding` over packed codes: only the rows that are asked for are dequantized.
+
+    Args:
+        grid: a `rows` grid over the table [num_embeddings, embedding_dim].
+        dtype: of the result; casting the module changes it, as it would a dense table's.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        grid: BlockGrid,
+        *,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        # PEFT reads these from the layer it wraps.
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        self._hold(num_embeddings, embedding_dim, grid, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int [...] -> compute dtype [..., embedding_dim]."""
+        flat = ids.reshape(-1)
+        codes, absmax = (tensor.index_select(0, flat) for tensor in self.stored())
+        rows = decode_rows(codes, absmax, self.grid, self.columns, self.compute_dtype)
+        return rows.reshape(*ids.shape, self.columns)
+
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """An `nn.Embedding` with Q rounded to the value dtype and then cast to `dtype`."""
+        shape = self.num_embeddings, self.embedding_dim
+        layer = nn.Embedding(*shape, padding_idx=self.padding_idx, device="meta")
+        layer.weight = nn.Parameter(self.dequantized_weight(dtype))
+        return layer

@@ -1,0 +1,180 @@
+"""Backbone and adapter in one call, for every container and every Auto class."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.artifacts.adapter import CONFIG, FOLDER, WEIGHTS
+from loftq_cli.errors import LoftqError
+from loftq_cli.runtime.adapter import attach_adapter, find_adapter
+from loftq_cli.runtime.paths import find_path
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FINGERPRINT = "loftq_fingerprint"
+
+# Names of the scales in packed and in bitsandbytes checkpoints.
+_SCALES = (".weight_absmax", ".weight.absmax")
+
+# What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
+_SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_PLACEMENT_OPTIONS = ("device_map", "max_memory")
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    trainable: bool = False,
+    adapter: bool = True,
+    auto_class: Any = None,
+    **from_pretrained_kwargs: Any,
+) -> nn.Module:
+    """Load what `loftq quantize` wrote: the backbone, and around it the adapter.
+
+    Args:
+        path: the output directory, or the Hub id it was pushed to.
+        trainable: leave the adapter trainable (and, in a classifier, its head).
+        adapter: False gives the bare backbone.
+        auto_class: a transformers Auto class or model class, or the name of one. By default the class in config.json.
+        from_pretrained_kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, `revision`, `token`, ...).
+
+    Returns:
+        A `peft.PeftModel`, or with `adapter=False` the transformers model.
+
+    Raises:
+        LoftqError: the conversion is unfinished, a library is missing, backbone and adapter do not belong together,
+            or some weight found no place.
+    """
+    from loftq_cli.runtime.quantizer import register
+
+    register()
+    name, options = str(path), from_pretrained_kwargs
+    source, placement = _picked(options, _SOURCE_OPTIONS), _picked(options, _PLACEMENT_OPTIONS)
+    _check_request(Path(path), adapter)
+    config = _read_config(name, source, options)
+    home = find_adapter(name, source) if adapter else None
+    model = _load_backbone(_model_class(config, auto_class), name, options)
+    if home is None:
+        return model
+    _check_same_conversion(home.parent)
+    return attach_adapter(model, home, trainable=trainable, placement=placement)
+
+
+def _picked(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+def _check_request(folder: Path, adapter: bool) -> None:
+    """What can be refused before anything is loaded or downloaded."""
+    if adapter:
+        _require("peft", "train", "load the adapter")
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        if (folder / ".loftq").is_dir():
+            raise LoftqError(f"the conversion in {folder} is unfinished: run the same `loftq quantize` command again.")
+        raise LoftqError(f"{folder} holds no converted model: there is no config.json.")
+    if adapter and not (folder / CONFIG).is_file():
+        raise LoftqError(f"there is no adapter in {folder / FOLDER}: pass adapter=False to load the backbone alone.")
+    if adapter:
+        _check_same_conversion(folder)
+
+
+def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
+    if _quant_method(config) == "bitsandbytes":
+        _require("bitsandbytes", "bnb", "read this checkpoint")
+    return config
+
+
+def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    options = {**options, "output_loading_info": True}
+    model, info = model_class.from_pretrained(name, **options)
+    lost = _lost_matrices(model, info["missing_keys"], info["unexpected_keys"])
+    if lost:
+        raise LoftqError(
+            f"{len(lost)} packed matrices of {name} found no place in {type(model).__name__} (the first: '{lost[0]}'): "
+            "run `loftq verify` on the directory, or load it as the class in its config.json."
+        )
+    for module in model.modules():
+        # One inference pass would repack bitsandbytes weights for AVX-512 in place, and training after it is wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+    """Scales that a packed layer did not get, and scales in the file whose layer is there but not packed. Those of a
+    head that this class does not have are no loss."""
+    modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
+    prefix = getattr(model, "base_model_prefix", "")
+    lost = [key for key in missing if key.endswith(".weight_absmax")]
+    for key in unexpected:
+        if key.endswith(_SCALES):
+            module = key.removesuffix(".absmax").removesuffix("_absmax").removesuffix(".weight")
+            lost += [key] if find_path(module, modules, prefix) else []
+    return sorted(lost)
+
+
+def _model_class(config: PretrainedConfig, wanted: Any) -> Any:
+    """The class to load with: the one asked for, or the one in config.json, or AutoModel.
+
+    Raises:
+        LoftqError: transformers has no class of that name.
+    """
+    import transformers
+
+    if isinstance(wanted, str):
+        found = getattr(transformers, wanted, None)
+        if not hasattr(found, "from_pretrained"):
+            raise LoftqError(f"transformers {transformers.__version__} has no model class '{wanted}'.")
+        return found
+    if wanted is not None:
+        return wanted
+    architecture = next(iter(getattr(config, "architectures", None) or ()), "")
+    # Remote code: config.json says which Auto class stands for which class of the repository.
+    for auto_name, reference in (getattr(config, "auto_map", None) or {}).items():
+        if str(reference).endswith(f".{architecture}"):
+            return getattr(transformers, auto_name, transformers.AutoModel)
+    return getattr(transformers, architecture, None) or transformers.AutoModel
+
+
+def _quant_method(config: PretrainedConfig) -> str | None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    return quantization.get("quant_method") if isinstance(quantization, dict) else str(quantization.quant_method)
+
+
+def _require(module: str, extra: str, purpose: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise LoftqError(f"{module} is needed to {purpose}: run `pip install 'loftq-cli[{extra}]'`.")
+
+
+def _check_same_conversion(folder: Path) -> None:
+    """Compare the fingerprints in the files' metadata; from the Hub the backbone's files are there after loading."""
+    ours, theirs = _fingerprints([folder / WEIGHTS]), _fingerprints(sorted(folder.glob("*.safetensors")))
+    if ours and theirs and ours != theirs:
+        raise LoftqError(
+            f"adapter and backbone in {folder} come from different conversions, so together they are not the model "
+            "that was converted: run `loftq quantize` again."
+        )
+
+
+def _fingerprints(files: list[Path]) -> set[str]:
+    from safetensors import safe_open
+
+    found = set()
+    for file in files:
+        if file.is_file():
+            with safe_open(file, framework="pt") as opened:
+                found.add((opened.metadata() or {}).get(FINGERPRINT))
+    return {item for item in found if item}

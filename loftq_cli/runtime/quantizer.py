@@ -1,0 +1,229 @@
+"""What makes `from_pretrained` read packed checkpoints: `quant_method: loftq` in transformers' registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats.base import DTYPES
+from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD
+from loftq_cli.module_exceptions import PLAIN_LINEAR_CLASSES
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
+from loftq_cli.runtime.paths import find_path
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """The modules that share a grid; paths are those of the class the checkpoint was converted with."""
+
+    grid: BlockGrid
+    modules: tuple[str, ...]
+
+
+class LoftqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint, as `PackedFormat.quantization_config` writes it.
+
+    Raises:
+        LoftqError: written by a newer loftq, or a field is missing or makes no sense.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        dtype: str = "float32",
+        version: int = CONFIG_VERSION,
+        **others: Any,
+    ) -> None:
+        # `to_dict` gives back every attribute, so fields this version does not know survive a round trip.
+        self.__dict__.update(others)
+        self.quant_method: Any = QUANT_METHOD
+        self.version, self.dtype, self.groups = version, dtype, [dict(group) for group in groups]
+        if version > CONFIG_VERSION:
+            raise LoftqError(
+                f"this checkpoint has packed layout version {version} and this loftq reads up to {CONFIG_VERSION}: "
+                "run `pip install -U loftq-cli`."
+            )
+        self.packed_groups()
+
+    def packed_groups(self) -> list[PackedGroup]:
+        """The groups, typed."""
+        try:
+            return [_packed_group(group, DTYPES[self.dtype]) for group in self.groups]
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise LoftqError(
+                f"the quantization_config in config.json is damaged ({type(error).__name__}: {error}): download or "
+                "convert the checkpoint again."
+            ) from error
+
+
+def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedGroup:
+    book = Codebook(str(group["data_type"]), int(group["bits"]), tuple(float(level) for level in group["levels"]))
+    scale_dtype = DTYPES[group["scale_dtype"]]
+    grid = BlockGrid(book, int(group["block_size"]), "rows", scale_dtype=scale_dtype, value_dtype=value_dtype)
+    return PackedGroup(grid, tuple(group["modules"]))
+
+
+class LoftqHfQuantizer(HfQuantizer):
+    """Swaps the listed modules for packed ones before transformers reads any weight."""
+
+    # Packed models are made by `loftq quantize`, not on the fly.
+    requires_calibration = True
+
+    quantization_config: LoftqConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        pack_modules(model, self.quantization_config.packed_groups())
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales keep the dtype they are stored in, whatever the model is loaded in."""
+        if any(name.endswith("weight_absmax") for name in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # `config.dtype` comes as a string where it was read from config.json.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        unpack_modules(model, dtype or torch.get_default_dtype())
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def is_packable(module: nn.Module) -> bool:
+    """Whether a packed layer computes what this module does.
+
+    A subclass with its own forward may scale its result or use `weight` directly, which packed layers cannot follow.
+    `nn.MultiheadAttention` uses its output layer's weight directly.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Embedding):
+        return kind.forward is nn.Embedding.forward and module.max_norm is None
+    if isinstance(module, nn.Linear):
+        plain = kind.forward is nn.Linear.forward or kind.__name__ in PLAIN_LINEAR_CLASSES
+        return plain and kind is not nn.modules.linear.NonDynamicallyQuantizableLinear
+    return isinstance(module, Conv1D)
+
+
+def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
+    """Replace the groups' modules, and those tied to them, by empty packed ones. Modules that this class of the model
+    does not have (a head, say) are passed over.
+
+    Raises:
+        LoftqError: none of the modules is there, or one is of a kind that cannot be packed.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix = getattr(model, "base_model_prefix", "")
+    grids: dict[str, BlockGrid] = {}
+    for group in groups:
+        for path in group.modules:
+            found = find_path(path, modules, prefix)
+            if found is not None:
+                grids[found] = group.grid
+    if groups and not grids:
+        raise LoftqError(
+            f"none of the packed modules of this checkpoint is in {type(model).__name__}: load it as the class in its "
+            "config.json, or as another class of the same family."
+        )
+    owners: dict[str, str] = {}
+    for tied_paths in _tied_modules(model):
+        listed = next((path for path in tied_paths if path in grids), None)
+        if listed is not None:
+            owners |= {path: listed for path in tied_paths if path not in grids}
+            grids |= dict.fromkeys(tied_paths, grids[listed])
+    for path, grid in grids.items():
+        model.set_submodule(path, _packed_module(path, modules[path], grid))
+    for path, owner in owners.items():
+        tied, packed = model.get_submodule(path), model.get_submodule(owner)
+        assert isinstance(tied, PackedWeight) and isinstance(packed, PackedWeight)
+        tied.use_scales_of(packed)
+
+
+def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every packed module by the dense one it stands for, also inside LoRA layers; ties stay ties."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    adapted = any(name.endswith(".base_layer") for name, _ in modules)
+    dense: dict[int, nn.Module] = {}
+    weights: dict[int, Any] = {}
+    for path, module in modules:
+        if not isinstance(module, PackedWeight):
+            continue
+        if id(module) not in dense:
+            new = dense[id(module)] = _dense_module(module, dtype)
+            new.weight = weights.setdefault(id(module._parameters["weight"]), new.weight)
+            # A wrapped backbone stays frozen; a bare one is left as a freshly loaded model.
+            new.train(module.training).weight.requires_grad_(not adapted)
+        new = dense[id(module)]
+        model.set_submodule(path, new)
+        if path.endswith(".base_layer") and isinstance(new, Conv1D):
+            # The adapter was made for a linear layer; PEFT's merge asks this attribute how the weight lies.
+            lora: Any = model.get_submodule(path.removesuffix(".base_layer"))
+            lora.fan_in_fan_out = True
+
+
+def _tied_modules(model: nn.Module) -> list[list[str]]:
+    """Groups of modules that share one weight."""
+    groups: dict[str, list[str]] = {}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for target, source in tied.items():
+        if target.endswith(".weight") and source.endswith(".weight"):
+            groups.setdefault(source, [source.removesuffix(".weight")]).append(target.removesuffix(".weight"))
+    return list(groups.values())
+
+
+def _packed_module(path: str, module: nn.Module, grid: BlockGrid) -> PackedWeight:
+    if not is_packable(module):
+        raise LoftqError(
+            f"'{path}' is a {type(module).__name__}, which cannot run on packed weights: convert the model again with "
+            f"--rule '{path}=skip'."
+        )
+    weight: Any = module.weight
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if isinstance(module, nn.Embedding):
+        shape = module.num_embeddings, module.embedding_dim
+        return LoftqEmbedding(*shape, grid, padding_idx=module.padding_idx, **place)
+    conv1d = isinstance(module, Conv1D)
+    n_in, n_out = weight.shape if conv1d else reversed(weight.shape)
+    return LoftqLinear(n_in, n_out, module.bias is not None, grid, conv1d=conv1d, **place)
+
+
+def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:
+    """The dense twin, on the device the module computes on."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return module.dense(dtype)
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        dense = module.dense(dtype)
+    # Offloaded codes become weights in memory, so only the move of inputs is left to do.
+    device = getattr(hook, "execution_device", None)
+    return add_hook_to_module(dense, AlignDevicesHook(device, io_same_device=getattr(hook, "io_same_device", False)))
+
+
+def register() -> None:
+    """Make transformers know `quant_method: loftq`; safe to call again."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LoftqConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(LoftqHfQuantizer)
+
+
+register()
