@@ -1,7 +1,7 @@
 """What must not be quantized although it looks like a matrix: word lists, class lists, and weights read by hand.
 
 Sources: transformers 5.23 (`models/*/modeling_*.py`) and torch 2.13 (`nn/modules`), surveyed class by class; the packed
-formats keep no tensor named `weight` that other code could read (facts/formats.md, sections 1.4 and 3).
+formats keep no tensor named `weight` that other code could read.
 """
 
 from __future__ import annotations

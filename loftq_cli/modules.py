@@ -20,6 +20,7 @@ from loftq_cli.module_exceptions import Tower
 from loftq_cli.module_view import ModelView
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 Kind = Literal["linear", "conv1d", "head", "embedding", "other"]
@@ -137,7 +138,8 @@ def _judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tup
     if name.merged or parameter != "weight" or not isinstance(module, nn.Linear | Conv1D):
         table = isinstance(module, nn.Embedding) and parameter == "weight" and path in view.embedding
         if table and not name.merged:
-            return "embedding", _tied(view, name) or _float32(view, name) or _read(view, path)
+            keep = _tied(view, name) or _why_embedding(module) or _float32(view, name) or _read(view, path)
+            return "embedding", keep
         return "other", _why_other(view, name, path, parameter)
     keep = _tied(view, name) or _why_linear(view, name, path) or _float32(view, name) or _read(view, path)
     if path in view.heads:
@@ -172,6 +174,14 @@ def _why_linear(view: ModelView, name: RuntimeName, path: str) -> str | None:
     cls = type(view.modules[path])
     own_forward = isinstance(view.modules[path], nn.Linear) and cls.forward is not nn.Linear.forward
     return f"custom module {cls.__name__}" if own_forward and cls.__name__ not in rules.PLAIN_LINEAR_CLASSES else None
+
+
+def _why_embedding(module: nn.Embedding) -> str | None:
+    """A packed table gives its rows as they are; some models scale them in a forward of their own."""
+    from torch import nn
+
+    plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return None if plain else f"custom module {type(module).__name__}"
 
 
 def _is_router(view: ModelView, path: str) -> bool:

@@ -110,3 +110,15 @@ def test_embeddings_and_head(embeddings: str, form: str, tmp_path: Path) -> None
     assert torch.allclose(first_output(loaded, inputs), first_output(twin, inputs), atol=2e-4, rtol=2e-4)
     if embeddings == "adapt":
         assert kinds["embedding"].residual < kinds["embedding"].plain_residual
+
+
+def test_a_table_with_a_forward_of_its_own_stays_as_it_is(tmp_path: Path) -> None:
+    """Gemma scales its embeddings; a packed table could not."""
+    import transformers
+
+    family = FAMILIES["gemma3_text"]
+    cls = getattr(transformers, family.model_class)
+    cls(cls.config_class(**{**family.config, "tie_word_embeddings": False})).save_pretrained(tmp_path / "source")
+    manifest = loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", bits=2, rank=4, embeddings="adapt")
+    reasons = {record.tensor: record.reason for record in manifest.kept}
+    assert "custom module" in reasons["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""The adapter as PEFT loads it: tensors and adapter_config.json in `loftq_init/` (`facts` of PEFT 0.21's own layout).
+"""The adapter as PEFT loads it: tensors and adapter_config.json in `loftq_init/`, in PEFT 0.21's own layout.
 
 Adapters live in a subfolder because transformers would load an adapter in the root together with the backbone.
 """

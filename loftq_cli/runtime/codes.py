@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from loftq_cli.errors import LoftqError
 
 _REFUSAL = (
-    "this layer's weight is packed codes, which nothing can be added to: call `model.dequantize()` first and merge "
-    "then, or merge on disk with `loftq merge`."
+    "this layer's weight is packed codes, which nothing can be added to: call `model.dequantize()` on the transformers "
+    "model first and merge then."
 )
 _REFUSED = (
     "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__",

@@ -102,7 +102,7 @@ def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> P
     if lost:
         raise LoftqError(
             f"{len(lost)} packed matrices of {name} found no place in {type(model).__name__} (the first: '{lost[0]}'): "
-            "run `loftq verify` on the directory, or load it as the class in its config.json."
+            "convert the model again, or load it as the class in its config.json."
         )
     for module in model.modules():
         # One inference pass would repack bitsandbytes weights for AVX-512 in place, and training after it is wrong.
