@@ -1,6 +1,6 @@
 """From config.json to a model without weights, and from names on disk to its parameter names.
 
-Needs transformers 5 (facts/formats.md, section 5). Nothing is read from disk or network; code that a checkpoint brings
+Needs transformers 5. Nothing is read from disk or network; code that a checkpoint brings
 along (`auto_map`) is never imported.
 """
 

@@ -1,8 +1,7 @@
 """Which tensors of a checkpoint are matrices, where the running model keeps them, and which must stay as they are.
 
 There is no table of architectures. The class that config.json names is built on the meta device; its modules say what
-is a Linear, and transformers' conversion mapping says how a name on disk becomes a module path (facts/formats.md,
-section 5). What has to stay in full precision is told by the model too: ties, float32 lists, routers, weights that
+is a Linear, and transformers' conversion mapping says how a name on disk becomes a module path. What has to stay in full precision is told by the model too: ties, float32 lists, routers, weights that
 other code reads (`module_exceptions`). Without a model class, names and shapes are left (`_map_by_name`).
 """
 

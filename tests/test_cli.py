@@ -127,8 +127,13 @@ def test_version_names_what_matters() -> None:
         assert re.search(rf"^{name} \S+", text, re.MULTILINE)
 
 
-def test_completion_scripts_are_offered() -> None:
-    assert "--install-completion" in loftq("--help").stdout
+@pytest.mark.parametrize(
+    ("words", "at", "expected"),
+    [("loftq qu", 1, "quantize"), ("loftq quantize --emb", 2, "--embeddings"), ("loftq plan --format p", 3, "packed")],
+)
+def test_the_shell_completes(words: str, at: int, expected: str) -> None:
+    variables = {"_LOFTQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+    assert runner.invoke(app, [], env=variables, prog_name="loftq").stdout.split() == [expected]
 
 
 def test_numbers_for_people() -> None:

@@ -141,3 +141,20 @@ def test_grid_counts_blocks_as_the_container_lays_them_out() -> None:
     assert isinstance(grid, BlockGrid) and grid.n_blocks(3, 100) == 6
     flat = matrix("bnb", (3, 100), 4).grid
     assert isinstance(flat, BlockGrid) and flat.n_blocks(3, 100) == 5
+
+
+def test_skip_list_never_catches_a_packed_module() -> None:
+    """transformers matches entries as suffixes too: `head` would also skip `layers.0.overhead`."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    item = matrix("bnb", (8, 128), 4)
+    packed = [
+        QuantizedMatrix(f"{name}.weight", name, "linear", 8, 128, item.grid) for name in ("layers.0.overhead", "a.fc")
+    ]
+    dense = ["head", "fc", "lm_head"]
+    entries = get_format("bnb").quantization_config(packed, dense, torch.float32)["llm_int8_skip_modules"]
+    assert "lm_head" in entries
+    for name in dense:
+        assert not should_convert_module(name, entries)
+    for target in packed:
+        assert should_convert_module(target.module, entries)

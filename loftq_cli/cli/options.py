@@ -27,19 +27,21 @@ def _default(name: str) -> str:
     return str(value) if value not in (None, ()) else ""
 
 
-def _option(field: str, flags: str | tuple[str, ...], help: str, panel: str, **more: Any) -> Any:
-    names = (flags,) if isinstance(flags, str) else flags
+def _option(field: str, flag: str, help: str, panel: str, *, choices: tuple[object, ...] = (), **more: Any) -> Any:
+    """An option of the recipe field `field`: its default stands in the help, its choices complete in the shell."""
     shown = more.pop("show", _default(field))
-    return typer.Option(*names, help=_with_default(help, shown), rich_help_panel=panel, show_default=False, **more)
+    values = [str(choice) for choice in choices]
+    if values:
+        more |= {
+            "metavar": "|".join(values),
+            "autocompletion": lambda incomplete: [value for value in values if value.startswith(incomplete)],
+        }
+    return typer.Option(flag, help=_with_default(help, shown), rich_help_panel=panel, show_default=False, **more)
 
 
 def _with_default(help: str, shown: str) -> str:
     # Typer would put a default that is only text in brackets of its own: "[default: (16)]".
     return f"{help} [dim]\\[default: {shown}][/]" if shown else help
-
-
-def _choice(values: tuple[object, ...]) -> str:
-    return "|".join(str(value) for value in values)
 
 
 Model = Annotated[
@@ -86,14 +88,14 @@ Embeddings = Annotated[
         "--embeddings",
         "Input embedding: keep it, quantize it, or quantize it and give it an adapter (adapt).",
         _WHAT,
-        metavar=_choice(r.EMBEDDINGS),
+        choices=r.EMBEDDINGS,
     ),
 ]
 LmHead = Annotated[
     Optional[str],
-    _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, metavar=_choice(r.LM_HEADS)),
+    _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
 ]
-Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, metavar=_choice(r.BITS))]
+Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, choices=r.BITS)]
 DataTypeOption = Annotated[
     Optional[str],
     _option(
@@ -101,12 +103,12 @@ DataTypeOption = Annotated[
         "--data-type",
         "Levels: NormalFloat, its symmetric variant, or evenly spaced (8 bits are always uniform).",
         _GRID,
-        metavar=_choice(r.DATA_TYPES),
+        choices=r.DATA_TYPES,
     ),
 ]
 BlockSize = Annotated[
     Optional[int],
-    _option("block_size", "--block-size", "Weights that share a scale.", _GRID, metavar=_choice(r.BLOCK_SIZES)),
+    _option("block_size", "--block-size", "Weights that share a scale.", _GRID, choices=r.BLOCK_SIZES),
 ]
 Format = Annotated[
     Optional[str],
@@ -115,7 +117,7 @@ Format = Annotated[
         "--format",
         "Container: auto takes bnb for 4-bit nf, else packed.",
         _GRID,
-        metavar=_choice(r.FORMAT_NAMES),
+        choices=r.FORMAT_NAMES,
     ),
 ]
 Dtype = Annotated[
@@ -125,7 +127,7 @@ Dtype = Annotated[
         "--dtype",
         "Type the model is loaded in; auto keeps the source's.",
         _GRID,
-        metavar=_choice(r.DTYPE_CHOICES),
+        choices=r.DTYPE_CHOICES,
     ),
 ]
 Method = Annotated[
@@ -135,7 +137,7 @@ Method = Annotated[
         "--method",
         "loftq alternates; qlora quantizes plainly and starts the adapter at zero.",
         _LOFTQ,
-        metavar=_choice(r.METHODS),
+        choices=r.METHODS,
     ),
 ]
 Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
@@ -158,9 +160,7 @@ KeepLast = Annotated[
 ]
 Svd = Annotated[
     Optional[str],
-    _option(
-        "svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, metavar=_choice(r.SVDS)
-    ),
+    _option("svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, choices=r.SVDS),
 ]
 Seed = Annotated[Optional[int], _option("seed", "--seed", "Seed of every random start.", _LOFTQ)]
 MaxShardSize = Annotated[

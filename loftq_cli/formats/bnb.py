@@ -8,6 +8,7 @@ carried without loss (at 4-bit storage); 3-bit levels are not and are refused.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,8 +108,14 @@ class BnbFormat:
             "bnb_4bit_compute_dtype": DTYPE_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             # Replaces transformers' own list, so it names every linear layer that is not packed.
-            "llm_int8_skip_modules": list(dense_linears),
+            "llm_int8_skip_modules": [_skip_entry(module, matrices) for module in dense_linears],
         }
+
+
+def _skip_entry(module: str, matrices: Sequence[QuantizedMatrix]) -> str:
+    """A plain path, which every reader knows; anchored where transformers would match it as the end of another's."""
+    ambiguous = any(matrix.module.endswith(module) for matrix in matrices)
+    return f"^{re.escape(module)}$" if ambiguous else module
 
 
 def _quant_state(matrix: QuantizedMatrix) -> bytes:
