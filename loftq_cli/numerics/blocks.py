@@ -1,7 +1,7 @@
 """Block-wise absmax quantization on a container's own grid (QLoRA eq. 1-2; LoftQ section 3.1).
 
 A `BlockGrid` says everything that decides the bytes: levels, block layout, the dtype the scales are stored in and the
-dtype the loader rounds the product to. What `quantize` and `dequantize` compute is what the container's loader computes.
+dtype the loader rounds the product to. `dequantize` computes what the container's loader computes, bit for bit.
 """
 
 from __future__ import annotations

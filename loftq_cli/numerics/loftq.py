@@ -5,29 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
-from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, krylov_low_rank
+from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, frobenius, krylov_low_rank
+
+_CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
 
 
 @dataclass(frozen=True)
 class QuantizeStep:
-    """Codes and scales chosen for a target, and W - Q float32 [out, in] for the weight."""
+    """Codes and scales chosen for a target, and W - Q float32 [out, in] for the weight.
+
+    `norm` is ‖W - Q‖_F and `half` is W - Q in bfloat16, where the quantizer made them on its way.
+    """
 
     quantized: QuantizedBlocks
     residual: Tensor
+    norm: float | None = None
+    half: Tensor | None = None
+
+    def residual_norm(self) -> float:
+        """‖W - Q‖_F."""
+        return frobenius(self.residual) if self.norm is None else self.norm
 
 
 class Quantizer(Protocol):
     """The container's fake quantization, as LoftQ needs it."""
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` (W - BA) to Q and give W - Q. Both arguments float32 [out, in]."""
+        """Quantize `target` to Q and give W - Q. Both arguments float32 [out, in]."""
+
+
+@runtime_checkable
+class FusedQuantizer(Quantizer, Protocol):
+    """A quantizer that makes its target W - BA by itself, panel by panel, so that it never goes through memory."""
+
+    def quantize_corrected(
+        self, weight: Tensor, lora_b: Tensor, lora_a: Tensor, *, scratch: QuantizeStep | None = None
+    ) -> QuantizeStep:
+        """Quantize W - BA to Q and give W - Q. The residual of `scratch`, an earlier step, is overwritten."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,23 @@ class LoftQResult:
 LowRankStep = Callable[[Tensor, "LowRank | None"], LowRank]
 
 
+@dataclass(frozen=True)
+class FastStep:
+    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`."""
+
+    rank: int
+    generator: torch.Generator
+
+    def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
+        return krylov_low_rank(residual, self.rank, previous=previous, generator=self.generator)
+
+    def of(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
+        """The same, with what the quantizer knows about the residual."""
+        return krylov_low_rank(
+            step.residual, self.rank, previous=previous, generator=self.generator, half=step.half, norm=step.norm
+        )
+
+
 def loftq(
     weight: Tensor, quantizer: Quantizer, *, iters: int, low_rank: LowRankStep, keep_last: bool = False
 ) -> LoftQResult:
@@ -83,24 +121,38 @@ def loftq(
     """
     assert iters >= 1, "T = 0 is plain quantization: plain_start"
     norm = frobenius(weight)
-    target = weight
-    previous: LowRank | None = None
+    step = quantizer.quantize_residual(weight, weight)  # LoftQ eq. 7
+    plain = _relative(step.residual_norm(), norm)
+    found: LowRank | None = None
     residuals: list[float] = []
-    plain = kept = None
-    for step in range(1, iters + 1):
-        quantized = quantizer.quantize_residual(weight, target)  # LoftQ eq. 7
-        if plain is None:
-            plain = _relative(frobenius(quantized.residual), norm)
-        previous = low_rank(quantized.residual, previous)  # eq. 8-9
-        a, b = previous.lora_a, previous.lora_b
-        residuals.append(_relative(frobenius(torch.addmm(quantized.residual, b, a, alpha=-1)), norm))
+    kept: tuple[int, QuantizedBlocks, LowRank] | None = None
+    for t in range(1, iters + 1):
+        if found is not None:
+            step = _requantize(quantizer, weight, found, step)
+        # eq. 8-9
+        found = low_rank.of(step, found) if isinstance(low_rank, FastStep) else low_rank(step.residual, found)
+        residuals.append(_relative(_left_over(step, found), norm))
         if kept is None or keep_last or residuals[-1] < residuals[kept[0] - 1]:
-            kept = (step, quantized.quantized, a, b)
-        if step < iters:
-            target = torch.addmm(weight, b, a, alpha=-1)
-    assert kept is not None and plain is not None
-    best, codes, a, b = kept
-    return LoftQResult(codes, a, b, plain, tuple(residuals), best)
+            kept = (t, step.quantized, found)
+    assert kept is not None
+    best, codes, found = kept
+    return LoftQResult(codes, found.lora_a, found.lora_b, plain, tuple(residuals), best)
+
+
+def _requantize(quantizer: Quantizer, weight: Tensor, found: LowRank, step: QuantizeStep) -> QuantizeStep:
+    """The next Q, of W - BA; `step` is used up."""
+    b, a = found.lora_b, found.lora_a
+    if isinstance(quantizer, FusedQuantizer):
+        return quantizer.quantize_corrected(weight, b, a, scratch=step)
+    return quantizer.quantize_residual(weight, torch.addmm(weight, b, a, alpha=-1))
+
+
+def _left_over(step: QuantizeStep, found: LowRank) -> float:
+    """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
+    total, captured = step.residual_norm() ** 2, float(found.s.double().square().sum())
+    if total - captured > _CANCELLING * total:
+        return math.sqrt(total - captured)
+    return frobenius(torch.addmm(step.residual, found.lora_b, found.lora_a, alpha=-1))
 
 
 def plain_start(weight: Tensor, quantizer: Quantizer, *, rank: int, generator: torch.Generator) -> LoftQResult:
@@ -118,14 +170,9 @@ def exact_step(rank: int) -> LowRankStep:
     return lambda residual, _previous: exact_low_rank(residual, rank)
 
 
-def fast_step(rank: int, generator: torch.Generator) -> LowRankStep:
-    """The default step: block Krylov, warm-started, within 0.1 % of the exact residual."""
-    return lambda residual, previous: krylov_low_rank(residual, rank, previous=previous, generator=generator)
-
-
-def frobenius(x: Tensor) -> float:
-    """‖x‖_F, accumulated in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+def fast_step(rank: int, generator: torch.Generator) -> FastStep:
+    """The default step."""
+    return FastStep(rank, generator)
 
 
 def _relative(residual: float, norm: float) -> float:

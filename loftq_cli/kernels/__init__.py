@@ -1,0 +1,39 @@
+"""Fast versions of the numerics, each beside a plain-torch twin in `loftq_cli.numerics`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.loftq import BlockQuantizer, Quantizer
+
+
+def block_quantizer(grid: BlockGrid, device: torch.device | str) -> Quantizer:
+    """The fastest quantizer of a grid on a device: compiled on the CPU, plain torch elsewhere; the same bits."""
+    compiled = _compiled_quantizer() if torch.device(device).type == "cpu" else None
+    return BlockQuantizer(grid) if compiled is None else compiled(grid)
+
+
+@cache
+def _compiled_quantizer() -> Callable[[BlockGrid], Quantizer] | None:
+    """The compiled quantizer's class, or None, with one warning, where numba is missing or does not work here."""
+    try:
+        from loftq_cli.kernels.cpu import CompiledQuantizer
+
+        trial = torch.linspace(-1, 1, 128).reshape(2, 64)
+        CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
+            trial, trial
+        )
+    except Exception as error:  # whatever a compiler may raise: the plain twin always works
+        warnings.warn(
+            f"the compiled quantizer is not available ({type(error).__name__}: {error}); plain torch takes over, which "
+            "is several times slower",
+            stacklevel=3,
+        )
+        return None
+    return CompiledQuantizer

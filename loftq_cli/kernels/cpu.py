@@ -1,0 +1,92 @@
+"""The compiled quantizer on the CPU: codes, residual and norm in one pass over memory, on torch's thread count."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loftq_cli.kernels import numba_blocks
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
+from loftq_cli.numerics.loftq import QuantizeStep
+from loftq_cli.numerics.lowrank import half_is_faster
+
+_CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
+_KINDS = {
+    torch.float32: numba_blocks.FLOAT32,
+    torch.bfloat16: numba_blocks.BFLOAT16,
+    torch.float16: numba_blocks.FLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class CompiledQuantizer:
+    """`numerics.loftq.BlockQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
+
+    grid: BlockGrid
+
+    def quantize_residual(self, weight: Tensor, target: Tensor, *, scratch: QuantizeStep | None = None) -> QuantizeStep:
+        residual, half = _outputs(weight, scratch)
+        return self._quantize(weight.contiguous(), target.contiguous(), residual, half, corrects=False)
+
+    def quantize_corrected(
+        self, weight: Tensor, lora_b: Tensor, lora_a: Tensor, *, scratch: QuantizeStep | None = None
+    ) -> QuantizeStep:
+        residual, half = _outputs(weight, scratch)
+        product = torch.mm(lora_b, lora_a, out=residual)  # the kernel reads each block of it before it overwrites it
+        return self._quantize(weight.contiguous(), product, residual, half, corrects=True)
+
+    def _quantize(
+        self, weight: Tensor, target: Tensor, residual: Tensor, half: Tensor | None, *, corrects: bool
+    ) -> QuantizeStep:
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        absmax = torch.empty(self.grid.n_blocks(*weight.shape))
+        sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
+        arrays = [tensor.view(-1).numpy() for tensor in (weight, target, codes, absmax, residual)]
+        bits = np.empty(0, np.uint16) if half is None else half.view(torch.uint16).view(-1).numpy()
+        row = weight.shape[1] if self.grid.layout == "rows" else weight.numel()
+        kinds = _KINDS[self.grid.scale_dtype], _KINDS[self.grid.value_dtype]
+        settings = (row, self.grid.block_size, self.grid.layout == "flat", *kinds, corrects)
+
+        def work(first: int, last: int) -> None:
+            numba_blocks.quantize_chunks(*arrays, bits, sums, *_tables(self.grid), *settings, first, last)
+
+        _share(work, sums.size)
+        return QuantizeStep(QuantizedBlocks(codes, absmax), residual, math.sqrt(sums.sum()), half)
+
+
+def _outputs(weight: Tensor, scratch: QuantizeStep | None) -> tuple[Tensor, Tensor | None]:
+    """Memory for the residual and, where products want it, its bfloat16 copy: fresh pages cost as much as a pass."""
+    if scratch is not None and scratch.residual.shape == weight.shape:
+        return scratch.residual, scratch.half
+    half = torch.empty(weight.shape, dtype=torch.bfloat16) if half_is_faster(weight) else None
+    return torch.empty(weight.shape), half
+
+
+def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
+    """Do `work` on chunks 0..n_chunks - 1, split over as many threads as torch uses."""
+    shares = max(1, min(torch.get_num_threads(), n_chunks // _CHUNKS_WORTH_A_THREAD))
+    ends = [n_chunks * share // shares for share in range(shares + 1)]
+    others = [_pool(os.getpid()).submit(work, ends[i], ends[i + 1]) for i in range(1, shares)]
+    work(ends[0], ends[1])
+    for other in others:
+        other.result()
+
+
+@cache
+def _tables(grid: BlockGrid) -> tuple[np.ndarray, np.ndarray]:
+    levels = grid.levels()
+    return numba_blocks.padded(midpoints(levels).numpy(), levels.numpy())
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """One pool a process: threads do not survive a fork."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="loftq-kernel")
