@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import loftq_cli
 from loftq_cli.cli.terminal import gigabytes
@@ -30,7 +33,16 @@ def embed(model: torch.nn.Module, tokenizer) -> torch.Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
+def hush() -> None:
+    """Keep the libraries' loading bars and hints out of the table."""
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def main(source: str, outputs: list[str]) -> None:
+    hush()
     tokenizer = AutoTokenizer.from_pretrained(source)
     reference = embed(AutoModel.from_pretrained(source).eval(), tokenizer)
     table = Table(title="all-MiniLM-L6-v2, rank 16", title_justify="left")
