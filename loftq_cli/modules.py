@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint are matrices, where the running model keeps them, and which must stay as they are.
 
 There is no table of architectures. The class that config.json names is built on the meta device; its modules say what
-is a Linear, and transformers' conversion mapping says how a name on disk becomes a module path. What has to stay in full precision is told by the model too: ties, float32 lists, routers, weights that
-other code reads (`module_exceptions`). Without a model class, names and shapes are left (`_map_by_name`).
+is a Linear, and transformers' conversion mapping says how a name on disk becomes a module path. What has to stay in
+full precision is told by the model too: ties, float32 lists, routers, weights that other code reads
+(`module_exceptions`). Without a model class, names and shapes are left (`_map_by_name`).
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def _judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tup
 
     module = view.modules[path]
     if name.merged or parameter != "weight" or not isinstance(module, nn.Linear | Conv1D):
-        table = isinstance(module, nn.Embedding) and parameter == "weight" and path in view.embedding
-        if table and not name.merged:
+        table = parameter == "weight" and path in view.embedding and not name.merged
+        if table and isinstance(module, nn.Embedding):
             keep = _tied(view, name) or _why_embedding(module) or _float32(view, name) or _read(view, path)
             return "embedding", keep
         return "other", _why_other(view, name, path, parameter)

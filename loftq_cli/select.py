@@ -43,8 +43,8 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
     if info.dtype not in QUANTIZABLE:
         raise LoftqError(
             f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')}: loftq quantizes "
-            "float32, bfloat16 and float16 weights, so give the full-precision model or leave this matrix out with --exclude "
-            f"'{role.module}'."
+            "float32, bfloat16 and float16 weights, so give the full-precision model or leave this matrix out with "
+            f"--exclude '{role.module}'."
         )
     # A rank above the matrix's own adds nothing.
     rank = min(rule.rank or recipe.rank, *info.shape)

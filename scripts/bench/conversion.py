@@ -30,7 +30,7 @@ import loftq_cli
 
 
 def convert_once(source: Path, output: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
-    """One `loftq quantize --json` with a cold page cache for the source: its totals, and the wall time of the process."""
+    """One `loftq quantize --json` with a cold page cache: its totals, and the wall time of the process."""
     _drop_cache(source)
     words = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "-o", str(output), "--json", "--overwrite"]
     for name, value in recipe.items():

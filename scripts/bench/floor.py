@@ -44,8 +44,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if str(func) in _PRODUCTS:
             first, second = args[-2:] if "addmm" in str(func) else args[:2]
-            rows, inner = first.shape[-2:]
-            self.operations[first.dtype] += 2 * rows * inner * second.shape[-1] * (first.ndim == 3 and len(first) or 1)
+            self.operations[first.dtype] += 2 * first.numel() * second.shape[-1]
         return func(*args, **(kwargs or {}))
 
 
