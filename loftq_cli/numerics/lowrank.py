@@ -17,12 +17,12 @@ from torch import Tensor
 FIRST_DEPTH = 6  # what the first step misses, no later step recovers: measured in scripts/bench/NOTES.md
 LATER_DEPTH = 2
 
-WIN = 99
+_SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
 _HALF_SPREAD = 16.0  # s[0] / s[-1] up to which bfloat16's noise on the largest direction cannot hide the smallest
 _SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
-_WORST_PIVOT = 1e-4  # share of a column that must be left for Cholesky-QR in float32 to keep it orthogonal to 1e-3
+_MUCH_LEFT, _NOTHING_LEFT = 1e-2, 1e-5  # shares of a column that outlive the projection: float32 has seven digits
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def krylov_low_rank(
     """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` and random columns.
 
     The space is found with bfloat16 products where the machine is faster at them; the approximation is then the
-    float32 projection of the residual on the best r directions of it. Where the space would be two thirds as wide as
-    the matrix, the Gram matrix is exact and as cheap, and is taken.
+    float32 projection of the residual on the best r directions of it. Where the matrix is small or the space
+    would be two thirds as wide, the Gram matrix is exact and as cheap, and is taken.
 
     Args:
         previous: the approximation of a similar residual: the last step's.
@@ -96,7 +96,7 @@ def krylov_low_rank(
     rank = min(rank, *residual.shape)
     width = _LANES * -(-(rank + oversample) // _LANES)
     depth = depth or (FIRST_DEPTH if previous is None else LATER_DEPTH)
-    if 3 * width * (depth + 1) > 2 * min(residual.shape):
+    if min(residual.shape) < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * min(residual.shape):
         return gram_low_rank(residual, rank)
     scale = _power_of_two(frobenius(residual) if norm is None else norm)
     if scale != 1.0:
@@ -140,8 +140,9 @@ def _start(n_in: int, width: int, previous: LowRank | None, generator: torch.Gen
 def _best_directions(matrix: Tensor, start: Tensor, depth: int, rank: int) -> Tensor:
     """The r orthogonal directions [in, r] that capture most of `matrix` [out, in] within the Krylov space of `start`.
 
-    The basis K is orthonormal to 1e-3, which is as good as exact here: the directions are only chosen, not measured.
+    Squaring costs half the digits. float32 affords that only for narrow spectra, which a bfloat16 `matrix` promises.
     """
+    narrow = matrix.dtype == torch.bfloat16
     width = start.shape[1]
     basis = start.new_empty(matrix.shape[1], width * (depth + 1))
     images = start.new_empty(matrix.shape[0], width * (depth + 1))
@@ -152,29 +153,44 @@ def _best_directions(matrix: Tensor, start: Tensor, depth: int, rank: int) -> Te
         image = matrix @ basis[:, here].to(matrix.dtype)
         images[:, here] = image
         if level < depth:
-            block = (matrix.T @ image).float()
-    # Squaring costs half the digits: float32 is enough only for the narrow spectra that bfloat16 products are kept for.
-    wide = images if matrix.dtype == torch.bfloat16 else images.double()
+            block = (matrix.T @ (image if narrow else _orthonormal(image, image[:, :0]))).float()
+    wide = images if narrow else images.double()
     _, vectors = torch.linalg.eigh(wide.T @ wide)
     return basis @ vectors[:, -rank:].flip(1).float()
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR.
+    """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR in float64.
 
-    Where next to nothing is left of some column, Householder QR takes over and fills the block up.
+    Where little is left of some column, float32 has lost its digits, and a second round restores orthogonality; where
+    nothing is left, Householder QR fills the block up.
     """
-    before = block.norm(dim=0).max()
-    if basis.shape[1]:
-        block = torch.addmm(block, basis, basis.T @ block, alpha=-1)
-    wide = block.double()
-    factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
-    if not failed and factor.diagonal().min() > _WORST_PIVOT * before:
-        return torch.linalg.solve_triangular(factor.float().T, block, upper=True, left=False)
-    block = torch.linalg.qr(block / before.clamp(min=torch.finfo(torch.float32).tiny)).Q
-    for _ in range(2 if basis.shape[1] else 0):
-        block = torch.linalg.qr(torch.addmm(block, basis, basis.T @ block, alpha=-1)).Q
+    for _ in range(2):
+        before = block.norm(dim=0).max()
+        block = _without(block, basis)
+        wide = block.double()
+        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+        left = factor.diagonal().min()
+        if failed or left <= _NOTHING_LEFT * before:
+            return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
+        block = torch.linalg.solve_triangular(factor.float().T, block, upper=True, left=False)
+        if left > _MUCH_LEFT * before:
+            break
     return block
+
+
+def _householder(block: Tensor, basis: Tensor) -> Tensor:
+    """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
+    noise = torch.randn(block.shape, generator=torch.Generator().manual_seed(0)).to(block.device)
+    block = torch.linalg.qr(block + _NOTHING_LEFT * noise / math.sqrt(block.shape[0])).Q
+    for _ in range(2 if basis.shape[1] else 0):
+        block = torch.linalg.qr(_without(block, basis)).Q
+    return block
+
+
+def _without(block: Tensor, basis: Tensor) -> Tensor:
+    """`block` less its projection on the orthonormal `basis`."""
+    return torch.addmm(block, basis, basis.T @ block, alpha=-1) if basis.shape[1] else block
 
 
 def _project(residual: Tensor, directions: Tensor) -> LowRank:
