@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid, dequantize, quantize
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.loftq import BlockQuantizer, exact_step, fast_step, loftq, plain_start
@@ -125,3 +128,65 @@ def test_seed_decides_everything() -> None:
         for seed in (1, 1)
     ]
     assert torch.equal(runs[0].lora_a, runs[1].lora_a) and torch.equal(runs[0].quantized.codes, runs[1].quantized.codes)
+
+
+@pytest.mark.parametrize(("bits", "rank"), [(2, 16), (4, 64)])
+@pytest.mark.parametrize("model", ["minilm", "small_llama"])
+def test_fast_step_on_trained_matrices(model: str, rank: int, bits: int, request: pytest.FixtureRequest) -> None:
+    """Two blocks' worth of real matrices of every shape, at every step and at the one that is kept."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for file in request.getfixturevalue(model).glob("*.safetensors"):
+        weights |= load_file(file)
+    chosen = [name for name, w in weights.items() if w.ndim == 2 and ("layers.2." in name or "layer.3." in name)]
+    assert len(chosen) >= 6
+    for name in chosen:
+        w = weights[name].float()
+        quantizer = block_quantizer(grid(bits), "cpu")
+        exact = loftq(w, quantizer, iters=5, low_rank=exact_step(rank))
+        fast = loftq(w, quantizer, iters=5, low_rank=fast_step(rank, torch.Generator().manual_seed(0)))
+        assert fast.residual <= exact.residual * 1.001, name
+        assert all(a <= b * 1.001 for a, b in zip(fast.residuals, exact.residuals)), name
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+@pytest.mark.parametrize("shape", [(64, 256), (33, 100), (5, 70), (1, 1), (300, 48)])
+def test_compiled_quantizer_is_its_plain_twin(layout: str, shape: tuple[int, int]) -> None:
+    """Codes, scales and residuals bit for bit, for every codebook and dtype, ties and extremes among the values."""
+    torch.manual_seed(0)
+    target, w = torch.randn(shape), torch.randn(shape)
+    flat = target.view(-1)
+    specials = torch.tensor([0.0, -0.0, 1e-45, 1e-30, 65504.0, 1e30, 0.5, -0.5])[: flat.numel()]
+    flat[: len(specials)] = specials
+    for bits, data_type in itertools.product((2, 3, 4, 8), ("nf", "nf-sym", "uniform")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for block_size in (32, 64, 256):
+                kind = BlockGrid(codebook(data_type, bits), block_size, layout, dtype, dtype)
+                plain = BlockQuantizer(kind).quantize_residual(w, target)
+                fast = block_quantizer(kind, "cpu").quantize_residual(w, target)
+                assert torch.equal(fast.quantized.codes, plain.quantized.codes)
+                assert torch.equal(fast.quantized.absmax, plain.quantized.absmax)
+                assert torch.equal(fast.residual, plain.residual)
+                assert fast.residual_norm() == pytest.approx(plain.residual_norm(), rel=1e-6)
+
+
+def test_the_compiled_quantizer_is_the_one_that_runs() -> None:
+    assert type(block_quantizer(grid(2), "cpu")).__name__ == "CompiledQuantizer"
+
+
+def test_without_the_compiler_plain_torch_takes_over_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from loftq_cli import kernels
+
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in ("cpu", "numba_blocks"):
+        monkeypatch.delitem(sys.modules, f"loftq_cli.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
+    kernels._compiled_quantizer.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="plain torch takes over"):
+            assert isinstance(kernels.block_quantizer(grid(2), "cpu"), BlockQuantizer)
+    finally:
+        kernels._compiled_quantizer.cache_clear()

@@ -47,7 +47,7 @@ class CompiledQuantizer:
         self, weight: Tensor, target: Tensor, residual: Tensor, half: Tensor | None, *, corrects: bool
     ) -> QuantizeStep:
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        absmax = torch.empty(self.grid.n_blocks(*weight.shape))
+        absmax = torch.empty(self.grid.n_blocks(*weight.shape), dtype=torch.float32)
         sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
         arrays = [tensor.view(-1).numpy() for tensor in (weight, target, codes, absmax, residual)]
         bits = np.empty(0, np.uint16) if half is None else half.view(torch.uint16).view(-1).numpy()
@@ -67,7 +67,7 @@ def _outputs(weight: Tensor, scratch: QuantizeStep | None) -> tuple[Tensor, Tens
     if scratch is not None and scratch.residual.shape == weight.shape:
         return scratch.residual, scratch.half
     half = torch.empty(weight.shape, dtype=torch.bfloat16) if half_is_faster(weight) else None
-    return torch.empty(weight.shape), half
+    return torch.empty(weight.shape, dtype=torch.float32), half
 
 
 def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
