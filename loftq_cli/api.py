@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe import Recipe, make_recipe
+from loftq_cli.recipe import Recipe, make_recipe, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,8 @@ def quantize(
     output: str | Path | None = None,
     config: str | Path | None = None,
     device: str = "auto",
+    max_memory: str | int | None = None,
+    stream: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
     **recipe: Any,
@@ -29,16 +31,19 @@ def quantize(
     """Convert a checkpoint to a quantized backbone and a LoRA adapter.
 
     Args:
-        model: directory of a Hugging Face checkpoint; may come from `config`.
+        model: directory of a checkpoint (safetensors, pytorch_model.bin or Meta's), or a model on the Hub as `org/name`
+            or `org/name@revision`; may come from `config`.
         output: directory to write; by default named after the model, in the working directory.
         config: a YAML recipe; arguments given here win over it.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        max_memory: resident memory to stay below, such as `"2GB"`; by default what the largest matrix takes, twice.
+        stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
         reporter: hears of progress; silent by default.
-        **recipe: the fields of `Recipe` with the command line's names and defaults: bits=4, rank=16, iters=5,
-            method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
+        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
+            iters=5, method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
             embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
-            max_shard_size="5GB".
+            max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -47,18 +52,22 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
-    from loftq_cli.checkpoint import open_checkpoint
+    from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
 
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
     chosen = choose_device(device)
-    checkpoint = open_checkpoint(asked.model)
-    try:
-        made = _plan(asked, checkpoint, output)
-        return run_plan(made, checkpoint, device=chosen, reporter=reporter or Reporter(), overwrite=overwrite)
-    finally:
-        checkpoint.close()
+    with open_source(asked, stream=stream) as (checkpoint, resolved):
+        made = _plan(resolved, checkpoint, output)
+        return run_plan(
+            made,
+            checkpoint,
+            device=chosen,
+            reporter=reporter or Reporter(),
+            overwrite=overwrite,
+            max_memory=None if max_memory is None else parse_size(max_memory),
+        )
 
 
 def plan(
@@ -66,21 +75,20 @@ def plan(
     *,
     output: str | Path | None = None,
     config: str | Path | None = None,
+    stream: bool = False,
     **recipe: Any,
 ) -> Plan:
-    """What `quantize` with the same arguments would do; reads headers, no weights.
+    """What `quantize` with the same arguments would do; reads headers, no weights. Of a model on the Hub only headers
+    are fetched, with or without `stream`, unless its weights are pickles.
 
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
     """
-    from loftq_cli.checkpoint import open_checkpoint
+    from loftq_cli.checkpoint import open_source
 
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
-    checkpoint = open_checkpoint(asked.model)
-    try:
-        return _plan(asked, checkpoint, output)
-    finally:
-        checkpoint.close()
+    with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
+        return _plan(resolved, checkpoint, output)
 
 
 def choose_device(name: str) -> torch.device:

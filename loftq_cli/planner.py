@@ -15,7 +15,9 @@ import torch
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
-from loftq_cli.checkpoint import Checkpoint, TensorInfo
+from loftq_cli.checkpoint import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint.base import fingerprint
+from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
@@ -25,6 +27,7 @@ from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.select import Decision, decide, unused_filters
 
 INDEX = "model.safetensors.index.json"
+_PACKED = (".qweight", ".weight_packed", ".SCB", ".absmax", ".W_q")  # names that only quantized weights have
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,6 @@ class Unit:
     @property
     def backbone_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.backbone)
-
-
-@dataclass(frozen=True)
-class SideFile:
-    """A file copied unchanged from the source's directory."""
-
-    name: str
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     """
     _refuse_quantized(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    modules = map_modules(checkpoint.config, shapes)
+    modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
@@ -146,27 +141,40 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
     if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
-    fingerprint = recipe.fingerprint(f"{version} {checkpoint.fingerprint}")
-    files, weight_index = _lay_out_files(units, recipe, fingerprint)
+    identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
+    files, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
-    side_files = tuple(
-        SideFile(path.as_posix(), (checkpoint.path / path).stat().st_size) for path in checkpoint.side_files()
-    )
-    return Plan(
-        recipe, checkpoint.path, output, fingerprint, modules, dtype, units, files, texts, side_files, tuple(notes)
-    )
+    side = checkpoint.side_files()
+    return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("quantization_config")
-    if config is None:
+    quantization = quantization_of(checkpoint.config)
+    if quantization is None and not any(name.endswith(_PACKED) for name in checkpoint.tensors):
         return
-    method = config.get("quant_method", "some method") if isinstance(config, dict) else "some method"
+    method = (quantization or {}).get("quant_method", "some method")
     name = checkpoint.config.get("_name_or_path")
     where = f", perhaps {name}" if name and Path(str(name)) != checkpoint.path else ""
     raise LoftqError(
         f"{checkpoint.path} is already quantized ({method}): give the full-precision model it was made from{where}."
     )
+
+
+def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
+    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out."""
+    first: dict[object, str] = {}
+    for name, info in checkpoint.tensors.items():
+        first.setdefault((info.file, info.start, info.shape, info.dtype) if info.nbytes else name, name)
+    unique = set(first.values())
+    tied = {role.tensor for role in modules.roles if (role.keep or "").startswith("tied to ")}
+    roles = tuple(role for role in modules.roles if role.tensor in unique or role.tensor not in tied)
+    return dataclasses.replace(modules, roles=roles)
+
+
+def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
+    """The checkpoint's own, or that of the same model without the repeats."""
+    used = {role.tensor: checkpoint.tensors[role.tensor] for role in modules.roles}
+    return checkpoint.fingerprint if len(used) == len(checkpoint.tensors) else fingerprint(checkpoint.config, used)
 
 
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:

@@ -23,6 +23,7 @@ EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
+META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -81,9 +82,13 @@ def parse_size(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`."""
+    """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
+
+    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory.
+    """
 
     model: str
+    revision: str | None = None
     bits: int = 4
     rank: int = 16
     iters: int = 5
@@ -102,6 +107,7 @@ class Recipe:
     dtype: str = "auto"
     seed: int = 0
     max_shard_size: str = "5GB"
+    meta_version: str = "auto"
     rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +117,7 @@ class Recipe:
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
@@ -130,7 +137,7 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model`, a mere path, does not count."""
+        """One hash of the recipe and the source's own fingerprint; `model`, a mere path or name, does not count."""
         values = {name: value for name, value in self.as_dict().items() if name != "model"}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
@@ -156,7 +163,7 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
             raise UsageError(f"a recipe has no field '{name}': {hint}")
     if not values.get("model"):
-        raise UsageError("no model was given: name a checkpoint's directory.")
+        raise UsageError("no model was given: name a checkpoint's directory, or a model on the Hub as org/name.")
     values["model"] = str(values["model"])
     return Recipe(**values)
 
@@ -198,6 +205,7 @@ def _check(recipe: Recipe) -> None:
         "lm_head": LM_HEADS,
         "dtype": DTYPE_CHOICES,
         "svd": SVDS,
+        "meta_version": META_VERSIONS,
     }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
@@ -214,5 +222,7 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(
             f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
         )
+    if recipe.revision is not None and (not isinstance(recipe.revision, str) or not recipe.revision):
+        raise UsageError(f"--revision cannot be {recipe.revision!r}: give a branch, a tag or a commit, as a string.")
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")

@@ -95,10 +95,14 @@ def _what(manifest: Manifest) -> str:
         else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
         f"is {manifest.scaling:g}; do not change `lora_alpha`."
     )
-    return (
-        f"A {widths}-bit backbone (`{manifest.format}`) of {manifest.architecture or 'a checkpoint'}{adapter}, made by "
-        f"loftq. {start}"
-    )
+    return f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+
+
+def _source(manifest: Manifest) -> str:
+    model = manifest.architecture or "a checkpoint"
+    if manifest.source_revision is None:
+        return model
+    return f"{manifest.source} ({model}, commit `{manifest.source_revision}`)"
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
@@ -129,13 +133,18 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
     lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
     if manifest.format == "bnb":
         lines.append("- bitsandbytes")
-    base = hub_id(plan.source)
+    base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
     if base:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
     licence = _licence(plan.source)
     if licence:
         lines.append(f"license: {licence}")
     return "---\n" + "\n".join(lines) + "\n---"
+
+
+def source_name(plan: Plan) -> str:
+    """What MODEL was: the id on the Hub, or the directory."""
+    return plan.recipe.model if plan.recipe.revision else str(plan.source)
 
 
 def hub_id(source: Path) -> str | None:
@@ -169,7 +178,7 @@ def _worst(manifest: Manifest) -> str:
 
 def _command(plan: Plan) -> str:
     """The command with every flag that is not at its default."""
-    words = ["loftq", "quantize", str(plan.source), "-o", str(plan.output)]
+    words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
     defaults = recipe_fields()
     for name, value in plan.recipe.as_dict().items():
         if name == "model" or value == defaults[name] or value in ([], None):

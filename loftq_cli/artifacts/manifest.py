@@ -87,13 +87,18 @@ class Totals:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole record of one conversion."""
+    """The whole record of one conversion.
+
+    Attributes:
+        source, source_revision: the id of a model on the Hub and its commit; or a directory and None.
+    """
 
     manifest_version: int
     versions: Mapping[str, str]
     fingerprint: str
     output: str
     source: str
+    source_revision: str | None
     source_fingerprint: str
     architecture: str | None
     model_type: str | None

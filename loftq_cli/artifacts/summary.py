@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_cli.artifacts.card import render_card
+from loftq_cli.artifacts.card import render_card, source_name
 from loftq_cli.artifacts.manifest import (
     MANIFEST_VERSION,
     FileRecord,
@@ -139,7 +139,8 @@ def _manifest(
         versions=versions(),
         fingerprint=plan.fingerprint,
         output=str(plan.output),
-        source=str(plan.source),
+        source=source_name(plan),
+        source_revision=plan.recipe.revision,
         source_fingerprint=source_fingerprint,
         architecture=plan.modules.architecture,
         model_type=plan.modules.model_type,

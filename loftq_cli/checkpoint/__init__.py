@@ -2,31 +2,102 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.base import Checkpoint, TensorInfo
-from loftq_cli.checkpoint.safetensors import open_safetensors
-from loftq_cli.errors import LoftqError
+from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint.hub import open_hub, parse_model
+from loftq_cli.checkpoint.meta import MetaCheckpoint, find_meta, open_meta
+from loftq_cli.checkpoint.pickled import has_pickles, open_pickled
+from loftq_cli.checkpoint.safetensors import has_safetensors, open_safetensors
+from loftq_cli.checkpoint.scaled import with_scales
+from loftq_cli.errors import LoftqError, UsageError
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+if TYPE_CHECKING:
+    from loftq_cli.recipe import Recipe
+
+__all__ = ["Checkpoint", "SideFile", "TensorInfo", "open_checkpoint", "open_source"]
+
+_FOREIGN = ("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.ckpt*", "*.npz", "*.pth", "*.pt", "*.bin")
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+@contextmanager
+def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -> Iterator[tuple[Checkpoint, Recipe]]:
+    """The checkpoint a recipe names, a directory or a model on the Hub, and the recipe with the Hub's commit in it.
+
+    Args:
+        stream: read a model on the Hub by range requests and keep no copy.
+        weights: whether weights will be read; a model on the Hub is not downloaded for its headers.
+
+    Raises:
+        UsageError: a revision or `stream` is given for a directory.
+        LoftqError: there is no such checkpoint, or it cannot be read.
+    """
+    source = parse_model(recipe.model, recipe.revision)
+    if isinstance(source, Path):
+        if stream and source.exists():
+            raise UsageError(f"--stream is for a model on the Hub, but {recipe.model} is here on the disk: drop it.")
+        checkpoint = open_checkpoint(source, recipe.meta_version)
+    else:
+        checkpoint, commit = open_hub(
+            source, lambda path: open_checkpoint(path, recipe.meta_version), stream=stream, weights=weights
+        )
+        if not isinstance(checkpoint, MetaCheckpoint):
+            _refuse_meta_version(recipe.model, recipe.meta_version)
+        recipe = dataclasses.replace(recipe, model=commit.repo, revision=commit.revision)
+    try:
+        yield checkpoint, recipe
+    finally:
+        checkpoint.close()
+
+
+def open_checkpoint(model: str | Path, meta_version: str = "auto") -> Checkpoint:
     """Open the checkpoint in a directory without reading a weight.
+
+    Where a directory holds several, safetensors win over pickles, and both over Meta's files. FP8 and MXFP4 weights
+    are shown as the bfloat16 weights they stand for.
+
+    Args:
+        meta_version: which Llama Meta's files are; "auto" infers it.
 
     Raises:
         LoftqError: there is no such directory, it holds no checkpoint, or its headers are damaged.
+        UsageError: a version is given for something that is not Meta's.
     """
     path = Path(model).expanduser()
     if not path.exists():
-        hint = f"run `hf download {model}` first and give the directory it prints"
-        known = "give the path of a downloaded checkpoint"
-        raise LoftqError(f"there is no directory {path}: {hint if _like_a_hub_id(str(model)) else known}.")
+        raise LoftqError(
+            f"there is no directory {path}: give the path of a checkpoint, or org/name for a model on the Hub."
+        )
     if not path.is_dir():
         raise LoftqError(f"{path} is a file: give the directory that holds it and its config.json.")
-    return open_safetensors(path.resolve())
+    try:
+        return with_scales(_open(path.resolve(), meta_version))
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the files and their permissions.") from error
 
 
-def _like_a_hub_id(model: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.startswith(".")
+def _open(path: Path, meta_version: str) -> Checkpoint:
+    plain = has_safetensors(path) or has_pickles(path)
+    meta = find_meta(path)
+    if meta is not None and (not plain or not (path / "config.json").is_file()):
+        return open_meta(path, meta, meta_version)
+    _refuse_meta_version(path, meta_version)
+    if has_safetensors(path):
+        return open_safetensors(path)
+    if has_pickles(path):
+        return open_pickled(path)
+    foreign = sorted(found.name for pattern in _FOREIGN for found in path.glob(pattern))
+    holds = f" but {foreign[0]}, which loftq does not read" if foreign else ""
+    raise LoftqError(
+        f"{path} holds no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{holds}: give "
+        "the directory of a downloaded checkpoint."
+    )
+
+
+def _refuse_meta_version(model: str | Path, meta_version: str) -> None:
+    if meta_version != "auto":
+        raise UsageError(f"--meta-version is for Meta's consolidated.*.pth, which {model} does not hold: leave it out.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,13 +30,19 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 on; the scales of some FP8 checkpoints
+    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 QUANTIZABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from `start` in `file` (a name inside the checkpoint's directory)."""
+    """Where one tensor lies: `nbytes` bytes from `start` in `file` (a name inside the checkpoint's directory).
+
+    Tensors of one file with the same `start` are views of the same memory (ties in a pickle). A tensor that is computed
+    while it is read has the dtype and shape of the result.
+    """
 
     name: str
     dtype: torch.dtype
@@ -47,9 +55,25 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class SideFile:
+    """A file that travels with the model: `nbytes` is known at once, the content is fetched or made by `read`."""
+
+    name: str
+    nbytes: int
+    read: Callable[[], bytes]
+
+
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """One hash of what a plan is made from. How tensors are spread over files and in which container does not count,
+    so that the same model gives the same output from every kind of source."""
+    entries = sorted((name, SAFETENSORS_NAMES[info.dtype], list(info.shape)) for name, info in tensors.items())
+    return hashlib.sha256(json.dumps([config, entries], sort_keys=True).encode()).hexdigest()
+
+
 class Checkpoint(Protocol):
     """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
-    any header or size."""
+    any name, dtype, shape or config field."""
 
     @property
     def path(self) -> Path: ...
@@ -64,10 +88,10 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str: ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is on disk, in memory of its own on the CPU."""
+        """One tensor as `tensors` describes it, in memory of its own on the CPU."""
 
-    def side_files(self) -> tuple[Path, ...]:
-        """Tokenizer, generation config, licence …: what is copied unchanged, relative to `path`."""
+    def side_files(self) -> tuple[SideFile, ...]:
+        """Tokenizer, generation config, licence …: what stands beside the weights, copied or made."""
 
     def close(self) -> None:
         """Give the memory maps back."""

@@ -6,23 +6,24 @@ offsets count from the end of the header, in order and without gaps (safetensors
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.base import TORCH_DTYPES, TensorInfo
+from loftq_cli.checkpoint.base import TORCH_DTYPES, SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.local import CONFIG_HINT, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARDS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SafetensorsCheckpoint:
         mapped.madvise(mmap.MADV_DONTNEED, first, info.start + info.nbytes - first)
         return tensor
 
-    def side_files(self) -> tuple[Path, ...]:
+    def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
 
     def close(self) -> None:
@@ -63,62 +64,60 @@ class SafetensorsCheckpoint:
         return self._maps[file]
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether there is something for `open_safetensors`."""
+    return (directory / INDEX).exists() or bool(find_files(directory, SINGLE, SHARDS))
+
+
 def open_safetensors(directory: Path) -> SafetensorsCheckpoint:
     """Read config.json, the index and every shard's header; no weight.
 
     Raises:
         LoftqError: a file is missing, or headers, index and sizes contradict each other.
     """
-    config = _read_json(directory / "config.json", "a Hugging Face checkpoint has one beside its weights")
+    config = read_json(directory / "config.json", CONFIG_HINT)
     files, index = _find_files(directory)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        header, raw = _read_header(directory / file)
-        digest.update(file.encode() + raw + str((directory / file).stat().st_size).encode())
-        for info in header:
-            if index is not None and index.get(info.name) not in (None, file):
-                continue
-            if info.name in tensors:
-                raise LoftqError(f"tensor {info.name} is in both {tensors[info.name].file} and {file}: remove one.")
-            tensors[info.name] = info
-    for name, file in (index or {}).items():
-        if name not in tensors:
-            raise LoftqError(f"{directory / _INDEX} says {name} is in {file}, which does not hold it: download again.")
-    return SafetensorsCheckpoint(directory, tensors, config, digest.hexdigest())
+    infos = (info for file in files for info in _read_header(directory / file))
+    tensors = collect(directory / INDEX, index, infos)
+    return SafetensorsCheckpoint(directory, tensors, config, fingerprint(config, tensors))
 
 
 def _find_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """The shards in order, and the index's tensor → shard map where there is one."""
-    if (directory / _INDEX).exists():
-        index = _read_json(directory / _INDEX, "").get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-            raise LoftqError(f"{directory / _INDEX} has no weight_map of names to files: download it again.")
-        files = sorted(set(index.values()))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise LoftqError(f"{directory / _INDEX} names {file!r}, which is no shard of this directory.")
-            if not (directory / file).is_file():
-                raise LoftqError(f"shard {file} of {directory} is missing: finish the download and try again.")
-        return files, index
-    if (directory / _SINGLE).is_file():
-        return [_SINGLE], None
-    files = sorted(
-        p.name for p in directory.glob("*.safetensors") if not p.name.startswith(("adapter", "consolidated"))
-    )
+    if (directory / INDEX).exists():
+        index = read_index(directory / INDEX, ".safetensors")
+        return sorted(set(index.values())), index
+    files = find_files(directory, SINGLE, SHARDS)
     if not files:
         raise LoftqError(f"{directory} holds no *.safetensors weights: give a directory with a safetensors checkpoint.")
     return files, None
 
 
-def _read_header(path: Path) -> tuple[list[TensorInfo], bytes]:
-    """The tensors of one file in the order of their bytes, and the raw header."""
+def _read_header(path: Path) -> list[TensorInfo]:
     size = path.stat().st_size
     with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise LoftqError(f"{path} is no complete safetensors file: download it again.")
-        raw = handle.read(length)
+        return parse_header(path, handle.read(header_length(path, handle.read(8), size)), size)
+
+
+def header_length(path: PurePath, start: bytes, size: int) -> int:
+    """The length of the JSON header that follows the first 8 bytes of a file of `size` bytes.
+
+    Raises:
+        LoftqError: the file cannot hold such a header.
+    """
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
+        raise LoftqError(f"{path} is no complete safetensors file: download it again.")
+    return length
+
+
+def parse_header(path: PurePath, raw: bytes, size: int) -> list[TensorInfo]:
+    """The tensors of one file in the order of their bytes; `path` is for messages and the file's name.
+
+    Raises:
+        LoftqError: the header is damaged or contradicts the file's size.
+    """
+    length = len(raw)
     try:
         header = json.loads(raw)
         tensors = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name[:2] != "__"]
@@ -132,10 +131,10 @@ def _read_header(path: Path) -> tuple[list[TensorInfo], bytes]:
         position += info.nbytes
     if position != size:
         raise LoftqError(f"{path} is {size} bytes long but its header tells {position}: download it again.")
-    return tensors, raw
+    return tensors
 
 
-def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
+def _tensor_info(path: PurePath, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
     if entry["dtype"] not in TORCH_DTYPES:
         raise LoftqError(f"tensor {name} in {path} has the unknown type {entry['dtype']!r}: convert it to BF16 first.")
     shape = tuple(entry["shape"])
@@ -146,15 +145,3 @@ def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> 
     if end - start != info.nbytes:
         raise ValueError(f"{name} has {end - start} bytes for shape {list(shape)}")
     return info
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise LoftqError(f"{path} is missing: {hint}.") from None
-    except (ValueError, RecursionError) as error:
-        raise LoftqError(f"{path} is no valid JSON ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise LoftqError(f"{path} is no JSON object: download it again.")
-    return content

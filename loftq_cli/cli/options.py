@@ -46,7 +46,10 @@ def _with_default(help: str, shown: str) -> str:
 
 Model = Annotated[
     Optional[str],
-    typer.Argument(metavar="MODEL", help="Directory of a Hugging Face checkpoint (safetensors and config.json)."),
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's.",
+    ),
 ]
 Output = Annotated[
     Optional[Path],
@@ -61,6 +64,18 @@ Output = Annotated[
 Config = Annotated[
     Optional[Path],
     typer.Option("--config", help="YAML recipe; flags win over it.", rich_help_panel=_WHAT, show_default=False),
+]
+Revision = Annotated[
+    Optional[str],
+    _option("revision", "--revision", "Branch, tag or commit of a model on the Hub.", _WHAT, show="main"),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read a model on the Hub piece by piece and keep no copy of its weights.",
+        rich_help_panel=_WHAT,
+    ),
 ]
 Include = Annotated[
     Optional[list[str]],
@@ -94,6 +109,16 @@ Embeddings = Annotated[
 LmHead = Annotated[
     Optional[str],
     _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
+]
+MetaVersion = Annotated[
+    Optional[str],
+    _option(
+        "meta_version",
+        "--meta-version",
+        "Which Llama Meta's consolidated.*.pth are, where params.json leaves it open.",
+        _WHAT,
+        choices=r.META_VERSIONS,
+    ),
 ]
 Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, choices=r.BITS)]
 DataTypeOption = Annotated[
@@ -177,6 +202,16 @@ Device = Annotated[
         help="Where to compute: auto is the GPU if there is one.",
         rich_help_panel=_RUN,
         metavar="auto|cpu|cuda|cuda:N",
+    ),
+]
+MaxMemory = Annotated[
+    Optional[str],
+    typer.Option(
+        "--max-memory",
+        help="Memory to stay below: nothing is read ahead where that would not fit.",
+        rich_help_panel=_RUN,
+        metavar="SIZE",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=_SHOW)]

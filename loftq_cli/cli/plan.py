@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, print_json, results, warn
+from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +21,14 @@ def plan_command(
     model: o.Model = None,
     output: o.Output = None,
     config: o.Config = None,
+    revision: o.Revision = None,
+    stream: o.Stream = False,
     include: o.Include = None,
     exclude: o.Exclude = None,
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
     block_size: o.BlockSize = None,
@@ -38,28 +42,33 @@ def plan_command(
     svd: o.Svd = None,
     seed: o.Seed = None,
     max_shard_size: o.MaxShardSize = None,
+    device: o.Device = "auto",
     json: o.Json = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Show what `quantize` with the same flags would do, without reading a weight.
 
-    Matrices, bits and ranks, what is left alone and why, and every output file's exact size.
+    Matrices, bits and ranks, what is left alone and why, every output file's exact size, and the time and memory it
+    will take on this machine (from a short trial, remembered).
 
     Example: loftq plan path/to/Llama-2-13b --bits 2 --rank 64
     """
     recipe = o.recipe_values(locals())
     with guarded(debug):
-        from loftq_cli.api import plan
+        from loftq_cli.api import choose_device, plan
         from loftq_cli.artifacts.summary import text_sizes
+        from loftq_cli.engine.estimate import estimate
 
+        calm_hub(silent=json)
         recipe.pop("model")
-        made = plan(model, output=output, config=config, **recipe)
-        sizes = text_sizes(made)
+        made = plan(model, output=output, config=config, stream=stream, **recipe)
+        sizes, cost = text_sizes(made), estimate(made, choose_device(device))
         if json:
-            print_json(plan_values(made, sizes))
+            print_json(plan_values(made, sizes) | {"estimate": dataclasses.asdict(cost)})
         else:
             _print_plan(made, sizes, verbose)
+            results().print(f"about {duration(cost.seconds)} and {gigabytes(cost.peak_memory_bytes)} of memory here")
 
 
 def output_sizes(plan: Plan, sizes: TextSizes) -> dict[str, int]:

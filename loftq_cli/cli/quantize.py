@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
+from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest
@@ -16,11 +16,14 @@ def quantize_command(
     model: o.Model = None,
     output: o.Output = None,
     config: o.Config = None,
+    revision: o.Revision = None,
+    stream: o.Stream = False,
     include: o.Include = None,
     exclude: o.Exclude = None,
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
     block_size: o.BlockSize = None,
@@ -36,6 +39,7 @@ def quantize_command(
     max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = False,
     device: o.Device = "auto",
+    max_memory: o.MaxMemory = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -53,10 +57,19 @@ def quantize_command(
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
 
+        calm_hub(silent=quiet or json)
         reporter = choose_reporter(silent=quiet or json, verbose=verbose)
         recipe.pop("model")
         manifest = quantize(
-            model, output=output, config=config, device=device, overwrite=overwrite, reporter=reporter, **recipe
+            model,
+            output=output,
+            config=config,
+            device=device,
+            max_memory=max_memory,
+            stream=stream,
+            overwrite=overwrite,
+            reporter=reporter,
+            **recipe,
         )
         if json:
             print_json(summary(manifest))

@@ -64,6 +64,17 @@ def guarded(debug: bool, resumable: str | None = None) -> Iterator[None]:
         _fail(f"unexpected {' '.join(what.split())}; run it again with --debug for the traceback.", ExitCode.FAILED)
 
 
+def calm_hub(*, silent: bool) -> None:
+    """Keep huggingface_hub from printing what the commands say themselves in one sentence; its bars are for people at a
+    terminal."""
+    from huggingface_hub import logging
+    from huggingface_hub.utils import disable_progress_bars
+
+    logging.set_verbosity_error()
+    if silent or not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def gigabytes(size: float) -> str:
     """`26.03 GB`, `91.4 MB`, `812 kB`: three digits that matter, decimal units as on a disk's label."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -43,11 +43,7 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    weight = tensor.to(device).float()
-    if unit.kind == "conv1d":
-        weight = weight.T.contiguous()
-    _check_finite(unit, weight)
-    result = _quantize(unit, weight, recipe, generator)
+    result = _quantize(unit, tensor, recipe, device, generator)
     encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
@@ -64,8 +60,15 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     return Converted(backbone, adapter, record)
 
 
-def _quantize(unit: Unit, weight: Tensor, recipe: Recipe, generator: torch.Generator) -> LoftQResult:
+def _quantize(
+    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, generator: torch.Generator
+) -> LoftQResult:
+    """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
+    weight = tensor.to(device).float()
+    if unit.kind == "conv1d":
+        weight = weight.T.contiguous()
+    _check_finite(unit, weight)
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or rank == 0:

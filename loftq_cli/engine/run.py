@@ -18,6 +18,7 @@ from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, ren
 from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
+from loftq_cli.engine.estimate import may_read_ahead
 from loftq_cli.engine.journal import Entry, hash_tensors
 from loftq_cli.engine.output import (
     claim,
@@ -44,19 +45,30 @@ class Run:
     device: torch.device
     reporter: Reporter
     started: float
+    read_ahead: bool
 
 
 def run_plan(
-    plan: Plan, checkpoint: Checkpoint, *, device: torch.device, reporter: Reporter, overwrite: bool = False
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+    overwrite: bool = False,
+    max_memory: int | None = None,
 ) -> Manifest:
     """Carry out `plan` and give the manifest of the finished directory. Goes on where an earlier run stopped.
+
+    Args:
+        max_memory: resident bytes to stay below; None lets the next tensor be read ahead whatever it takes.
 
     Raises:
         UsageError: the output directory is not ours to write.
         LoftqError: a weight cannot be converted, or the disk is full (exit code 4: the same command goes on).
     """
+    read_ahead = may_read_ahead(plan, device, max_memory)
     claim(plan, overwrite)
-    run = Run(plan, checkpoint, device, reporter, time.perf_counter())
+    run = Run(plan, checkpoint, device, reporter, time.perf_counter(), read_ahead)
     try:
         records = _convert_all(run)
         return _finish(run, records)
@@ -91,7 +103,7 @@ def _convert_all(run: Run) -> dict[str, MatrixRecord]:
 
         with ThreadPoolExecutor(max_workers=1) as writing:
             pending: Future[None] | None = None
-            for unit, tensor in _read_ahead(run.checkpoint, todo):
+            for unit, tensor in (_read_ahead if run.read_ahead else _read)(run.checkpoint, todo):
                 run.reporter.working(unit)
                 converted = _convert(unit, tensor, run)
                 if converted.record is not None:
@@ -115,6 +127,12 @@ def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
             "same command with --device cpu; finished matrices are kept.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
+
+
+def _read(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
+    """Units with their tensors, one after the other."""
+    for unit in units:
+        yield unit, checkpoint.read(unit.tensor)
 
 
 def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
@@ -148,7 +166,7 @@ def _finish(run: Run, records: dict[str, MatrixRecord]) -> Manifest:
     for name, content in plan.texts.items():
         write_file(output, name, content)
     for side in plan.side_files:
-        write_file(output, side.name, (plan.source / side.name).read_bytes())
+        write_file(output, side.name, side.read())
     names = [*(file.name for file in plan.files), *plan.texts, *(side.name for side in plan.side_files)]
     files: dict[str, FileRecord] = {name: hash_file(locate(output, name)) for name in names}
     sizes = text_sizes(plan)

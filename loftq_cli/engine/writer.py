@@ -11,6 +11,9 @@ from torch import Tensor
 
 from loftq_cli.files import TensorFile
 
+# macOS has no fdatasync.
+_flush = getattr(os, "fdatasync", os.fsync)
+
 
 class ShardWriter:
     """Preallocated safetensors files; `place` says where a file of the plan lies.
@@ -46,7 +49,7 @@ class ShardWriter:
             _write_all(self._handles[file.name], tensor_bytes(tensor), file.starts[name])
             touched.add(file.name)
         for name in touched:
-            os.fdatasync(self._handles[name])
+            _flush(self._handles[name])
 
     def read(self, name: str) -> bytes:
         """The bytes that stand at a tensor's place."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loftq_cli.errors import LoftqError
 
 _REFUSAL = (
-    "this layer's weight is packed codes, which nothing can be added to: call `model.dequantize()` first and merge then."
+    "this layer's weight is packed codes, which nothing can be added to: call `model.dequantize()` first, then merge."
 )
 _REFUSED = (
     "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__",

@@ -1,0 +1,97 @@
+"""What every source in a directory needs: JSON files and the indexes of sharded weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+
+from loftq_cli.checkpoint.base import TensorInfo
+from loftq_cli.errors import LoftqError
+
+CONFIG_HINT = "a Hugging Face checkpoint has one beside its weights"
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON object; `hint` tells what the file is where it is missing.
+
+    Raises:
+        LoftqError: no such file, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LoftqError(f"{path} is missing: {hint}.") from None
+    except (ValueError, RecursionError) as error:
+        raise LoftqError(f"{path} is no valid JSON ({error}): download it again.") from error
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
+    if not isinstance(content, dict):
+        raise LoftqError(f"{path} is no JSON object: download it again.")
+    return content
+
+
+def read_index(path: Path, suffix: str, present: Collection[str] | None = None) -> dict[str, str]:
+    """The tensor → shard map of `*.index.json`; every shard is a file beside it that ends in `suffix`.
+
+    Args:
+        present: the files there are, where the shards are not beside the index but on the Hub.
+
+    Raises:
+        LoftqError: it is damaged, points elsewhere, or names a shard that is missing.
+    """
+    index = read_json(path, "it names the shards").get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise LoftqError(f"{path} has no weight_map of names to files: download it again.")
+    for file in sorted(set(index.values())):
+        if Path(file).name != file or not file.endswith(suffix):
+            raise LoftqError(f"{path} names {file!r}, which is no shard of this directory.")
+        if not ((path.parent / file).is_file() if present is None else file in present):
+            raise LoftqError(f"shard {file} of {path.parent} is missing: finish the download and try again.")
+    return index
+
+
+def find_files(directory: Path, single: str, pattern: str) -> list[str]:
+    """The weights where there is no index: the single file, else everything like `pattern`; adapters and Meta's
+    files are somebody else's.
+
+    Raises:
+        LoftqError: `…-of-00003` says that files are missing.
+    """
+    return pick_files(directory, [path.name for path in directory.iterdir() if path.is_file()], single, pattern)
+
+
+def pick_files(where: PurePath, names: Iterable[str], single: str, pattern: str) -> list[str]:
+    """`find_files` for the names of a folder that `where` tells in messages."""
+    names = sorted(names)
+    if single in names:  # which need not be like `pattern`
+        return [single]
+    files = [name for name in names if fnmatchcase(name, pattern) and not name.startswith(("adapter", "consolidated"))]
+    numbered = [match for file in files if (match := re.search(r"-of-0*(\d+)\.", file))]
+    if numbered and len(numbered) < int(numbered[0][1]):
+        raise LoftqError(
+            f"{where} holds {len(numbered)} of {numbered[0][1]} shards: finish the download and try again."
+        )
+    return files
+
+
+def collect(index_path: Path, index: Mapping[str, str] | None, found: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+    """All tensors of all files by name; where there is an index, it decides which of two copies counts.
+
+    Raises:
+        LoftqError: a tensor is there twice, or not where the index says.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for info in found:
+        if index is not None and index.get(info.name) not in (None, info.file):
+            continue
+        if info.name in tensors:
+            raise LoftqError(f"tensor {info.name} is in both {tensors[info.name].file} and {info.file}: remove one.")
+        tensors[info.name] = info
+    for name, file in (index or {}).items():
+        if name not in tensors:
+            raise LoftqError(f"{index_path} says {name} is in {file}, which does not hold it: download again.")
+    return tensors

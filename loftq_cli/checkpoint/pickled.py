@@ -1,0 +1,220 @@
+"""`pytorch_model.bin`, single or sharded: what `torch.save` writes, read without running anything in it.
+
+`torch.load(weights_only=True)` refuses every call that does not rebuild a tensor. Zip files (torch 1.6 on) are mapped:
+only what is copied out is read. Older files cannot be mapped and stand in memory whole, one at a time.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq_cli.checkpoint.base import SAFETENSORS_NAMES, SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.local import CONFIG_HINT, collect, find_files, read_index, read_json
+from loftq_cli.checkpoint.side_files import find_side_files
+from loftq_cli.errors import LoftqError
+
+INDEX = "pytorch_model.bin.index.json"
+SINGLE = "pytorch_model.bin"
+SHARDS = "pytorch_model-*.bin"
+_NESTED = ("state_dict", "model", "module")
+_RESIDENT = 256 << 20
+_REPEATED = 64 << 20  # a view may repeat its elements; a hostile one could do so without end
+
+
+@dataclass(frozen=True)
+class PickleReader:
+    """Tensors of pickled files, in bounded memory.
+
+    Attributes:
+        resident: bytes of one file that may be read before its map is given back and made anew (a few milliseconds):
+            pages of a map count as this process's memory until then.
+        unmapped: how many files of the old kind may stand in memory at once.
+    """
+
+    directory: Path
+    resident: int = _RESIDENT
+    unmapped: int = 1
+    _states: dict[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _touched: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def infos(self, file: str) -> list[TensorInfo]:
+        """The tensors of one file, in the order in which safetensors would store them; second views of a tensor last.
+
+        Raises:
+            LoftqError: the file is damaged, wants to run code, or holds tensors of an unknown kind.
+        """
+        state = self._state(file)
+        first = min((tensor.data_ptr() for tensor in state.values() if tensor.numel()), default=0)
+        found = [_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())]
+        if is_mapped(self.directory / file):
+            self.forget(file)
+        seen: set[object] = set()
+        again = set()
+        for info in found:
+            place = (info.start, info.shape, info.dtype)
+            again |= {info.name} if place in seen else set()
+            seen.add(place)
+        return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
+
+    def copy(self, file: str, name: str, target: Tensor) -> None:
+        """Copy one tensor into `target`, of its shape."""
+        source = self._state(file)[name]
+        target.copy_(source)
+        touched = self._touched.get(file, 0) + source.numel() * source.element_size()
+        self._touched[file] = touched
+        del source
+        if touched > self.resident and is_mapped(self.directory / file):
+            self.forget(file)
+
+    def shape(self, file: str, name: str) -> tuple[int, ...]:
+        return tuple(self._state(file)[name].shape)
+
+    def some_rows(self, file: str, name: str, count: int = 64) -> Tensor:
+        """A few rows from all over a matrix."""
+        matrix = self._state(file)[name]
+        return matrix[:: max(1, len(matrix) // count)].clone()
+
+    def forget(self, file: str) -> None:
+        """Give the file's map, or its memory, back."""
+        self._states.pop(file, None)
+        self._touched.pop(file, None)
+
+    def close(self) -> None:
+        self._states.clear()
+        self._touched.clear()
+
+    def _state(self, file: str) -> Mapping[str, Tensor]:
+        if file not in self._states:
+            whole = [name for name in self._states if not is_mapped(self.directory / name)]
+            if len(whole) >= self.unmapped and not is_mapped(self.directory / file):
+                self.forget(whole[0])
+            self._states[file] = load_state(self.directory / file)
+        return self._states[file]
+
+
+@dataclass(frozen=True)
+class PickledCheckpoint:
+    """Implements `checkpoint.base.Checkpoint` over `torch.load`."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+    fingerprint: str
+    reader: PickleReader
+
+    def read(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.reader.copy(info.file, name, tensor)
+        return tensor
+
+    def side_files(self) -> tuple[SideFile, ...]:
+        return find_side_files(self.path)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def has_pickles(directory: Path) -> bool:
+    """Whether there is something for `open_pickled`."""
+    return any((directory / name).is_file() for name in (INDEX, SINGLE)) or any(directory.glob(SHARDS))
+
+
+def open_pickled(directory: Path) -> PickledCheckpoint:
+    """Read config.json, the index and every shard's list of tensors.
+
+    Raises:
+        LoftqError: a file is missing, damaged or wants to run code, or index and shards contradict each other.
+    """
+    config = read_json(directory / "config.json", CONFIG_HINT)
+    index = read_index(directory / INDEX, ".bin") if (directory / INDEX).exists() else None
+    files = find_files(directory, SINGLE, SHARDS) if index is None else sorted(set(index.values()))
+    reader = PickleReader(directory)
+    tensors = collect(directory / INDEX, index, (info for file in files for info in reader.infos(file)))
+    return PickledCheckpoint(directory, tensors, config, fingerprint(config, tensors), reader)
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether the file is a zip archive, which torch can map."""
+    with open(path, "rb") as handle:
+        return handle.read(4) == b"PK\x03\x04"
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of one file; nothing in the file is executed.
+
+    Raises:
+        LoftqError: the file cannot be read, is damaged, wants to run code or holds no named tensors.
+    """
+    try:
+        mapped = is_mapped(path)
+        if mapped:
+            _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except LoftqError:
+        raise
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        if wanted and "Weights only load failed" in str(error):
+            raise LoftqError(
+                f"{path} wants to run {wanted[1]}, which no weights need, and was not loaded: get the model as "
+                "safetensors, or from somebody you trust."
+            ) from error
+        raise LoftqError(
+            f"{path} is no file of weights that torch can read safely, or is damaged: download it again, or get the "
+            "model as safetensors."
+        ) from error
+    return _named_tensors(path, content)
+
+
+def _check_archive(path: Path) -> None:
+    """A map shows the bytes as they lie, so they must lie uncompressed and inside the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise LoftqError(f"{path} is no complete archive ({error}): download it again.") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise LoftqError(f"{path} is compressed, which torch.save never does: download the original file.")
+
+
+def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the one inside a training checkpoint; other entries are not weights."""
+    if isinstance(content, Mapping):
+        for candidate in (*(content.get(name) for name in _NESTED), content):
+            if not isinstance(candidate, Mapping):
+                continue
+            tensors = {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
+            if tensors and all(isinstance(name, str) for name in tensors):
+                return {name: _checked(path, name, tensor) for name, tensor in tensors.items()}
+    raise LoftqError(f"{path} holds no tensors by name: it is no checkpoint of a model.")
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    if not plain or tensor.dtype not in SAFETENSORS_NAMES:
+        kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
+        raise LoftqError(f"tensor {name} in {path} is of the unknown kind {kind}: save it as plain bfloat16 first.")
+    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), _REPEATED):
+        raise LoftqError(f"tensor {name} in {path} claims to be larger than what the file holds: download it again.")
+    return tensor.detach()
+
+
+def _info(file: str, name: str, tensor: Tensor, number: int, first: int) -> TensorInfo:
+    # Only whole contiguous tensors can be told by their place alone; the others get a number of their own.
+    start = tensor.data_ptr() - first if tensor.numel() and tensor.is_contiguous() else number
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, start)

@@ -1,0 +1,192 @@
+"""How long a plan will take here and how much memory: from a short trial of this machine, kept for the next time.
+
+The trial converts one random matrix of every distinct shape (large ones by a smaller matrix of the same proportions,
+since the work grows with the number of weights) and writes some megabytes beside the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loftq_cli.artifacts.summary import versions
+from loftq_cli.engine.convert import convert
+from loftq_cli.errors import LoftqError
+from loftq_cli.planner import Plan, Unit
+from loftq_cli.recipe import Recipe
+
+_TRIAL_WEIGHTS = 6_000_000  # large enough that the work is in proportion to it, small enough for a second or two
+_DISK_TRIAL = 64 << 20
+_WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
+_SPARE = 120 << 20  # allocator, thread stacks, buffers on their way to the disk
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Wall seconds and peak resident (on a GPU: device) bytes of `quantize` on this machine."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+def estimate(plan: Plan, device: torch.device) -> Estimate:
+    """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
+    peak = peak_memory(plan.units, device)  # before the trials leave their own memory behind
+    known = _Trials(device)
+    seconds = sum(known.seconds(unit, plan.recipe) * count for unit, count in _distinct(plan.matrices))
+    copied = sum(unit.backbone_bytes for unit in plan.kept)
+    seconds += (copied + plan.backbone_bytes + plan.adapter_bytes) * known.seconds_per_byte(plan.output)
+    known.save()
+    return Estimate(seconds, peak)
+
+
+def peak_memory(units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True) -> int:
+    """Peak memory of converting `units` one after the other, on a GPU the device's."""
+    units = list(units)
+    worst = max((working_set(unit) for unit in units), default=0)
+    if device.type != "cpu":
+        return worst
+    ahead = max((unit.source.nbytes for unit in units), default=0) if read_ahead else 0
+    return resident_memory() + worst + ahead + _SPARE
+
+
+def may_read_ahead(plan: Plan, device: torch.device, limit: int | None) -> bool:
+    """Whether the next tensor may be read while one is converted, within `limit` bytes of resident memory.
+
+    Raises:
+        LoftqError: not even one unit at a time fits.
+    """
+    if limit is None or device.type != "cpu" or peak_memory(plan.units, device) <= limit:
+        return True
+    least = peak_memory(plan.units, device, read_ahead=False)
+    if least > limit:
+        largest = max(plan.units, key=working_set)
+        raise LoftqError(
+            f"--max-memory {limit / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
+            f"about {least / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
+        )
+    return False
+
+
+def working_set(unit: Unit) -> int:
+    """Bytes one unit needs at its peak: its source tensor and everything computed from it."""
+    if unit.matrix is None:
+        return 2 * unit.source.nbytes
+    return unit.source.nbytes + _WORKING_SET * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
+
+
+def resident_memory() -> int:
+    """Resident bytes of this process now: interpreter and libraries, before any work."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 500 << 20
+
+
+class _Trials:
+    """Measured seconds, kept in the user's cache folder under what they depend on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
+        self._machine = [name, os.cpu_count(), versions()]
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._path = Path(base) / "loftq" / "trials.json"
+        self._known: dict[str, float] = self._read()
+        self._new = False
+
+    def seconds(self, unit: Unit, recipe: Recipe) -> float:
+        """Converting one matrix."""
+        assert unit.matrix is not None
+        trial = _trial_shape(*unit.matrix.shape)
+        rank = unit.target.rank if unit.target else 0
+        work = [recipe.method, recipe.iters, recipe.svd, recipe.format, rank, str(unit.matrix.grid), trial, unit.kind]
+        measured = self._once(work, lambda: self._convert(unit, recipe, trial))
+        return measured * unit.matrix.weights / (trial[0] * trial[1])
+
+    def seconds_per_byte(self, output: Path) -> float:
+        """Writing, flushing and hashing one byte."""
+        folder = next(parent for parent in output.parents if parent.is_dir())
+        return self._once(["disk", os.stat(folder).st_dev], lambda: _write_trial(folder)) / _DISK_TRIAL
+
+    def save(self) -> None:
+        """Keep what was measured; where the cache cannot be written the next plan measures again."""
+        if not self._new:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(self._known))
+            os.replace(temporary, self._path)
+        except OSError:
+            return
+
+    def _once(self, work: list, measure) -> float:
+        key = hashlib.sha256(json.dumps([self._machine, work], default=str).encode()).hexdigest()[:24]
+        if key not in self._known:
+            self._known[key], self._new = measure(), True
+        return self._known[key]
+
+    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int]) -> float:
+        assert unit.matrix is not None
+        matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1])
+        target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
+        stored = shape[::-1] if unit.kind == "conv1d" else shape
+        trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
+        weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
+        best = float("inf")
+        for _ in range(2):  # the first run may compile kernels
+            started = time.perf_counter()
+            convert(trial, weight, recipe, self._device)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    def _read(self) -> dict[str, float]:
+        try:
+            known = json.loads(self._path.read_text())
+            return {str(key): float(value) for key, value in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+
+def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
+    """One unit of every kind of work, and how often it comes."""
+    counts: Counter[tuple] = Counter()
+    first: dict[tuple, Unit] = {}
+    for unit in units:
+        assert unit.matrix is not None
+        key = (unit.matrix.shape, unit.matrix.grid, unit.target and unit.target.rank, unit.kind)
+        counts[key] += 1
+        first.setdefault(key, unit)
+    return [(first[key], count) for key, count in counts.items()]
+
+
+def _trial_shape(n_out: int, n_in: int) -> tuple[int, int]:
+    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights."""
+    shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
+    if shrink <= 1:
+        return n_out, n_in
+    return max(64, round(n_out / shrink / 64) * 64), max(64, round(n_in / shrink / 64) * 64)
+
+
+def _write_trial(folder: Path) -> float:
+    content = os.urandom(_DISK_TRIAL)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as handle:
+            started = time.perf_counter()
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+            hashlib.sha256(content)
+            return time.perf_counter() - started
+    except OSError:
+        return 0.2  # nothing may be written there now: an ordinary disk
