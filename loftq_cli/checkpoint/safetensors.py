@@ -24,6 +24,7 @@ _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "*.safetensors"
+_PIECE = 16 << 20  # bytes that are mapped and copied at a time
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class SafetensorsCheckpoint:
         info = self.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        mapped = self._map(info.file)
-        view = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=info.start)
-        tensor = view.clone().view(info.dtype).reshape(info.shape)
-        del view
-        # Give the pages back at once, so that resident memory does not grow with the checkpoint.
-        first = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_DONTNEED, first, info.start + info.nbytes - first)
-        return tensor
+        mapped, copy = self._map(info.file), torch.empty(info.nbytes, dtype=torch.uint8)
+        for done in range(0, info.nbytes, _PIECE):
+            count, offset = min(_PIECE, info.nbytes - done), info.start + done
+            copy[done : done + count] = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=offset)
+            # Give the pages back at once, so that resident memory does not grow with the tensor or the checkpoint.
+            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, offset + count - first)
+        return copy.view(info.dtype).reshape(info.shape)
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)

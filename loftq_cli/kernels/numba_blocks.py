@@ -164,17 +164,14 @@ def quantize_chunks(
 ) -> None:  # fmt: skip
     """Quantize chunks `first`..`last` of the row-major `target`; give `weight` - Q and its squared norm per chunk.
 
-    Args:
-        weight, target, residual: float32 [n]; codes: uint8 [n]; absmax: float32 [n_blocks]; sums: float64 [n_chunks].
-        half: uint16 [n], the residual's bfloat16 bits, or empty where nobody wants them.
-        middles, levels: thresholds and levels; up to 16 levels are padded as `padded` does.
-        row: elements after which blocks start anew. `divides_short`: bitsandbytes' rule for a short last block.
-        scale_kind, value_kind: what absmax and the products are rounded to.
-        corrects: `target` holds BA, to be subtracted from `weight` first. It may be the memory of `residual`.
+    weight, target, residual are float32 [n], codes uint8 [n], absmax float32 [n_blocks], sums float64 [n_chunks]; half
+    is uint16 [n], the residual's bfloat16 bits, or empty. `middles` and `levels` come from `padded`. Blocks start anew
+    after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the kinds say what absmax and
+    products are rounded to. `corrects`: target holds BA, to be subtracted from weight; it may be residual's memory.
     """
-    value, code = np.empty(block, np.float32), np.empty(block, np.int32)
-    scaled, lanes, corrected = np.empty(block, np.float32), np.empty(block, np.float64), np.empty(block, np.float32)
-    table = np.empty(levels.size if levels.size <= 18 else 0, np.float32)
+    value, code, corrected = np.empty(block, np.float32), np.empty(block, np.int32), np.empty(block, np.float32)
+    scaled, lanes = np.empty(block, np.float32), np.empty(block, np.float64)
+    table = np.empty(levels.size if levels.size <= 16 else 0, np.float32)
     value_bits, table_bits = value.view(np.int32), table.view(np.int32)
     residual_bits, absmax_bits = residual.view(np.int32), absmax.view(np.int32)
     blocks_per_row = -(-row // block)
@@ -184,8 +181,7 @@ def quantize_chunks(
         row_end = (rows_done + 1) * row
         end = rows_done * row + (chunk * CHUNK - rows_done * blocks_per_row) * block
         for b in range(chunk * CHUNK, min((chunk + 1) * CHUNK, absmax.size)):
-            begin = end
-            end = min(begin + block, row_end)
+            begin, end = end, min(end + block, row_end)
             row_end += row if end == row_end else 0
             x = target[begin:end]
             if corrects:

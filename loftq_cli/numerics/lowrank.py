@@ -29,7 +29,7 @@ _MUCH_LEFT, _NOTHING_LEFT = 1e-2, 1e-5  # shares of a column that outlive the pr
 class LowRank:
     """U diag(s) Vᵀ: `u` [out, r] and `v` [in, r] have orthonormal columns, `s` [r] descends. All float32.
 
-    Where s is zero the columns of `u` are zero. U diag(s) Vᵀ is the orthogonal projection R V Vᵀ of what was
+    Where s is zero the columns of one of them are zero. U diag(s) Vᵀ is the orthogonal projection R V Vᵀ of what was
     approximated, so ‖R - U diag(s) Vᵀ‖² = ‖R‖² - Σ s².
     """
 
@@ -89,12 +89,13 @@ def krylov_low_rank(
     Args:
         previous: the approximation of a similar residual: the last step's.
         depth: powers of RᵀR in the space; by default FIRST_DEPTH without `previous`, LATER_DEPTH with it.
+        oversample: random columns beyond the rank in a space that starts without `previous`.
         generator: a CPU generator; its draws are what makes a run repeatable on any device.
         half: the residual in bfloat16, where the quantizer has written it already.
         norm: ‖residual‖_F, where it is known already.
     """
     rank = min(rank, *residual.shape)
-    width = _LANES * -(-(rank + oversample) // _LANES)
+    width = _LANES * -(-(rank + (oversample if previous is None else 0)) // _LANES)
     depth = depth or (FIRST_DEPTH if previous is None else LATER_DEPTH)
     if min(residual.shape) < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * min(residual.shape):
         return gram_low_rank(residual, rank)
@@ -131,10 +132,10 @@ def _krylov(
 
 
 def _start(n_in: int, width: int, previous: LowRank | None, generator: torch.Generator) -> Tensor:
-    """[in, width]: the previous step's directions, and random ones beside them for what they miss."""
-    known = 0 if previous is None else previous.v.shape[1]
-    fresh = torch.randn(n_in, width - known, generator=generator) / math.sqrt(n_in)
-    return fresh if previous is None else torch.cat([previous.v, fresh.to(previous.v.device)], dim=1)
+    """[in, width]: the previous step's directions, filled up with random ones."""
+    known = torch.empty(n_in, 0) if previous is None else previous.v[:, :width]
+    fresh = torch.randn(n_in, width - known.shape[1], generator=generator) / math.sqrt(n_in)
+    return torch.cat([known, fresh.to(known.device)], dim=1)
 
 
 def _best_directions(matrix: Tensor, start: Tensor, depth: int, rank: int) -> Tensor:
@@ -181,9 +182,12 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
 
 def _householder(block: Tensor, basis: Tensor) -> Tensor:
     """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
-    noise = torch.randn(block.shape, generator=torch.Generator().manual_seed(0)).to(block.device)
-    block = torch.linalg.qr(block + _NOTHING_LEFT * noise / math.sqrt(block.shape[0])).Q
-    for _ in range(2 if basis.shape[1] else 0):
+    if not basis.shape[1]:
+        return torch.linalg.qr(block).Q
+    generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
+    noise = torch.randn(block.shape, generator=generator).to(block.device)
+    block = torch.linalg.qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
+    for _ in range(2):  # twice is enough
         block = torch.linalg.qr(_without(block, basis)).Q
     return block
 
