@@ -96,7 +96,8 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     unknown = [tensor for tensor in shapes if names[tensor].key is None and not view.expects_unknown(tensor)]
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        more_notes.append(f"{len(unknown)} tensors are not part of {view.name}, transformers ignores them: {shown}")
+        count = "1 tensor is" if len(unknown) == 1 else f"{len(unknown)} tensors are"
+        more_notes.append(f"{count} not part of {view.name}, so transformers ignores: {shown}")
     return ModuleMap(
         architecture=view.name,
         model_type=model.config.model_type,

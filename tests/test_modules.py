@@ -259,7 +259,7 @@ def test_unknown_tensors_are_kept_and_counted() -> None:
     assert found.roles[0] == TensorRole(
         "extra.weight", None, "other", "not part of LlamaForCausalLM (ignored by transformers)"
     )
-    assert found.notes == ("1 tensors are not part of LlamaForCausalLM, transformers ignores them: extra.weight",)
+    assert found.notes == ("1 tensor is not part of LlamaForCausalLM, so transformers ignores: extra.weight",)
 
 
 def test_a_shape_that_contradicts_the_config_is_refused() -> None:
