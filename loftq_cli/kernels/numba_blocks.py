@@ -19,7 +19,11 @@ _F32, _I32 = np.float32, np.int32
 _SMALLEST_ABSMAX = np.float32(1e-38)
 
 
-def _jit(function: Any) -> Any:
+# Inlined by numba itself: handing slices to a compiled function would cost as much as the work on one block.
+_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
+
+
+def _kernel(function: Any) -> Any:
     # nogil: the caller's threads run the kernel in parallel. numba's own thread layer aborts when entered twice.
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
@@ -27,7 +31,7 @@ def _jit(function: Any) -> Any:
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-@_jit
+@_inline
 def _largest_bits(bits: Any) -> Any:
     """Bit pattern of the largest magnitude: for floats of one sign, integers order the same."""
     largest = _I32(0)
@@ -36,7 +40,7 @@ def _largest_bits(bits: Any) -> Any:
     return largest
 
 
-@_jit
+@_inline
 def _round(values: Any, bits: Any, kind: int) -> None:
     """Round float32 `values` to bfloat16 or float16 in place, to even, saturating; `bits` is their int32 view."""
     if kind == BFLOAT16:
@@ -55,7 +59,7 @@ def _round(values: Any, bits: Any, kind: int) -> None:
                 bits[j] |= sign
 
 
-@_jit
+@_inline
 def _assign_first(
     x: Any, factor: Any, code: Any, value: Any, m0: Any, m1: Any, m2: Any, l0: Any, l1: Any, l2: Any, l3: Any
 ) -> None:
@@ -68,7 +72,7 @@ def _assign_first(
         value[j] = l0 + above0 * d0 + above1 * d1 + above2 * d2
 
 
-@_jit
+@_inline
 def _assign_next(
     x: Any, factor: Any, code: Any, value: Any, m0: Any, m1: Any, m2: Any, l0: Any, l1: Any, l2: Any, l3: Any
 ) -> None:
@@ -81,45 +85,45 @@ def _assign_next(
         value[j] += above0 * d0 + above1 * d1 + above2 * d2
 
 
-@_jit
+@_inline
 def _search(x: Any, factor: Any, code: Any, middles: Any, half: Any) -> None:
     """One halving of a binary search over all elements, for codebooks too long to compare with every level."""
     for j in range(x.size):
         code[j] += half * _I32(x[j] * factor > middles[code[j] + half - 1])
 
 
-@_jit
+@_inline
 def _look_up(codes: Any, absmax: Any, levels: Any, value: Any) -> None:
     for j in range(codes.size):
         value[j] = levels[codes[j]] * absmax
 
 
-@_jit
+@_inline
 def _divide(x: Any, absmax: Any, scaled: Any) -> None:
     for j in range(x.size):
         scaled[j] = x[j] / absmax
 
 
-@_jit
+@_inline
 def _narrow(code: Any, codes: Any) -> None:
     for j in range(codes.size):
         codes[j] = np.uint8(code[j])
 
 
-@_jit
+@_inline
 def _subtract(weight: Any, value: Any, difference: Any) -> None:
     for j in range(weight.size):
         difference[j] = weight[j] - value[j]
 
 
-@_jit
+@_inline
 def _add_squares(residual: Any, lanes: Any) -> None:
     for j in range(residual.size):
         wide = np.float64(residual[j])
         lanes[j] += wide * wide
 
 
-@_jit
+@_inline
 def _to_bfloat16(bits: Any, half: Any) -> None:
     for j in range(half.size):
         size = bits[j] & _I32(0x7FFFFFFF)
@@ -127,7 +131,7 @@ def _to_bfloat16(bits: Any, half: Any) -> None:
         half[j] = np.uint16(rounded | ((bits[j] >> 16) & 0x8000))
 
 
-@_jit
+@_inline
 def _compare(
     x: Any, absmax: Any, reciprocal: Any, code: Any, value_bits: Any, middles: Any, levels: Any,
     table: Any, table_bits: Any, kind: int,
@@ -142,7 +146,7 @@ def _compare(
         _assign_next(x, reciprocal, code, value_bits, m[k], m[k + 1], m[k + 2], t[k], t[k + 1], t[k + 2], t[k + 3])
 
 
-@_jit
+@_inline
 def _find(
     x: Any, absmax: Any, reciprocal: Any, code: Any, value: Any, value_bits: Any, middles: Any, levels: Any, kind: int
 ) -> None:
@@ -156,7 +160,7 @@ def _find(
     _round(value, value_bits, kind)
 
 
-@_jit
+@_kernel
 def quantize_chunks(
     weight: Any, target: Any, codes: Any, absmax: Any, residual: Any, half: Any, sums: Any,
     middles: Any, levels: Any, row: int, block: int, divides_short: bool, scale_kind: int, value_kind: int,
