@@ -16,7 +16,7 @@ import torch
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
 from loftq_cli.checkpoint import Checkpoint, SideFile, TensorInfo
-from loftq_cli.checkpoint.base import fingerprint
+from loftq_cli.checkpoint.base import fingerprint, name_order
 from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
@@ -71,7 +71,9 @@ class Plan:
 
     Attributes:
         recipe: the user's, with `format: auto` resolved.
-        fingerprint: of recipe and source; stands in the backbone's and the adapter's metadata.
+        fingerprint: of recipe and model, the same for every kind of source; stands in the backbone's and the adapter's
+            metadata.
+        units: in the order of their tensors' names.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
     """
 
@@ -161,14 +163,15 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
-    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out."""
+    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out. The
+    rest stands in the order of names, however the source has it."""
     first: dict[object, str] = {}
     for name, info in checkpoint.tensors.items():
         first.setdefault((info.file, info.start, info.shape, info.dtype) if info.nbytes else name, name)
     unique = set(first.values())
     tied = {role.tensor for role in modules.roles if (role.keep or "").startswith("tied to ")}
-    roles = tuple(role for role in modules.roles if role.tensor in unique or role.tensor not in tied)
-    return dataclasses.replace(modules, roles=roles)
+    roles = [role for role in modules.roles if role.tensor in unique or role.tensor not in tied]
+    return dataclasses.replace(modules, roles=tuple(sorted(roles, key=lambda role: name_order(role.tensor))))
 
 
 def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:

@@ -137,8 +137,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model`, a mere path or name, does not count."""
-        values = {name: value for name, value in self.as_dict().items() if name != "model"}
+        """One hash of the recipe and the source's own fingerprint. What only names the source does not count: the same
+        model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "revision")}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 

@@ -53,6 +53,9 @@ class SafetensorsCheckpoint:
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
 
+    def cancel(self) -> None:
+        """Nothing waits for a network."""
+
     def close(self) -> None:
         while self._maps:
             self._maps.popitem()[1].close()

@@ -93,6 +93,7 @@ def _convert_all(run: Run) -> dict[str, MatrixRecord]:
         finished = _verified(plan, writer, journal.entries())
         records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
         todo = [unit for unit in plan.units if unit.tensor not in finished]
+        todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
         run.reporter.start(plan, {name: entry.record for name, entry in finished.items()})
 
         def store(unit: Unit, converted: Converted) -> None:
@@ -141,7 +142,11 @@ def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple
         ahead = reading.submit(checkpoint.read, units[0].tensor) if units else None
         for unit, following in zip(units, [*units[1:], None]):
             assert ahead is not None
-            tensor = ahead.result()
+            try:
+                tensor = ahead.result()
+            except KeyboardInterrupt:
+                checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+                raise
             ahead = reading.submit(checkpoint.read, following.tensor) if following else None
             yield unit, tensor
 
