@@ -124,8 +124,18 @@ class Plan:
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    version: str,
+    nonfinite: Mapping[str, str] | None = None,
+) -> Plan:
     """Decide everything that can be decided from headers.
+
+    Args:
+        nonfinite: matrices that hold NaN or infinity, by tensor, with the reason to leave them alone; None where no
+            weight was read.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
@@ -135,9 +145,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
+    decisions |= {name: Decision(0, 0, reason) for name, reason in (nonfinite or {}).items()}
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
-    notes = [*modules.notes, *_filter_notes(recipe, modules)]
+    notes = [*modules.notes, *_filter_notes(recipe, modules), *_nonfinite_notes(recipe, nonfinite)]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
@@ -182,6 +193,14 @@ def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
 
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
     return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+
+
+def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:
+    if nonfinite:
+        return [f"{name} {reason} and stays in full precision." for name, reason in nonfinite.items()]
+    if recipe.allow_nonfinite and nonfinite is None:
+        return ["no weight was read: a matrix that holds NaN or infinity will stay in full precision."]
+    return []
 
 
 def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str, Decision]) -> torch.dtype:

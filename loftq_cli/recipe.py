@@ -101,6 +101,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embeddings: str = "keep"
     lm_head: str = "keep"
+    allow_nonfinite: bool = False
     alpha: float | None = None
     keep_last: bool = False
     svd: str = "fast"
@@ -217,8 +218,9 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
-    if not isinstance(recipe.keep_last, bool):
-        raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
+    for name in ("keep_last", "allow_nonfinite"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise UsageError(f"{name} cannot be {getattr(recipe, name)!r}: give true or false.")
     if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
         raise UsageError(
             f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
