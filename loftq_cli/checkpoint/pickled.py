@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES, SideFile, TensorInfo, fingerprint
-from loftq_cli.checkpoint.local import CONFIG_HINT, collect, find_files, read_index, read_json
+from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 
@@ -187,6 +187,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         LoftqError: the file cannot be read, is damaged, wants to run code or holds no named tensors.
     """
     with pickle_errors(path):
+        check_file(path)
         mapped = is_mapped(path)
         if mapped:
             with open(path, "rb") as handle:
