@@ -87,7 +87,7 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         LoftqError: a tensor's shape contradicts the config.
     """
-    model, notes = build_on_meta(config)
+    model, notes = build_on_meta(config, len(shapes))
     if model is None:
         return _map_by_name(config, shapes, notes)
     names, more_notes = runtime_names(model, list(shapes))

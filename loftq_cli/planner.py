@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,11 +145,17 @@ def make_plan(
     _refuse_quantized(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    _refuse_unsound(checkpoint, modules, recipe)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= {name: Decision(0, 0, reason) for name, reason in (nonfinite or {}).items()}
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
-    notes = [*modules.notes, *_filter_notes(recipe, modules), *_nonfinite_notes(recipe, nonfinite)]
+    notes = [
+        *modules.notes,
+        *_missing_notes(modules),
+        *_filter_notes(recipe, modules),
+        *_nonfinite_notes(recipe, nonfinite),
+    ]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
@@ -173,6 +180,23 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     )
 
 
+def _refuse_unsound(checkpoint: Checkpoint, modules: ModuleMap, recipe: Recipe) -> None:
+    """Without a model class matrices are chosen by name only where the user chooses them; and a model of which layers
+    are missing is damaged. Heads and poolers may be missing: transformers starts them anew."""
+    if modules.architecture is None and not recipe.include:
+        raise LoftqError(
+            f"{checkpoint.path}: {modules.notes[0].split(': matrices were chosen')[0]}; check config.json or upgrade "
+            "transformers, or give --include '*' to choose matrices by name and shape."
+        )
+    lost = [name for name in modules.missing if re.search(r"\.\d+\.", name)]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise LoftqError(
+            f"{checkpoint.path} lacks {lost[0]}{more}, which {modules.architecture} built from config.json has: finish "
+            "the download, or check that config.json belongs to these weights."
+        )
+
+
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
     """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out. The
     rest stands in the order of names, however the source has it."""
@@ -189,6 +213,10 @@ def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
     """The checkpoint's own, or that of the same model without the repeats."""
     used = {role.tensor: checkpoint.tensors[role.tensor] for role in modules.roles}
     return checkpoint.fingerprint if len(used) == len(checkpoint.tensors) else fingerprint(checkpoint.config, used)
+
+
+def _missing_notes(modules: ModuleMap) -> list[str]:
+    return [f"the checkpoint has no {name}: transformers will start it at random." for name in modules.missing]
 
 
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
