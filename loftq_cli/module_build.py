@@ -140,7 +140,7 @@ def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTr
     """The class to build and its config; None for a model type that transformers does not have."""
     import transformers
 
-    wanted = next(iter(config.get("architectures") or ()), None)
+    wanted = named_class(config)
     cls = _own_class(wanted)
     model_type = config.get("model_type")
     if model_type in transformers.CONFIG_MAPPING:
@@ -155,6 +155,13 @@ def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTr
         if cls is not None and wanted is not None:
             notes.append(f"class {wanted} is unknown to transformers: {cls.__name__} was taken instead")
     return None if cls is None else (cls, built)
+
+
+def named_class(config: Mapping[str, Any]) -> str | None:
+    """The first of `architectures`, which people and programs write in other ways too."""
+    named = config.get("architectures")
+    first = next(iter(named), None) if isinstance(named, list) else named
+    return first if isinstance(first, str) else None
 
 
 def _own_class(name: object) -> type[PreTrainedModel] | None:

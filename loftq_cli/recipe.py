@@ -119,6 +119,7 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        _check_text(self)
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
@@ -198,6 +199,14 @@ def write_yaml(recipe: Recipe) -> str:
     import yaml
 
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _check_text(recipe: Recipe) -> None:
+    """YAML can hold halves of characters and zeros, which neither files nor paths can."""
+    for name, value in recipe.as_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (text.encode("utf-8", "replace").decode() != text or "\0" in text):
+                raise UsageError(f"{name} holds a character that is none: correct {text!r:.80}.")
 
 
 def _check(recipe: Recipe) -> None:

@@ -39,7 +39,7 @@ from loftq_cli.cli import app
 SECONDS = 10
 REPO = "some-org/fuzzed"
 MARK = "harm done"
-FLAGS = ("--bits", "2", "--rank", "2", "--iters", "1", "--block-size", "32", "--device", "cpu", "-q")
+FLAGS = ("--bits", "2", "--rank", "2", "--iters", "1", "--block-size", "32", "--device", "cpu")
 WEIRD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, -(2**63), 10**12, 10**30, 1.5, 1e308, float("nan"), float("inf"),
     "", "abc", "12", "../..", "/etc/passwd", "\x00", "\ud800", "💥", "a" * 5000, "{0.__class__}", "[bold]x[/]", "%s%n",
@@ -129,6 +129,7 @@ class Sources:
             (root / name / "model.safetensors").unlink()
             torch.save(tensors, root / name / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         small = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 32, "rope_theta": 500000.0}
+        self._fp8(root / "fp8", tensors)
         ranks = tiktoken_ranks(0)
         meta = write_meta(make_reference(len(ranks) + 16, **small), root / "meta", ranks=2, embedding_dim=0)
         (meta / "tokenizer.model").write_bytes(tiktoken_file(ranks))
@@ -146,6 +147,21 @@ class Sources:
             '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
         )
         (folder / "tokenizer_config.json").write_text("{}")
+
+    def _fp8(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """As DeepSeek-V3 stores its weights."""
+        shutil.copytree(self.root / "tiny", folder)
+        stored = {}
+        for name, tensor in tensors.items():
+            if "proj" in name:
+                stored[name] = tensor.to(torch.float8_e4m3fn)
+                stored[f"{name}_scale_inv"] = torch.ones(-(-tensor.shape[0] // 16), -(-tensor.shape[1] // 16))
+            else:
+                stored[name] = tensor
+        save_file(stored, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+        (folder / "config.json").write_text(json.dumps(config))
 
     def _shard(self, folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -284,7 +300,7 @@ def damage_weights(rng: random.Random, folder: Path) -> None:
                 (float("nan"), float("inf"), -float("inf"))
             )
         elif how == 5 and tensor.is_floating_point():
-            tensors[name] = tensor * rng.choice((0.0, 1e30, 1e-30, 1e-42, 3e38))
+            tensors[name] = (tensor.float() * rng.choice((0.0, 1e30, 1e-30, 1e-42, 3e38))).to(tensor.dtype)
         elif how == 6 and tensor.is_floating_point():
             tensor.view(-1)[0] = rng.choice((1e30, -3e38, 1e10))
         elif how == 7:
@@ -369,6 +385,7 @@ class Case:
     root: Path
     rng: random.Random
     words: list[str] = field(default_factory=list)
+    command: str = "quantize"
 
     @property
     def source(self) -> Path:
@@ -381,6 +398,15 @@ class Case:
     @property
     def mark(self) -> Path:
         return self.root / MARK
+
+    def command_line(self, model: str) -> list[str]:
+        if self.command == "inspect":
+            return ["inspect", model]
+        recipe = self.root / "recipe.yaml"
+        named = recipe.exists() and b"model:" in recipe.read_bytes()
+        words = [self.command, *([] if named else [model]), "-o", str(self.out), *self.words]
+        words += FLAGS if not recipe.exists() else ()
+        return words + (["-q"] if self.command == "quantize" else [])
 
     def edit(self, name: str, how: Callable[[random.Random, bytes], bytes]) -> None:
         path = self.source / name
@@ -415,8 +441,10 @@ def some_index(case: Case, sources: Sources) -> None:
 
 
 def some_weights(case: Case, sources: Sources) -> None:
-    shutil.copytree(sources.root / "tiny", case.source)
+    shutil.copytree(sources.root / case.rng.choice(("tiny", "tiny", "fp8")), case.source)
     damage_weights(case.rng, case.source)
+    if case.rng.random() < 0.1:
+        case.edit("config.json", damage_json)
     if case.rng.random() < 0.4:
         case.words.append("--allow-nonfinite")
 
@@ -485,6 +513,13 @@ def some_output(case: Case, sources: Sources) -> None:
         (case.out / ".loftq" / "partial").write_bytes(b"a file")
 
 
+def some_manifest(case: Case, sources: Sources) -> None:
+    """`loftq inspect` of a finished output whose files are damaged."""
+    shutil.copytree(sources.root.parent / "warm-tiny", case.source)
+    case.edit("loftq.json", damage_json)
+    case.command = "inspect"
+
+
 KINDS: dict[str, tuple[int, Callable[[Case, Sources], None]]] = {
     "config": (6, some_config),
     "header": (6, some_header),
@@ -495,6 +530,7 @@ KINDS: dict[str, tuple[int, Callable[[Case, Sources], None]]] = {
     "files": (2, some_files),
     "recipe": (4, some_recipe),
     "output": (2, some_output),
+    "manifest": (2, some_manifest),
 }
 STREAMED = ("config", "header", "index", "pickle", "meta")  # kinds that are also put on the Hub
 
@@ -504,6 +540,7 @@ class Fuzzer:
 
     def __init__(self, root: Path, seed: int, hub: HubServer | None = None) -> None:
         self.root, self.seed, self.hub = root, seed, hub
+        root.mkdir(exist_ok=True)
         self.sources = Sources(root / "sound")
         self.watch = Watch.get()
         self._warm_up()
@@ -521,12 +558,14 @@ class Fuzzer:
         if self.hub is not None and kind in STREAMED and rng.random() < 0.25:
             kind, model = f"{kind} streamed", self._publish(case)
             case.words.append("--stream")
-        words = ["quantize", *([] if "model:" in _text(case) else [model]), "-o", str(case.out), *case.words]
-        words += () if "--config" in case.words else FLAGS
-        words += ["-q"] if "--config" in case.words else []
-        outcome = self._invoke(case, kind, words)
+        if case.command == "quantize" and "--overwrite" not in case.words and rng.random() < 0.1:
+            case.command = "plan"
+        there = case.out.exists()
+        outcome = self._invoke(case, kind, case.command_line(model))
+        if case.command == "plan" and case.out.exists() and not there:
+            outcome.findings.append("a plan wrote something")
         outcome.number = number
-        if kind != "output" and snapshot(case.source) != before:
+        if not kind.startswith("output") and snapshot(case.source) != before:
             outcome.findings.append("the source was changed")
         if not keep:
             shutil.rmtree(case.root, ignore_errors=True)
@@ -534,7 +573,7 @@ class Fuzzer:
 
     def _warm_up(self) -> None:
         """What is imported and compiled at the first run of a process is not a case's doing."""
-        for name in ("tiny", "bin", "legacy", "meta", "mixtral", "gpt2", "bert", "t5"):
+        for name in ("tiny", "bin", "legacy", "meta", "fp8", "mixtral", "gpt2", "bert", "t5"):
             out = self.root / f"warm-{name}"
             result = typer.testing.CliRunner().invoke(
                 app, ["quantize", str(self.sources.root / name), "-o", str(out), *FLAGS]
@@ -550,7 +589,11 @@ class Fuzzer:
 
     def _invoke(self, case: Case, kind: str, words: list[str]) -> Outcome:
         before = time.monotonic()
-        with self.watch.watching(case.out, case.root / "nowhere", self.root / "cache") as seen, deadline(SECONDS):
+        cache = Path(os.environ["HF_HOME"]) if self.hub is not None else self.root / "cache"
+        allowed = [case.out, case.root / "nowhere", Path(os.environ["XDG_CACHE_HOME"]), cache]
+        if case.command == "plan":  # which measures the disk beside the output, in a file without a name
+            allowed.append(case.root)
+        with self.watch.watching(*allowed) as seen, deadline(SECONDS):
             try:
                 result = typer.testing.CliRunner().invoke(app, words, catch_exceptions=True)
             except Hang as hang:
@@ -582,6 +625,8 @@ def judge(case: Case, code: int, stderr: str, stdout: str) -> list[str]:
     if code and case.out.is_dir() and not case.out.is_symlink():
         left = {path.name for path in case.out.iterdir()} - {".loftq", "mine.txt", "loftq.json"}
         wrong += [f"left behind {sorted(left)}"] if left else []
+    if case.command != "quantize":
+        return wrong
     return wrong if code else [*wrong, *unsound(case.out)]
 
 
@@ -624,11 +669,6 @@ def deadline(seconds: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         faulthandler.cancel_dump_traceback_later()
-
-
-def _text(case: Case) -> str:
-    path = case.root / "recipe.yaml"
-    return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
 
 
 @contextmanager

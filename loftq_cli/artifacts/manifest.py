@@ -15,6 +15,14 @@ NAME = "loftq.json"
 MANIFEST_VERSION = 1
 
 
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
+
+
 @dataclass(frozen=True)
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
@@ -157,7 +165,7 @@ def read_manifest(directory: Path | str) -> Manifest:
         return _parse(values)
     except FileNotFoundError:
         raise LoftqError(_missing(Path(directory))) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
 
 
@@ -170,17 +178,33 @@ def _missing(directory: Path) -> str:
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    values["totals"] = Totals(**values["totals"])
+    values["totals"] = Totals(**_checked(Totals, values["totals"]))
     values["notes"] = tuple(values["notes"])
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+    values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
     values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(KeptRecord(**{**record, "shape": tuple(record["shape"])}) for record in values["kept"])
-    return Manifest(**values)
+    values["kept"] = tuple(
+        KeptRecord(**{**_checked(KeptRecord, record), "shape": tuple(record["shape"])}) for record in values["kept"]
+    )
+    return Manifest(**_checked(Manifest, values))
 
 
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
+    record = _checked(MatrixRecord, record)
     return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, once its plain fields are of the types that `cls` says.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for field in dataclasses.fields(cls):
+        kinds = _PLAIN.get(str(field.type))
+        if kinds is not None and type(values.get(field.name)) not in kinds:
+            raise TypeError(f"{field.name} is {values.get(field.name)!r:.80}")
+    return values
 
 
 def _dump(value: object) -> str:

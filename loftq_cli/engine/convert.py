@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +40,13 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
         tensor: as it is on disk, on the CPU.
 
     Raises:
-        LoftqError: a matrix to quantize holds NaN or infinity.
+        LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
     """
     generator = torch.Generator().manual_seed(_seed(recipe.seed, unit.tensor))
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    result = _quantize(unit, tensor, recipe, device, generator)
+    result = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator))
     encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
@@ -59,6 +61,24 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
         seconds=round(time.perf_counter() - started, 3),
     )
     return Converted(backbone, adapter, record)
+
+
+def _finite_result(unit: Unit, tensor: Tensor, quantize: Callable[[], LoftQResult]) -> LoftQResult:
+    """
+    Raises:
+        LoftqError: the numbers are so large that float32 overflowed on the way.
+    """
+    cause: Exception | None = None
+    try:
+        result = quantize()
+        if all(map(math.isfinite, (result.plain_residual, *result.residuals))):
+            return result
+    except torch.linalg.LinAlgError as error:
+        cause = error
+    raise LoftqError(
+        f"{unit.tensor} in {unit.source.file} holds numbers up to {float(tensor.abs().max()):.3g}, with which float32 "
+        f"cannot calculate: leave the matrix out with --exclude '{unit.module}'."
+    ) from cause
 
 
 def _quantize(
