@@ -37,7 +37,7 @@ _NOT_STRUCTURE = frozenset(
 
 # Numbers of things that are made one by one. A checkpoint may hold many of them in one tensor, but not without end.
 _COUNT = re.compile(
-    r"layers?$|depth|blocks?$|(^|_)n_layer|num_(local_)?experts|n_routed_experts|num_codebooks|stages?$"
+    r"layers?$|depths?$|blocks?$|(^|_)n_layer|num_(local_)?experts|n_routed_experts|num_codebooks|stages?$"
 )
 _SMALLEST_LIMIT = 3000
 
@@ -105,8 +105,11 @@ def _refuse_endless(config: Mapping[str, Any], most: int) -> None:
     for name, value in config.items():
         if isinstance(value, Mapping):
             _refuse_endless(value, most)
-        elif isinstance(value, int) and value > most and _COUNT.search(name):
-            raise _endless(f"{name} = {value if value < 10**20 else '…'}")
+        elif _COUNT.search(name):
+            counts = value if isinstance(value, list) else [value]
+            worst = max((count for count in counts if isinstance(count, int)), default=0)
+            if worst > most:
+                raise _endless(f"{name} = {worst if worst < 10**20 else '…'}")
 
 
 @contextlib.contextmanager
