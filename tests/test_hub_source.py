@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -403,3 +405,43 @@ def test_the_command_in_a_process_of_its_own(
     assert "hf_mine" not in done.stdout and weight_files(home) == []
     assert {entry.authorization for entry in hub.requests(host="cdn")} == {None}
     assert (tmp_path / "Tiny-Llama-loftq-2bit-r16" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("when", ["headers", "weights"])
+def test_ctrl_c_does_not_wait_for_the_hub(
+    when: str, hub: HubServer, llama: dict[str, bytes], home: Path, tmp_path: Path
+) -> None:
+    """The thread that reads sleeps for minutes when the Hub asks it to."""
+    hub.add(REPO, llama)
+    begin = "bytes=0-" if when == "headers" else "bytes=[1-9][0-9]{5}"
+    hub.fail("", host="cdn", range=begin, status=429, headers={"Retry-After": "500"}, times=1_000)
+    command = [sys.executable, "-m", "loftq_cli", "quantize", REPO, "--stream", "-o", str(tmp_path / "out"), "-q"]
+    environ = {**os.environ, **environment(hub, home), "HF_HUB_OFFLINE": "0"}
+    restore = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command[1:3] = ["-c", f"{restore}sys.argv[0] = 'loftq'; from loftq_cli.cli import main; main()"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        waiting = time.monotonic() + 60
+        while not any(failure.times < 1_000 for failure in hub.failures) and time.monotonic() < waiting:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.INTERRUPTED and "interrupted; finished matrices are kept" in said, said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_hostile_pickles_are_not_run_when_streamed(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
+    import random
+
+    from fuzz import damage_bytes
+    from fuzz_pickles import hostile_pickle
+
+    mark, rng = tmp_path / "harm done", random.Random(1)
+    for _ in range(60):
+        hub.add(
+            REPO, {"config.json": llama["config.json"], "pytorch_model.bin": hostile_pickle(rng, mark, damage_bytes)}
+        )
+        assert f"{REPO}/pytorch_model.bin" in refused(stream=True) and not mark.exists()

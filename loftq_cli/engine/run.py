@@ -140,15 +140,15 @@ def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple
     """Units with their tensors; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as reading:
         ahead = reading.submit(checkpoint.read, units[0].tensor) if units else None
-        for unit, following in zip(units, [*units[1:], None]):
-            assert ahead is not None
-            try:
+        try:
+            for unit, following in zip(units, [*units[1:], None]):
+                assert ahead is not None
                 tensor = ahead.result()
-            except KeyboardInterrupt:
-                checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
-                raise
-            ahead = reading.submit(checkpoint.read, following.tensor) if following else None
-            yield unit, tensor
+                ahead = reading.submit(checkpoint.read, following.tensor) if following else None
+                yield unit, tensor
+        except BaseException:  # the caller's too: then this generator is closed
+            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+            raise
 
 
 def _verified(plan: Plan, writer: ShardWriter, entries: dict[str, Entry]) -> dict[str, Entry]:
