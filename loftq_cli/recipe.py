@@ -25,6 +25,7 @@ DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
+_MAX_YAML, _DEEPEST = 1_000_000, 100
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -181,18 +182,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(path, text)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
-        raise UsageError(f"{path} is nested too deeply: write one 'name: value' a line.") from error
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # of values such as 2001-99-99 and !!bool x
         raise UsageError(f"a value in {path} makes no sense ({' '.join(str(error).split())}): correct it.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _check_yaml(path: Path, text: str) -> None:
+    """The parser's time grows with the square of the depth, and its own refusals come late."""
+    depth = deepest = 0
+    for character in text if len(text) <= _MAX_YAML else "":
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if len(text) > _MAX_YAML or deepest > _DEEPEST or "- " * _DEEPEST in text or "? " * _DEEPEST in text:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.")
 
 
 def write_yaml(recipe: Recipe) -> str:
