@@ -91,7 +91,7 @@ class HubServer:
         self.lock = threading.Lock()
         self.links: list[tuple[str, int]] = []  # content digest, uses so far
         self.blobs: dict[str, bytes] = {}
-        self._servers = [self._serve(_Hub), self._serve(_Storage)]
+        self._servers = [self._serve(handler) for handler in self.handlers()]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
     def __enter__(self) -> HubServer:
@@ -101,6 +101,10 @@ class HubServer:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def handlers(self) -> tuple[type[_Handler], type[_Handler]]:
+        """Of the Hub and of its storage host."""
+        return _Hub, _Storage
 
     def add(self, name: str, files: Path | Mapping[str, bytes], **access: bool) -> Repo:
         """A repository with one commit on `main`."""
