@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe import Recipe, make_recipe, parse_size
+from loftq_cli.recipe import Recipe, make_recipe, parse_size, read_places
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ def quantize(
     max_memory: str | int | None = None,
     stream: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
     reporter: Reporter | None = None,
     **recipe: Any,
 ) -> Manifest:
@@ -33,12 +34,14 @@ def quantize(
     Args:
         model: directory of a checkpoint (safetensors, pytorch_model.bin or Meta's), or a model on the Hub as `org/name`
             or `org/name@revision`; may come from `config`.
-        output: directory to write; by default named after the model, in the working directory.
+        output: directory to write; by default named after the model, in the working directory. May come from `config`.
         config: a YAML recipe; arguments given here win over it.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         max_memory: resident memory to stay below, such as `"2GB"`; by default what the largest matrix takes, twice.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
+        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
+            is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
             iters=5, method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
@@ -53,21 +56,29 @@ def quantize(
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.finished import find_finished
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
+    file = Path(config) if config else None
+    asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
+    repo = _may_push(push_to or places.get("push_to"))
     chosen = choose_device(device)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
-        made = _plan(resolved, checkpoint, output)
-        return run_plan(
-            made,
-            checkpoint,
-            device=chosen,
-            reporter=reporter or Reporter(),
-            overwrite=overwrite,
-            max_memory=None if max_memory is None else parse_size(max_memory),
-        )
+        made = _plan(resolved, checkpoint, output or places.get("output"))
+        manifest = find_finished(made) if repo and not overwrite else None
+        if manifest is None:
+            manifest = run_plan(
+                made,
+                checkpoint,
+                device=chosen,
+                reporter=reporter or Reporter(),
+                overwrite=overwrite,
+                max_memory=None if max_memory is None else parse_size(max_memory),
+            )
+    if repo:
+        _push(made.output, repo)
+    return manifest
 
 
 def plan(
@@ -86,9 +97,31 @@ def plan(
     """
     from loftq_cli.checkpoint import open_source
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
+    file = Path(config) if config else None
+    asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output)
+        return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+
+
+def _may_push(repo: str | None) -> str | None:
+    """What would stop the push is said before hours of work, not after."""
+    if repo:
+        from loftq_cli.hub.push import check_repo, require_login
+
+        check_repo(repo)
+        require_login()
+    return repo
+
+
+def _push(output: Path, repo: str) -> None:
+    from loftq_cli.errors import LoftqError
+    from loftq_cli.hub.push import push
+
+    try:
+        push(output, repo)
+    except LoftqError as error:
+        said = f"{output} is finished, but not on the Hub: {error}"
+        raise LoftqError(said, exit_code=error.exit_code) from error
 
 
 def choose_device(name: str) -> torch.device:

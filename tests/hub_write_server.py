@@ -1,8 +1,8 @@
 """The write side of the Hub on loopback: repositories, branches, pull requests, LFS objects and commits.
 
-    with WriteHub() as hub:
-        hub.sever("/upload/", method="PUT", after=10_000)   # hang up in the middle of an upload
-        hub.fail("/commit/", method="POST", cut=0)           # commit, but lose the answer
+with WriteHub() as hub:
+    hub.sever("/upload/", method="PUT", after=10_000)   # hang up in the middle of an upload
+    hub.fail("/commit/", method="POST", cut=0)           # commit, but lose the answer
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class WriteHub(HubServer):
     Attributes:
         users: by token; another token is not known.
         received: sha256 of every object whose upload arrived completely, in order.
-        echo: let refusals repeat the request's Authorization header, as a careless proxy would.
     """
 
     def __init__(self) -> None:
@@ -75,7 +74,6 @@ class WriteHub(HubServer):
         self.writes: dict[str, Writes] = {}
         self.received: list[str] = []
         self.parts: dict[tuple[str, int], bytes] = {}
-        self.echo = False
         super().__init__()
 
     def handlers(self) -> tuple[type[_Handler], type[_Handler]]:
@@ -147,11 +145,6 @@ class _Receiving(_Handler):
 
     def answer_json(self, content: Any, status: int = 200) -> None:
         self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def error(self, status: int, code: str, message: str) -> None:
-        if self.hub.echo:
-            message = f"{message} ({self.headers['Authorization']})"
-        super().error(status, code, message)
 
 
 class _WriteHub(_Receiving, _Hub):
@@ -261,7 +254,10 @@ class _WriteHub(_Receiving, _Hub):
                 link, count = f"{self.hub.cdn}/upload/{asked['oid']}", -(-asked["size"] // PART)
                 header = {str(part): f"{link}/{part}?Signature=secret" for part in range(1, count + 1)}
                 if count > 1:
-                    upload = {"href": f"{link}/complete?Signature=secret", "header": {"chunk_size": str(PART), **header}}
+                    upload = {
+                        "href": f"{link}/complete?Signature=secret",
+                        "header": {"chunk_size": str(PART), **header},
+                    }
                 else:
                     upload = {"href": f"{link}/1?Signature=secret"}
                 found["actions"] = {"upload": upload}

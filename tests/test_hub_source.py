@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import HubServer, environment
+from hub_server import HubServer, environment, talking_to
 from meta_reference import make_reference, sentencepiece_model, write_meta
 from safetensors.torch import load, load_file
 
@@ -51,28 +51,8 @@ NOT_NEEDED_PATTERN = "|".join(rf"/{name}$" for name in NOT_NEEDED)
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that this process's huggingface_hub talks to, with an empty cache and nobody logged in."""
-    from huggingface_hub import close_session, constants
-
-    home = tmp_path / "home"
-    with HubServer() as server:
-        for name, value in environment(server, home).items():
-            monkeypatch.setenv(name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-            monkeypatch.delenv(name, raising=False)
-        changes = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }
-        for name, value in changes.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
-        close_session()
+    with HubServer() as server, talking_to(server, tmp_path / "home", monkeypatch):
         yield server
-        close_session()
 
 
 @pytest.fixture

@@ -195,6 +195,16 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a finished output, or drop an unfinished one.", rich_help_panel=_WHERE),
 ]
+PushTo = Annotated[
+    Optional[str],
+    typer.Option(
+        "--push-to",
+        help="Push the finished conversion to this repository on the Hub, as `loftq push` does.",
+        rich_help_panel=_WHERE,
+        metavar="ORG/NAME",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

@@ -38,6 +38,7 @@ def quantize_command(
     seed: o.Seed = None,
     max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = False,
+    push_to: o.PushTo = None,
     device: o.Device = "auto",
     max_memory: o.MaxMemory = None,
     json: o.Json = False,
@@ -56,6 +57,7 @@ def quantize_command(
     with guarded(debug, resumable="interrupted; finished matrices are kept: run the same command again to go on."):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
+        from loftq_cli.recipe import read_places
 
         calm_hub(silent=quiet or json)
         reporter = choose_reporter(silent=quiet or json, verbose=verbose)
@@ -68,6 +70,7 @@ def quantize_command(
             max_memory=max_memory,
             stream=stream,
             overwrite=overwrite,
+            push_to=push_to,
             reporter=reporter,
             **recipe,
         )
@@ -75,6 +78,8 @@ def quantize_command(
             print_json(summary(manifest))
         elif not quiet:
             print_summary(manifest)
+            if repo := push_to or read_places(config).get("push_to"):
+                results().print(f"pushed to {repo}", soft_wrap=True, markup=False)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

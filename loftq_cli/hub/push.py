@@ -134,7 +134,9 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError:
-        raise UsageError(f"'{repo}' is no repository: write ORG/NAME, with letters, digits, '-', '_' and '.'.") from None
+        raise UsageError(
+            f"'{repo}' is no repository: write ORG/NAME, with letters, digits, '-', '_' and '.'."
+        ) from None
     if repo.count("/") != 1:
         raise UsageError(f"'{repo}' is no repository: write ORG/NAME, with your own user name or an organization's.")
 
