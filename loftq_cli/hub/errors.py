@@ -109,8 +109,8 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
         )
     if isinstance(error, (HTTPError, CutShort)) and passes(error):
         return LoftqError(
-            f"{endpoint} does not answer ({redact(reason(error))}), so {repo} is incomplete: run the same command again "
-            "to go on, what is there is not sent again.",
+            f"{endpoint} does not answer ({redact(reason(error))}), so {repo} is incomplete: run the same command "
+            "again to go on, what is there is not sent again.",
             exit_code=ExitCode.INCOMPLETE,
         )
     if status:

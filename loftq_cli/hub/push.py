@@ -14,7 +14,6 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint.hub_errors import CutShort, patiently
 from loftq_cli.engine.output import STATE, hash_file
@@ -84,7 +83,7 @@ def push(
     dry_run: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Pushed:
-    """Verify a finished conversion and upload it. The same call goes on after a failure: what is there is not sent again.
+    """Verify a finished conversion and upload it. After a failure the same call goes on: nothing is sent twice.
 
     In the pushed copy the adapter's base model, the card's snippets and tags, the recipe and the manifest name the
     repository instead of the directory; the directory itself is not changed.
