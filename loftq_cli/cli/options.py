@@ -12,6 +12,7 @@ import typer
 from loftq_cli import recipe as r
 
 _DEFAULTS = r.recipe_fields()
+FIELD_HELPS: dict[str, str] = {}  # what is said of each recipe field, for the schema as well
 _WHAT, _WHERE, _GRID, _LOFTQ, _RUN, _SHOW = (
     "What to convert",
     "Output",
@@ -29,6 +30,7 @@ def _default(name: str) -> str:
 
 def _option(field: str, flag: str, help: str, panel: str, *, choices: tuple[object, ...] = (), **more: Any) -> Any:
     """An option of the recipe field `field`: its default stands in the help, its choices complete in the shell."""
+    FIELD_HELPS[field] = help
     shown = more.pop("show", _default(field))
     values = [str(choice) for choice in choices]
     if values:
