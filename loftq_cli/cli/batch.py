@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -66,25 +67,25 @@ def batch_command(
 
     Example: loftq batch configs/*.yaml -o converted --summary summary.json --junit junit.xml
     """
-    with guarded(debug):
+    with guarded(debug, resumable="interrupted; what is finished is kept: run the same command again to go on."):
         from loftq_cli.batches.run import BatchReporter, batch
 
         calm_hub(silent=True)
-        signal.signal(signal.SIGTERM, _interrupt)
-        report = batch(
-            files,
-            output=output,
-            jobs=jobs,
-            device=device,
-            max_memory=max_memory,
-            stream=stream,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verbose=verbose,
-            summary=summary,
-            junit_file=junit,
-            reporter=BatchReporter() if quiet or json else _lines(),
-        )
+        with _ended_as_by_hand():
+            report = batch(
+                files,
+                output=output,
+                jobs=jobs,
+                device=device,
+                max_memory=max_memory,
+                stream=stream,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                verbose=verbose,
+                summary=summary,
+                junit_file=junit,
+                reporter=BatchReporter() if quiet or json else _lines(),
+            )
         _step_summary(report)
         if json:
             print_json(report.as_dict())
@@ -95,9 +96,18 @@ def batch_command(
     raise typer.Exit(int(report.exit_code))
 
 
-def _interrupt(*_: Any) -> None:
-    """What ends a CI job is told the processes as Ctrl-C is, so that they keep their state."""
-    raise KeyboardInterrupt
+@contextmanager
+def _ended_as_by_hand() -> Iterator[None]:
+    """SIGTERM, which ends a CI job, is Ctrl-C to us, so that every process keeps its state."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _lines() -> Any:
