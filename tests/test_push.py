@@ -72,12 +72,10 @@ def pull(repo: str = REPO, revision: str | None = None) -> Path:
     return Path(snapshot_download(repo, revision=revision))
 
 
-def check_manifest(folder: Path) -> None:
-    """Every file is there and is what the pushed manifest says."""
-    manifest = loftq_cli.read_manifest(folder)
-    for name, record in manifest.files.items():
-        content = (folder / name).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (record.nbytes, record.sha256), name
+def check_pulled(folder: Path) -> None:
+    """What came back is whole, and says so itself."""
+    verification = loftq_cli.verify(folder)
+    assert verification.ok and verification.files > 5, verification.problems
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -104,7 +102,9 @@ def test_a_pushed_model_comes_back_and_verifies(hub: WriteHub, finished: Path, s
     assert hub.of(REPO).messages == [("main", "First")] and not hub.repos[REPO].private
 
     pulled = pull()
-    check_manifest(pulled)
+    check_pulled(pulled)
+    checked = loftq_cli.verify(pulled, source=source)
+    assert checked.ok and checked.matrices == 14, checked.problems
     assert set(hub.files(REPO)) - {".gitattributes"} == set(before)
     changed = {name for name in before if hashes(pulled)[name] != before[name]}
     assert changed == {"README.md", "loftq.json", "loftq.yaml", "loftq_init/adapter_config.json"}
@@ -154,7 +154,7 @@ def test_the_cards_snippet_loads_what_was_pushed(
     assert torch.equal(logits(eval(call, {"loftq_cli": loftq_cli}).eval()), expected)
     if revision:
         assert set(hub.files(REPO, "main")) == {".gitattributes"}
-        check_manifest(pull(revision=revision))
+        check_pulled(pull(revision=revision))
 
 
 def test_a_second_push_sends_nothing(hub: WriteHub, finished: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_upload_cut_in_the_middle_goes_on_by_itself(hub: WriteHub, finished: 
     hub.sever("/upload/", method="PUT", after=10_000)
     loftq_cli.push(finished, REPO)
     assert not any(cut.times for cut in hub.severed) and len(hub.of(REPO).messages) == 1
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_an_upload_cut_again_and_again_goes_on_with_the_same_command(hub: WriteHub, finished: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_upload_cut_again_and_again_goes_on_with_the_same_command(hub: WriteH
     hub.severed.clear()
     loftq_cli.push(finished, REPO)
     assert len(hub.received) == len(set(hub.received)) and hub.received[: len(there)] == there
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_large_files_go_in_parts(hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,21 +190,21 @@ def test_large_files_go_in_parts(hub: WriteHub, finished: Path, monkeypatch: pyt
     hub.sever("/upload/.*/2$", method="PUT", after=100)
     loftq_cli.push(finished, REPO)
     assert hub.requests("/complete") and PART > 10_000
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_a_commit_cut_in_the_middle_is_made_once(hub: WriteHub, finished: Path) -> None:
     hub.sever("/commit/", method="POST", after=2_000)
     loftq_cli.push(finished, REPO)
     assert len(hub.requests("/commit/")) == 2 and len(hub.of(REPO).messages) == 1
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: WriteHub, finished: Path) -> None:
     hub.fail("/commit/", method="POST", cut=5)
     pushed = loftq_cli.push(finished, REPO)
     assert len(hub.of(REPO).messages) == 1 and pushed.commit == hub.repos[REPO].refs["main"]
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_a_hub_in_trouble_is_waited_for(hub: WriteHub, finished: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_hub_in_trouble_is_waited_for(hub: WriteHub, finished: Path) -> None:
         hub.fail(path, method="POST", status=status, headers={"Retry-After": "0"})
     loftq_cli.push(finished, REPO)
     assert not any(failure.times for failure in hub.failures)
-    check_manifest(pull())
+    check_pulled(pull())
 
 
 def test_a_pull_request_is_opened_once(hub: WriteHub, out: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_pull_request_is_opened_once(hub: WriteHub, out: Path) -> None:
     requests = hub.of("bobs/model").pull_requests
     assert [one.num for one in requests] == [1] and again.pull_request == 1
     assert again.url == f"{hub.url}/bobs/model/discussions/1" and set(hub.files("bobs/model")) == {"README.md"}
-    check_manifest(pull("bobs/model", "refs/pr/1"))
+    check_pulled(pull("bobs/model", "refs/pr/1"))
     assert 'revision="' not in hub.files("bobs/model", "refs/pr/1")["README.md"].decode()
     assert json.loads((out / ".loftq" / "push.json").read_text()) == {"bobs/model": 1}
 
@@ -262,6 +262,9 @@ def test_only_what_is_whole_is_pushed(hub: WriteHub, out: Path, source: Path, tm
     assert shard.name in refused(out, ExitCode.VERIFICATION_FAILED)
     shard.unlink()
     assert shard.name in refused(out, ExitCode.VERIFICATION_FAILED)
+    manifest = (out / "loftq.json").read_bytes()
+    (out / "loftq.json").write_bytes(manifest.replace(b'"device": "cpu"', b'"device": "gpu"'))
+    assert "loftq.json" in refused(out, ExitCode.VERIFICATION_FAILED)
     (out / "loftq.json").unlink()
     (out / ".loftq").mkdir(exist_ok=True)
     assert "not finished" in refused(out)
@@ -388,7 +391,7 @@ def test_quantize_pushes_too(hub: WriteHub, source: Path, tmp_path: Path, monkey
     result = runner.invoke(app, words)
     assert result.exit_code == 0 and f"pushed to {REPO}" in result.stdout, result.output
     assert (tmp_path / "o/loftq.json").stat().st_mtime_ns == before
-    check_manifest(pull())
+    check_pulled(pull())
     assert "is finished already" in runner.invoke(app, words[:-2]).stderr
     monkeypatch.delenv("HF_TOKEN")
     result = runner.invoke(app, [*words[:2], "-o", str(tmp_path / "new"), "--push-to", REPO])

@@ -12,6 +12,7 @@ from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
+from loftq_cli.cli.verify import verify_command
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -32,6 +33,7 @@ app.command("batch", rich_help_panel="Convert")(batch_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
 app.command("push", rich_help_panel="Share")(push_command)
 app.command("schema", rich_help_panel="Look")(schema_command)
+app.command("verify", rich_help_panel="Look")(verify_command)
 
 
 def _print_version(wanted: bool) -> None:

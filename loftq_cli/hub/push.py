@@ -14,9 +14,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint.hub_errors import CutShort, patiently
-from loftq_cli.engine.output import STATE, hash_file
+from loftq_cli.engine.output import STATE
+from loftq_cli.engine.verify import verify
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.hub.stage import Destination, stage
@@ -177,15 +179,16 @@ def _request(
 
 
 def _verify(directory: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is what was written."""
-    for name, record in manifest.files.items():
-        path = directory / name
-        what = "is missing" if not path.is_file() else "" if hash_file(path) == record else "is not what was written"
-        if what:
-            raise LoftqError(
-                f"{name} in {directory} {what}, so nothing was pushed: convert the model again with --overwrite.",
-                exit_code=ExitCode.VERIFICATION_FAILED,
-            )
+    """Every file that would be pushed is, to the last bit, what was written."""
+    ours = {MANIFEST, *manifest.files}
+    problems = [problem for problem in verify(directory).problems if problem.name in ours]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise LoftqError(
+            f"nothing was pushed, {problems[0].name} in {directory} {problems[0].what}{more}: look with `loftq verify "
+            f"{directory}`, then convert the model again with --overwrite.",
+            exit_code=ExitCode.VERIFICATION_FAILED,
+        )
 
 
 def _left_out(directory: Path, files: Mapping[str, int]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from loftq_cli.artifacts.card import hub_id
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, render
+from loftq_cli.artifacts.manifest import FileRecord, Manifest, render, seal
 
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
 CARD = "README.md"
@@ -81,7 +81,7 @@ def published_texts(directory: Path, manifest: Manifest, destination: Destinatio
         recipe={**manifest.recipe, "model": source},
         files={**manifest.files, **hashes},
     )
-    return {**texts, MANIFEST: render(published)}
+    return {**texts, MANIFEST: seal(render(published))}
 
 
 def _published_source(manifest: Manifest, base_model: str | None) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+
+from loftq_cli.numerics.threads import one_thread, product
 
 FIRST_DEPTH = 6  # what the first step misses, no later step recovers: measured in scripts/bench/NOTES.md
 LATER_DEPTH = 2
@@ -23,6 +25,10 @@ _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat1
 _HALF_SPREAD = 16.0  # s[0] / s[-1] up to which bfloat16's noise on the largest direction cannot hide the smallest
 _SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
 _MUCH_LEFT, _NOTHING_LEFT = 1e-2, 1e-5  # shares of a column that outlive the projection: float32 has seven digits
+
+
+_eigh, _cholesky = one_thread(torch.linalg.eigh), one_thread(torch.linalg.cholesky_ex)
+_qr, _svd = one_thread(torch.linalg.qr), one_thread(partial(torch.linalg.svd, full_matrices=False))
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class LowRank:
 
 def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
     """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
-    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+    u, s, vh = _svd(residual)
     return LowRank(u[:, :rank], s[:rank], vh[:rank].T)
 
 
@@ -64,7 +70,7 @@ def gram_low_rank(residual: Tensor, rank: int) -> LowRank:
     if residual.shape[0] < residual.shape[1]:
         return gram_low_rank(residual.T, rank).transposed
     wide = residual.double()
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
+    _, vectors = _eigh(wide.T @ wide)
     basis = vectors[:, -rank:]
     return _decompose(wide @ basis, basis)
 
@@ -151,12 +157,12 @@ def _best_directions(matrix: Tensor, start: Tensor, depth: int, rank: int) -> Te
     for level in range(depth + 1):
         here = slice(level * width, (level + 1) * width)
         basis[:, here] = _orthonormal(block, basis[:, : here.start])
-        image = matrix @ basis[:, here].to(matrix.dtype)
+        image = product(matrix, basis[:, here].to(matrix.dtype))
         images[:, here] = image
         if level < depth:
-            block = (matrix.T @ (image if narrow else _orthonormal(image, image[:, :0]))).float()
+            block = product(matrix.T, image if narrow else _orthonormal(image, image[:, :0])).float()
     wide = images if narrow else images.double()
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
+    _, vectors = _eigh(wide.T @ wide)
     return basis @ vectors[:, -rank:].flip(1).float()
 
 
@@ -170,7 +176,7 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
         before = block.norm(dim=0).max()
         block = _without(block, basis)
         wide = block.double()
-        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+        factor, failed = _cholesky(wide.T @ wide)
         left = factor.diagonal().min()
         if failed or left <= _NOTHING_LEFT * before:
             return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
@@ -183,12 +189,12 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
 def _householder(block: Tensor, basis: Tensor) -> Tensor:
     """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
     if not basis.shape[1]:
-        return torch.linalg.qr(block).Q
+        return _qr(block).Q
     generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
     noise = torch.randn(block.shape, generator=generator).to(block.device)
-    block = torch.linalg.qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
+    block = _qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
     for _ in range(2):  # twice is enough
-        block = torch.linalg.qr(_without(block, basis)).Q
+        block = _qr(_without(block, basis)).Q
     return block
 
 
@@ -205,7 +211,7 @@ def _project(residual: Tensor, directions: Tensor) -> LowRank:
 
 def _decompose(image: Tensor, basis: Tensor) -> LowRank:
     """`image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
-    values, turn = torch.linalg.eigh(image.T @ image)
+    values, turn = _eigh(image.T @ image)
     s, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1)
     inverse = torch.where(s > 0, s, torch.inf).reciprocal()
     return LowRank((image @ turn * inverse).float(), s.float(), (basis @ turn).float())
