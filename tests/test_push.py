@@ -267,7 +267,7 @@ def test_only_what_is_whole_is_pushed(hub: WriteHub, out: Path, source: Path, tm
     assert "loftq.json" in refused(out, ExitCode.VERIFICATION_FAILED)
     (out / "loftq.json").unlink()
     (out / ".loftq").mkdir(exist_ok=True)
-    assert "not finished" in refused(out)
+    assert "not finished" in refused(out, ExitCode.INCOMPLETE)
     assert "no directory" in refused(tmp_path / "nowhere")
     assert not hub.log
 
