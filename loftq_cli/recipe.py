@@ -132,7 +132,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("rule", "include", "exclude"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = tuple(value or ()) if isinstance(value, (list, tuple, type(None))) else (value,)
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
