@@ -316,6 +316,30 @@ def test_a_hub_that_is_not_there(hub: WriteHub, finished: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (401, 1, "does not accept the token"),
+        (403, 1, "may not write"),
+        (404, 1, "shows no"),
+        (503, 4, "does not answer"),
+    ],
+)
+def test_what_hf_xet_runs_into(
+    hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: int, said: str
+) -> None:
+    """The client that uploads large files to the real Hub has errors of its own."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet", reason="huggingface_hub comes without hf_xet on this platform")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
+    hub.fail("/xet-write-token/", status=status, times=10**6)
+    assert said in refused(finished, ExitCode(code)) and hub.requests("/xet-write-token/")
+
+
+@pytest.mark.parametrize(
     ("repo", "how", "said"),
     [
         ("name", {}, "write ORG/NAME"),

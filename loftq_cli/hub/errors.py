@@ -20,6 +20,7 @@ from loftq_cli.errors import ExitCode, LoftqError
 
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
 _SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+_XET_REFUSAL = re.compile(r"HTTP status client error \((\d{3})")
 _CONFLICTS = frozenset({409, 412})
 
 
@@ -81,7 +82,7 @@ def _scrub(error: BaseException) -> None:
 
 def _sentence(error: Exception, repo: str) -> LoftqError:
     endpoint = HfApi().endpoint
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    status = _status(error)
     said = _server_words(error)
     tokens = f"{endpoint}/settings/tokens"
     if isinstance(error, OfflineModeIsEnabled):
@@ -107,7 +108,7 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
             f"{repo} was changed by somebody else at the same time{said}: run the same command again.",
             exit_code=ExitCode.INCOMPLETE,
         )
-    if isinstance(error, (HTTPError, CutShort)) and passes(error):
+    if (isinstance(error, (HTTPError, CutShort)) and passes(error)) or _gave_up(error):
         return LoftqError(
             f"{endpoint} does not answer ({redact(reason(error))}), so {repo} is incomplete: run the same command "
             "again to go on, what is there is not sent again.",
@@ -116,6 +117,21 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
     if status:
         return LoftqError(f"{endpoint} refuses the push to {repo} (HTTP status {status}){said}: look at {endpoint}.")
     return LoftqError(f"pushing to {repo} failed ({redact(reason(error))}): run the same command again.")
+
+
+def _status(error: Exception) -> int:
+    """The Hub's answer; hf_xet, which uploads large files, only tells it in words."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if isinstance(error, PermissionError) and type(error).__module__.startswith("hf_xet"):
+        return 403
+    match = _XET_REFUSAL.search(str(error)) if isinstance(error, ConnectionError) else None
+    return int(match[1]) if match else 0
+
+
+def _gave_up(error: Exception) -> bool:
+    """Whether hf_xet lost its connection; it has tried for minutes by then."""
+    return isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _server_words(error: Exception) -> str:
