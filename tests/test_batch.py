@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 import pytest
 import typer.testing
 import yaml
+from hub_server import talking_to
+from hub_write_server import WriteHub
 
 import loftq_cli
 from loftq_cli.batches.child import Ended, _environment, _error
@@ -289,6 +291,21 @@ def test_another_recipe_in_a_finished_output_fails_and_overwrite_helps(random_ll
     assert report.exit_code == 1 and "bits 2 (now 3)" in (report.outcomes[0].error or "")
     report = loftq_cli.batch([file], device="cpu", overwrite=True)
     assert report.exit_code == 0 and report.outcomes[0].status == "done"
+
+
+def test_a_finished_recipe_is_pushed(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loftq_cli.quantize(random_llama, output=tmp_path / "o", device="cpu", **QUICK)
+    file = write(
+        tmp_path / "f.yaml", model=str(random_llama), **QUICK, output=str(tmp_path / "o"), push_to="some-org/Tiny"
+    )
+    with WriteHub() as hub, talking_to(hub, tmp_path / "home", monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_good")
+        report = loftq_cli.batch([file], device="cpu")
+        assert [one.status for one in report.outcomes] == ["finished"], report.outcomes
+        assert "loftq.json" in hub.files("some-org/Tiny") and report.outcomes[0].push_to == "some-org/Tiny"
+        monkeypatch.delenv("HF_TOKEN")
+        report = loftq_cli.batch([file], device="cpu")
+    assert report.exit_code == 1 and "nobody is logged in" in (report.outcomes[0].error or "")
 
 
 def outcomes(*statuses: str) -> tuple[Outcome, ...]:

@@ -148,10 +148,12 @@ def _run(shared: _Batch, job: Job) -> Outcome:
 
 
 def _convert(shared: _Batch, job: Job, blank: Outcome) -> Outcome:
+    from loftq_cli.engine.output import journal_of
+
     before = not shared.overwrite and _is_finished(shared, job)
     if before and job.push_to is None:
         return measured(dataclasses.replace(blank, status="finished"), read_manifest(job.output))
-    resumed = not before and not shared.overwrite and (job.output / ".loftq" / "journal").is_file()
+    resumed = not before and not shared.overwrite and journal_of(job.output).read_header() is not None
     ended = shared.children.run(job, lambda line: shared.reporter.line(job, line))
     outcome = dataclasses.replace(blank, exit_code=ended.exit_code, error=ended.error, resumed=resumed)
     if ended.exit_code == 0:
