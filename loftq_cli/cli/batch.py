@@ -122,6 +122,8 @@ def _lines() -> Any:
             self.total = len(jobs)
 
         def line(self, job: Job, text: str) -> None:
+            if text.startswith("loftq: "):
+                return  # the sentence it ends with is told with its end
             self.console.print(f"{job.name}: {text}", soft_wrap=True, markup=False)
 
         def ended(self, job: Job, outcome: Outcome) -> None:
