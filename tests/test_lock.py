@@ -113,7 +113,7 @@ def test_a_run_whose_lock_was_taken_over_stops(tmp_path: Path, monkeypatch) -> N
     lock.check()
     leave(tmp_path, 2, host="node7", place="elsewhere")
     deadline = time.monotonic() + 10
-    with pytest.raises(LoftqError, match="took .* over") as caught:
+    with pytest.raises(LoftqError, match=r"took .* over") as caught:
         while time.monotonic() < deadline:
             lock.check()
             time.sleep(0.01)
