@@ -52,6 +52,7 @@ def batch(
     output: str | Path | None = None,
     jobs: int = 1,
     device: str = "auto",
+    num_processes: int | None = None,
     max_memory: str | int | None = None,
     stream: bool = False,
     overwrite: bool = False,
@@ -70,7 +71,7 @@ def batch(
         files: YAML recipes.
         output: directory for the outputs whose file names none; by default the working directory.
         jobs: how many conversions run at the same time.
-        device, max_memory, stream, overwrite: as in `quantize`, for every recipe.
+        device, num_processes, max_memory, stream, overwrite: as in `quantize`, for every recipe.
         dry_run: plan every recipe and convert none.
         verbose: let the processes name every matrix.
         summary: file for the report as JSON.
@@ -86,7 +87,9 @@ def batch(
     if jobs < 1:
         raise UsageError(f"--jobs cannot be {jobs}: give a whole number from 1 on.")
     started, found = time.monotonic(), read_jobs(files, output)
-    options = ["--device", device, *(["--max-memory", str(max_memory)] if max_memory is not None else [])]
+    options = ["--device", device]
+    for flag, value in (("--num-processes", num_processes), ("--max-memory", max_memory)):
+        options += [] if value is None else [flag, str(value)]
     options += [flag for flag, on in (("--stream", stream), ("--overwrite", overwrite), ("--verbose", verbose)) if on]
     shared = _Batch(Children(options, jobs), reporter or BatchReporter(), stream, overwrite, dry_run)
     shared.reporter.begin(found)

@@ -50,6 +50,7 @@ def batch_command(
         int, typer.Option("--jobs", "-j", help="Conversions at the same time.", rich_help_panel="Running", metavar="N")
     ] = 1,
     device: o.Device = "auto",
+    num_processes: o.NumProcesses = None,
     max_memory: o.MaxMemory = None,
     stream: o.Stream = False,
     dry_run: Annotated[
@@ -77,6 +78,7 @@ def batch_command(
                 output=output,
                 jobs=jobs,
                 device=device,
+                num_processes=num_processes,
                 max_memory=max_memory,
                 stream=stream,
                 overwrite=overwrite,

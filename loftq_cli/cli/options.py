@@ -211,9 +211,19 @@ Device = Annotated[
     str,
     typer.Option(
         "--device",
-        help="Where to compute: auto is the GPU if there is one.",
+        help="Where to compute: auto is all GPUs if there are any.",
         rich_help_panel=_RUN,
         metavar="auto|cpu|cuda|cuda:N",
+    ),
+]
+NumProcesses = Annotated[
+    Optional[int],
+    typer.Option(
+        "--num-processes",
+        help=_with_default("Workers that share the matrices.", "one a GPU, or one on the CPU"),
+        rich_help_panel=_RUN,
+        metavar="N",
+        show_default=False,
     ),
 ]
 MaxMemory = Annotated[
