@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.errors import UsageError
 from loftq_cli.recipe import Recipe, make_recipe, parse_size, read_places
 
+_NO_RUN = "finished"  # what a launcher's other processes hear where nothing is left to convert
+
 if TYPE_CHECKING:
     import torch
 
@@ -67,7 +69,6 @@ def quantize(
     from loftq_cli.engine.finished import find_finished
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
-    from loftq_cli.engine.worker import follow
     from loftq_cli.engine.world import joined_world
 
     file = Path(config) if config else None
@@ -80,14 +81,14 @@ def quantize(
             raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
         if world is not None and not world.main:
             orders = _orders(asked, _output(asked, output), devices, stream, memory, world)
-            return follow(dataclasses.replace(orders[0], run_id=world.hear()))
+            return _follow(orders[0], world.hear())
         repo = _may_push(repo)
         with open_source(asked, stream=stream) as (checkpoint, resolved):
             made = _plan(resolved, checkpoint, output)
             orders = _orders(resolved, made.output, devices, stream, memory, world)
             manifest = find_finished(made) if repo and not overwrite else None
             if manifest is not None and world is not None:
-                world.announce("finished")  # a run that the others will find to be over
+                world.announce(_NO_RUN)
             if manifest is None:
                 manifest = run_plan(
                     made,
@@ -123,6 +124,16 @@ def plan(
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
         return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+
+
+def _follow(order: Order, run_id: str) -> Manifest:
+    """A launcher's other process: its share of the run, or nothing where the main one has found the output finished."""
+    from loftq_cli.artifacts.manifest import read_manifest
+    from loftq_cli.engine.worker import follow
+
+    if run_id == _NO_RUN:
+        return read_manifest(order.output)
+    return follow(dataclasses.replace(order, run_id=run_id))
 
 
 def _may_push(repo: str | None) -> str | None:

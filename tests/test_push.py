@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +157,25 @@ def test_the_cards_snippet_loads_what_was_pushed(
     if revision:
         assert set(hub.files(REPO, "main")) == {".gitattributes"}
         check_pulled(pull(revision=revision))
+
+
+def test_of_a_launchers_processes_one_pushes(hub: WriteHub, finished: Path, source: Path) -> None:
+    """Nothing is left to convert, and nobody waits for a run that will not come."""
+    recipe = ["--bits", "2", "--rank", "4", "--iters", "1", "--max-shard-size", "30KB", "--device", "cpu"]
+    words = ["-m", "loftq_cli", "quantize", str(source), "-o", str(finished), *recipe, "--push-to", REPO]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port=0",
+    ]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"pushed to {REPO}") == 1 and len(hub.requests("/repos/create")) == 1
+    check_pulled(pull())
 
 
 def test_a_second_push_sends_nothing(hub: WriteHub, finished: Path) -> None:
