@@ -89,6 +89,7 @@ class Plan:
     texts: Mapping[str, bytes]
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
+    nonfinite: Mapping[str, str]
 
     @cached_property
     def matrices(self) -> tuple[Unit, ...]:
@@ -165,7 +166,8 @@ def make_plan(
     files, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
     side = checkpoint.side_files()
-    return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
+    bad = dict(nonfinite or {})
+    return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes), bad)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -26,6 +26,25 @@ SVDS = ("fast", "exact")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
+# What a field may be, and the least a whole number may be: `_check` and the JSON schema read the same tables.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "bits": BITS,
+    "block_size": BLOCK_SIZES,
+    "method": METHODS,
+    "data_type": DATA_TYPES,
+    "format": FORMAT_NAMES,
+    "embeddings": EMBEDDINGS,
+    "lm_head": LM_HEADS,
+    "dtype": DTYPE_CHOICES,
+    "svd": SVDS,
+    "meta_version": META_VERSIONS,
+}
+LEAST = {"rank": 1, "iters": 0, "seed": 0}
+
+# What a YAML file may say beside the recipe: where the output goes. It decides no byte, so it is not in `loftq.yaml`.
+PLACES = ("output", "push_to")
+MATRIX = "matrix"  # of a file for `loftq batch`
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -159,7 +178,8 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     Raises:
         UsageError: an unknown field, a value that cannot be meant, or no model.
     """
-    values: dict[str, Any] = {} if config is None else read_yaml(config)
+    values = {} if config is None else _one_recipe(config)
+    values = {name: value for name, value in values.items() if name not in PLACES}
     values.update({name: value for name, value in given.items() if value is not None})
     known = recipe_fields()
     for name in values:
@@ -171,6 +191,27 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
         raise UsageError("no model was given: name a checkpoint's directory, or a model on the Hub as org/name.")
     values["model"] = str(values["model"])
     return Recipe(**values)
+
+
+def read_places(config: Path | None) -> dict[str, str]:
+    """What a YAML recipe says of `PLACES`; what it does not say is left out.
+
+    Raises:
+        UsageError: the file cannot be read, or a place is no text.
+    """
+    values = {} if config is None else _one_recipe(config)
+    found = {name: values[name] for name in PLACES if values.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"{name} in {config} cannot be {value!r}: give a text.")
+    return found
+
+
+def _one_recipe(config: Path) -> dict[str, Any]:
+    values = read_yaml(config)
+    if MATRIX in values:
+        raise UsageError(f"{config} stands for several recipes (matrix:): run it with `loftq batch {config}`.")
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -224,24 +265,12 @@ def _check_text(recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    choices = {
-        "bits": BITS,
-        "block_size": BLOCK_SIZES,
-        "method": METHODS,
-        "data_type": DATA_TYPES,
-        "format": FORMAT_NAMES,
-        "embeddings": EMBEDDINGS,
-        "lm_head": LM_HEADS,
-        "dtype": DTYPE_CHOICES,
-        "svd": SVDS,
-        "meta_version": META_VERSIONS,
-    }
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         value = getattr(recipe, name)
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             listed = ", ".join(str(item) for item in allowed)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
-    for name, least in (("rank", 1), ("iters", 0), ("seed", 0)):
+    for name, least in LEAST.items():
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")

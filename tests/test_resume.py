@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,16 +137,24 @@ def test_another_recipe_on_an_unfinished_directory_is_refused(random_llama: Path
     assert loftq_cli.read_manifest(out).recipe["bits"] == 4
 
 
-def test_a_changed_source_is_not_resumed(random_llama: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_changed_source_is_refused_by_name_and_a_copy_is_not(uninterrupted, random_llama, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
 
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(random_llama, source)
     stop_after(3, source, out)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(UsageError, match="another source or loftq version"):
+    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, source / "model.safetensors")
+    with pytest.raises(UsageError, match=r"source/model\.safetensors is not the file that the unfinished conversion"):
         loftq_cli.quantize(source, output=out, **RECIPE)
+    shutil.copyfile(random_llama / "model.safetensors", source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(UsageError, match=r"the config or the tensors' .* in .*source are not those"):
+        loftq_cli.quantize(source, output=out, **RECIPE)
+    moved = tmp_path / "moved"
+    shutil.copytree(random_llama, moved)  # other times and another place, the same content
+    loftq_cli.quantize(moved, output=out, **RECIPE)
+    assert tensors(out) == uninterrupted
 
 
 def test_finished_directories_are_kept(random_llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from loftq_cli.planner import Plan
 from loftq_cli.recipe import recipe_fields
 
 _WORST = 5
+_LICENCE = ("license", "license_name", "license_link")
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
@@ -136,9 +137,7 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
     if base:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
-    licence = _licence(plan.source)
-    if licence:
-        lines.append(f"license: {licence}")
+    lines += _licence(plan.source)
     return "---\n" + "\n".join(lines) + "\n---"
 
 
@@ -154,16 +153,17 @@ def hub_id(source: Path) -> str | None:
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
-def _licence(source: Path) -> str | None:
-    """The licence line of the source's own card."""
+def _licence(source: Path) -> list[str]:
+    """The licence lines of the source's own card: the identifier, and the name and link that `other` comes with."""
     import yaml
 
     try:
         text = (source / "README.md").read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        return front.get("license") if isinstance(front.get("license"), str) else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return None
+        found = {name: front[name] for name in _LICENCE if isinstance(front.get(name), str)}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
+        return []
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
 
 
 def _worst(manifest: Manifest) -> str:
