@@ -409,3 +409,14 @@ def test_the_command_in_a_process_of_its_own(
     assert "hf_mine" not in done.stdout and weight_files(home) == []
     assert {entry.authorization for entry in hub.requests(host="cdn")} == {None}
     assert (tmp_path / "Tiny-Llama-loftq-2bit-r16" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_workers_read_a_model_on_the_hub_each_for_itself(stream: bool, hub: HubServer, llama, tmp_path: Path) -> None:
+    hub.add(REPO, llama)
+    alone = loftq_cli.quantize(REPO, output=tmp_path / "alone", stream=stream, **QUICK)
+    shared = loftq_cli.quantize(REPO, output=tmp_path / "shared", stream=stream, num_processes=2, **QUICK)
+    assert shared.fingerprint == alone.fingerprint and shared.source_revision == alone.source_revision
+    for name in WEIGHTS:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+    assert loftq_cli.verify(tmp_path / "shared", source=REPO, stream=stream).ok
