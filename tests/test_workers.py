@@ -23,7 +23,9 @@ import loftq_cli
 from loftq_cli.api import choose_devices
 from loftq_cli.api import plan as make_plan
 from loftq_cli.checkpoint import open_checkpoint
+from loftq_cli.engine import session as session_module
 from loftq_cli.engine import supervise
+from loftq_cli.engine.lock import Holder
 from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.session import Presence, Session, Silence, Status, work_of
@@ -208,7 +210,7 @@ def test_ranks_fail_with_the_main_process(random_llama: Path, tmp_path: Path) ->
 def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
     """A rank that joined, took a unit and was never heard of again."""
     plan, out = make_plan(random_llama, output=tmp_path / "out", **RECIPE), tmp_path / "out"
-    monkeypatch.setattr(supervise, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(session_module, "SILENT_SECONDS", 0.2)
 
     def join(run_id: str) -> None:
         session = Session(out, run_id)
@@ -257,11 +259,21 @@ def test_a_status_is_rewritten_in_place_and_its_silence_is_noticed(tmp_path: Pat
     status = session.statuses()["3"]
     assert size == 4096 and status.unit == "x.weight" and status.error.startswith("eee") and status.pid == os.getpid()
     presence.close()
-    assert silence.of("3", status) == 0.0
+    assert silence.seconds("3", status) == 0.0
     time.sleep(0.02)
-    assert silence.of("3", status) >= 0.02 and silence.of("3", None) >= 0.02
+    assert silence.seconds("3", status) >= 0.02 and silence.seconds("3", None) >= 0.02
     presence.tell(unit="y.weight")
-    assert silence.of("3", session.statuses()["3"]) == 0.0
+    assert silence.seconds("3", session.statuses()["3"]) == 0.0
+
+
+def test_a_dead_process_of_this_machine_is_seen_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(process.pid).create_time()
+    status = Status(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
+    assert Silence().why_gone("1", status) is None
+    process.kill()
+    process.wait()
+    assert Silence().why_gone("1", status) == "has died"
 
 
 def test_devices(monkeypatch) -> None:
