@@ -76,6 +76,7 @@ class Plan:
             metadata.
         units: in the order of their tensors' names.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
+        nonfinite: matrices left alone because of what they hold, with the reason.
     """
 
     recipe: Recipe

@@ -445,3 +445,14 @@ def test_hostile_pickles_are_not_run_when_streamed(hub: HubServer, llama: dict[s
             REPO, {"config.json": llama["config.json"], "pytorch_model.bin": hostile_pickle(rng, mark, damage_bytes)}
         )
         assert f"{REPO}/pytorch_model.bin" in refused(stream=True) and not mark.exists()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_workers_read_a_model_on_the_hub_each_for_itself(stream: bool, hub: HubServer, llama, tmp_path: Path) -> None:
+    hub.add(REPO, llama)
+    alone = loftq_cli.quantize(REPO, output=tmp_path / "alone", stream=stream, **QUICK)
+    shared = loftq_cli.quantize(REPO, output=tmp_path / "shared", stream=stream, num_processes=2, **QUICK)
+    assert shared.fingerprint == alone.fingerprint and shared.source_revision == alone.source_revision
+    for name in WEIGHTS:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+    assert loftq_cli.verify(tmp_path / "shared", source=REPO, stream=stream).ok

@@ -223,3 +223,23 @@ main()
     assert [path.name for path in out.iterdir()] == [".loftq"]
     assert Journal(out / ".loftq" / "journal").entries()
     loftq_cli.quantize(random_llama, output=out, bits=2)
+
+
+def test_what_does_not_read_back_is_found_before_the_end_and_repeated(uninterrupted, random_llama, tmp_path) -> None:
+    out = tmp_path / "out"
+
+    class Rot(Reporter):
+        """A disk that loses a bit after the unit was recorded."""
+
+        def finishing(self, step) -> None:
+            with open(out / ".loftq" / "partial" / "loftq_init" / "adapter_model.safetensors", "r+b") as handle:
+                handle.seek(-1, os.SEEK_END)
+                last = handle.read(1)[0]
+                handle.seek(-1, os.SEEK_END)
+                handle.write(bytes([last ^ 4]))
+
+    with pytest.raises(LoftqError, match=r"does not hold what was written to it \(.*lora_") as caught:
+        loftq_cli.quantize(random_llama, output=out, reporter=Rot(), **RECIPE)
+    assert caught.value.exit_code == ExitCode.INCOMPLETE and not (out / "config.json").exists()
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)
+    assert tensors(out) == uninterrupted

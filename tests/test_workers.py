@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -20,8 +22,13 @@ from test_resume import RECIPE, stop_after, tensors
 import loftq_cli
 from loftq_cli.api import choose_devices
 from loftq_cli.api import plan as make_plan
+from loftq_cli.checkpoint import open_checkpoint
+from loftq_cli.engine import session as session_module
+from loftq_cli.engine import supervise
+from loftq_cli.engine.lock import Holder
 from loftq_cli.engine.progress import Reporter
-from loftq_cli.engine.session import Presence, Session, Silence, work_of
+from loftq_cli.engine.run import run_plan
+from loftq_cli.engine.session import Presence, Session, Silence, Status, work_of
 from loftq_cli.engine.world import launched_rank
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 
@@ -200,6 +207,31 @@ def test_ranks_fail_with_the_main_process(random_llama: Path, tmp_path: Path) ->
     assert "not loftq's" in said[0] and "loftq:" not in said[1]
 
 
+def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    """A rank that joined, took a unit and was never heard of again."""
+    plan, out = make_plan(random_llama, output=tmp_path / "out", **RECIPE), tmp_path / "out"
+    monkeypatch.setattr(session_module, "SILENT_SECONDS", 0.2)
+
+    def join(run_id: str) -> None:
+        session = Session(out, run_id)
+        unit = next(session.claimed(plan))
+        status = Status(beat=5, host="node7", pid=4711, unit=unit.tensor)
+        (session.path / "status.1").write_text(json.dumps(dataclasses.asdict(status)))
+
+    with closing(open_checkpoint(random_llama)) as checkpoint, pytest.raises(LoftqError) as caught:
+        run_plan(
+            plan,
+            checkpoint,
+            device=torch.device("cpu"),
+            reporter=Reporter(),
+            team=supervise.Team([], join),
+        )
+    assert caught.value.exit_code == ExitCode.INCOMPLETE
+    assert "worker 1 (process 4711 on node7) has been silent" in str(caught.value)
+    assert "while it worked on model.layers." in str(caught.value)
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)
+
+
 def test_each_unit_is_claimed_once_largest_first_and_not_after_a_stop(random_llama: Path, tmp_path: Path) -> None:
     plan = make_plan(random_llama, output=tmp_path / "out", **RECIPE)
     (tmp_path / "out" / ".loftq").mkdir(parents=True)
@@ -227,11 +259,21 @@ def test_a_status_is_rewritten_in_place_and_its_silence_is_noticed(tmp_path: Pat
     status = session.statuses()["3"]
     assert size == 4096 and status.unit == "x.weight" and status.error.startswith("eee") and status.pid == os.getpid()
     presence.close()
-    assert silence.of("3", status) == 0.0
+    assert silence.seconds("3", status) == 0.0
     time.sleep(0.02)
-    assert silence.of("3", status) >= 0.02 and silence.of("3", None) >= 0.02
+    assert silence.seconds("3", status) >= 0.02 and silence.seconds("3", None) >= 0.02
     presence.tell(unit="y.weight")
-    assert silence.of("3", session.statuses()["3"]) == 0.0
+    assert silence.seconds("3", session.statuses()["3"]) == 0.0
+
+
+def test_a_dead_process_of_this_machine_is_seen_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(process.pid).create_time()
+    status = Status(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
+    assert Silence().why_gone("1", status) is None
+    process.kill()
+    process.wait()
+    assert Silence().why_gone("1", status) == "has died"
 
 
 def test_devices(monkeypatch) -> None:

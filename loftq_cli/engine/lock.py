@@ -44,14 +44,19 @@ class Holder:
 
     @staticmethod
     def me() -> Holder:
-        return Holder(socket.gethostname(), _place(), os.getpid(), _start_of(os.getpid()) or time.time())
+        return Holder(socket.gethostname(), place(), os.getpid(), _start_of(os.getpid()) or time.time())
 
     def is_alive(self, path: Path) -> bool:
         """By the process itself where it can be seen from here, else by the heartbeat of its lock at `path`."""
-        if self.place and self.place == _place():
-            started = _start_of(self.pid)
-            return started is not None and abs(started - self.started) <= _SAME_START
-        return _beats(path)
+        seen = self.seen_alive()
+        return _beats(path) if seen is None else seen
+
+    def seen_alive(self) -> bool | None:
+        """Whether the process lives; None where that cannot be seen from here."""
+        if not self.place or self.place != place():
+            return None
+        started = _start_of(self.pid)
+        return started is not None and abs(started - self.started) <= _SAME_START
 
 
 class Lock:
@@ -175,7 +180,7 @@ def _beats(path: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-def _place() -> str:
+def place() -> str:
     """This machine, its boot and the namespace of its process ids."""
     parts = [socket.gethostname()]
     for read in (

@@ -13,13 +13,13 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.engine.lock import Holder
 from loftq_cli.engine.output import STATE
 from loftq_cli.planner import Plan, Unit
 
@@ -35,13 +35,16 @@ class Status:
 
     Attributes:
         beat: grows as long as it lives.
+        host, place, pid, started: the process, as in `lock.Holder`.
         unit: the tensor it works on.
         error, exit_code: why it gave up.
     """
 
     beat: int = 0
     host: str = ""
+    place: str = ""
     pid: int = 0
+    started: float = 0.0
     unit: str = ""
     device: str = ""
     done: bool = False
@@ -89,7 +92,7 @@ class Session:
         """Units that no other worker has taken, one by one, largest first; none once the run has failed."""
         silence = Silence()
         for number in json.loads((self.path / "units").read_bytes())["units"]:
-            if self.stopped() or silence.of(MAIN, self.statuses().get(MAIN)) > SILENT_SECONDS:
+            if self.stopped() or silence.why_gone(MAIN, self.statuses().get(MAIN)):
                 return
             try:
                 os.close(os.open(self.path / "claims" / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -124,7 +127,7 @@ class Presence:
 
     def __init__(self, session: Session, name: str) -> None:
         self._path = session.path / f"status.{name}"
-        self._status = Status(host=socket.gethostname(), pid=os.getpid())
+        self._status = Status(**dataclasses.asdict(Holder.me()))
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._path.write_bytes(b" " * _STATUS_BYTES)
         self._thread = threading.Thread(target=self._beat, name="loftq-presence", daemon=True)
@@ -152,13 +155,23 @@ class Presence:
 
 
 class Silence:
-    """For how long the heartbeats of others have not changed, by this machine's own clock."""
+    """Who is gone: by the process where it can be seen from here, else by a heartbeat that has not changed for
+    SILENT_SECONDS of this machine's own clock."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, float]] = {}
 
-    def of(self, name: str, status: Status | None) -> float:
-        """Seconds; call it again and again."""
+    def why_gone(self, name: str, status: Status | None) -> str | None:
+        """`has died` or `has been silent …`; None while it lives. To be called again and again."""
+        if status is not None:
+            alive = Holder(status.host, status.place, status.pid, status.started).seen_alive()
+            if alive is not None:
+                return None if alive else "has died"
+        silent = self.seconds(name, status)
+        return f"has been silent for {silent:.0f} s" if silent > SILENT_SECONDS else None
+
+    def seconds(self, name: str, status: Status | None) -> float:
+        """For how long the heartbeat has not changed."""
         now, before = time.monotonic(), self._seen.get(name)
         if before is None or (status is not None and status.beat != before[0]):
             self._seen[name] = (-1 if status is None else status.beat, now)

@@ -22,7 +22,7 @@ from loftq_cli.engine.journal import Journal
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.output import STATE, journal_of
 from loftq_cli.engine.progress import Reporter
-from loftq_cli.engine.session import MAIN, SILENT_SECONDS, Presence, Session, Silence, Status
+from loftq_cli.engine.session import MAIN, Presence, Session, Silence, Status
 from loftq_cli.engine.worker import Order
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.planner import Plan, Unit
@@ -141,8 +141,8 @@ class _Watch:
                 self._reporter.working(self._units[status.unit])
             if status.error:
                 raise LoftqError(status.error, exit_code=ExitCode(status.exit_code))
-            if name not in codes and not status.done and self._silence.of(name, status) > SILENT_SECONDS:
-                raise _dead(name, status, f"has been silent for {SILENT_SECONDS:.0f} s")
+            if name not in codes and not status.done and (why := self._silence.why_gone(name, status)):
+                raise _dead(name, status, why)
         for child in self._children:
             if codes[child.name] is not None and self.left:
                 self._check_ended(child, statuses.get(child.name, Status()), codes)

@@ -80,7 +80,7 @@ def follow(order: Order) -> Manifest:
         LoftqError: the run has failed here, elsewhere, or the main process is gone (exit code 4).
     """
     from loftq_cli.artifacts.manifest import read_manifest
-    from loftq_cli.engine.session import MAIN, SILENT_SECONDS, Session, Silence
+    from loftq_cli.engine.session import MAIN, Session, Silence
 
     output = Path(order.output)
     session, silence, started = Session(output, order.run_id), Silence(), time.monotonic()
@@ -89,7 +89,7 @@ def follow(order: Order) -> Manifest:
     if session.exists():
         carry_out(order)
     while session.exists() and not session.stopped():
-        if silence.of(MAIN, session.statuses().get(MAIN)) > SILENT_SECONDS:
+        if silence.why_gone(MAIN, session.statuses().get(MAIN)):
             break
         time.sleep(_LOOK_SECONDS)
     if session.exists() or not (output / "config.json").exists():

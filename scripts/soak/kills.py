@@ -25,7 +25,6 @@ import psutil
 import torch
 
 import loftq_cli
-from loftq_cli.engine import run as _run  # noqa: F401  imported before the forks
 from loftq_cli.errors import LoftqError
 
 FORMATS = ({"format": "packed", "bits": 2}, {"format": "bnb", "bits": 4}, {"format": "dense", "bits": 3})
@@ -44,6 +43,8 @@ def main() -> None:
     print(f"seed {options.seed}, {options.model}")
     many = round(options.kills * options.share) if max(options.workers) > 1 and 1 in options.workers else 0
     with tempfile.TemporaryDirectory() as folder:
+        # Once here, so that the forks have imported and compiled everything.
+        loftq_cli.quantize(options.model, output=Path(folder) / "warm", bits=2, rank=8, device="cpu")
         for workers in options.workers:
             kills = options.kills - many if workers == 1 else many or options.kills
             for index, recipe in enumerate(FORMATS):
