@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe import Recipe, make_recipe, parse_size
+from loftq_cli.recipe import Recipe, make_recipe, parse_size, read_places
+
+_NO_RUN = "finished"  # what a launcher's other processes hear where nothing is left to convert
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,7 @@ def quantize(
     max_memory: str | int | None = None,
     stream: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
     reporter: Reporter | None = None,
     **recipe: Any,
 ) -> Manifest:
@@ -38,7 +42,7 @@ def quantize(
     Args:
         model: directory of a checkpoint (safetensors, pytorch_model.bin or Meta's), or a model on the Hub as `org/name`
             or `org/name@revision`; may come from `config`.
-        output: directory to write; by default named after the model, in the working directory.
+        output: directory to write; by default named after the model, in the working directory. May come from `config`.
         config: a YAML recipe; arguments given here win over it.
         device: `auto`, `cpu`, `cuda` (all GPUs, as `auto` where there are any), `cuda:1`.
         num_processes: workers that share the matrices; by default one for every GPU in use, and one on the CPU. Where
@@ -47,11 +51,13 @@ def quantize(
         max_memory: resident memory to stay below, such as `"2GB"`; by default what the largest matrix takes, twice.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
+        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
+            is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
             iters=5, method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
-            embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
-            max_shard_size="5GB", meta_version="auto".
+            embeddings="keep", lm_head="keep", allow_nonfinite=False, alpha=None, keep_last=False, svd="fast",
+            dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -61,32 +67,46 @@ def quantize(
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.finished import find_finished
+    from loftq_cli.engine.finite import find_nonfinite
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
-    from loftq_cli.engine.worker import follow
     from loftq_cli.engine.world import joined_world
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
+    file = Path(config) if config else None
+    asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
+    output, repo = output or places.get("output"), push_to or places.get("push_to")
     memory = None if max_memory is None else parse_size(max_memory)
     devices = choose_devices(device, num_processes)
+    reporter = reporter or Reporter()
     with joined_world() as world:
         if world is not None and num_processes is not None:
             raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
         if world is not None and not world.main:
             orders = _orders(asked, _output(asked, output), devices, stream, memory, world)
-            return follow(dataclasses.replace(orders[0], run_id=world.hear()))
+            return _follow(orders[0], world.hear())
+        repo = _may_push(repo)
         with open_source(asked, stream=stream) as (checkpoint, resolved):
             made = _plan(resolved, checkpoint, output)
+            if resolved.allow_nonfinite:
+                made = _plan(resolved, checkpoint, output, find_nonfinite(made, checkpoint, reporter))
             orders = _orders(resolved, made.output, devices, stream, memory, world)
-            return run_plan(
-                made,
-                checkpoint,
-                device=devices[0],
-                reporter=reporter or Reporter(),
-                overwrite=overwrite,
-                max_memory=orders[0].max_memory,
-                team=_team(orders, world),
-            )
+            manifest = find_finished(made) if repo and not overwrite else None
+            if manifest is not None and world is not None:
+                world.announce(_NO_RUN)
+            if manifest is None:
+                manifest = run_plan(
+                    made,
+                    checkpoint,
+                    device=devices[0],
+                    reporter=reporter,
+                    overwrite=overwrite,
+                    max_memory=orders[0].max_memory,
+                    team=_team(orders, world),
+                )
+    if repo:
+        _push(made.output, repo)
+    return manifest
 
 
 def plan(
@@ -105,9 +125,41 @@ def plan(
     """
     from loftq_cli.checkpoint import open_source
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
+    file = Path(config) if config else None
+    asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output)
+        return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+
+
+def _follow(order: Order, run_id: str) -> Manifest:
+    """A launcher's other process: its share of the run, or nothing where the main one has found the output finished."""
+    from loftq_cli.artifacts.manifest import read_manifest
+    from loftq_cli.engine.worker import follow
+
+    if run_id == _NO_RUN:
+        return read_manifest(order.output)
+    return follow(dataclasses.replace(order, run_id=run_id))
+
+
+def _may_push(repo: str | None) -> str | None:
+    """What would stop the push is said before hours of work, not after."""
+    if repo:
+        from loftq_cli.hub.push import check_repo, require_login
+
+        check_repo(repo)
+        require_login()
+    return repo
+
+
+def _push(output: Path, repo: str) -> None:
+    from loftq_cli.errors import LoftqError
+    from loftq_cli.hub.push import push
+
+    try:
+        push(output, repo)
+    except LoftqError as error:
+        said = f"{output} is finished, but not on the Hub: {error}"
+        raise LoftqError(said, exit_code=error.exit_code) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -196,8 +248,10 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
     return (Path(output).expanduser() if output else default_output(recipe)).resolve()
 
 
-def _plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+def _plan(
+    recipe: Recipe, checkpoint: Any, output: str | Path | None, nonfinite: Mapping[str, str] | None = None
+) -> Plan:
     from loftq_cli import __version__
     from loftq_cli.planner import make_plan
 
-    return make_plan(recipe, checkpoint, _output(recipe, output), __version__)
+    return make_plan(recipe, checkpoint, _output(recipe, output), __version__, nonfinite)

@@ -24,6 +24,7 @@ def quantize_command(
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
@@ -39,6 +40,7 @@ def quantize_command(
     seed: o.Seed = None,
     max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = False,
+    push_to: o.PushTo = None,
     device: o.Device = "auto",
     num_processes: o.NumProcesses = None,
     max_memory: o.MaxMemory = None,
@@ -60,6 +62,7 @@ def quantize_command(
     with guarded(debug, resumable=resumable, mute=mute):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
+        from loftq_cli.recipe import read_places
 
         calm_hub(silent=quiet or json or mute)
         reporter = choose_reporter(silent=quiet or json or mute, verbose=verbose)
@@ -73,6 +76,7 @@ def quantize_command(
             max_memory=max_memory,
             stream=stream,
             overwrite=overwrite,
+            push_to=push_to,
             reporter=reporter,
             **recipe,
         )
@@ -82,6 +86,8 @@ def quantize_command(
             print_json(summary(manifest))
         elif not quiet:
             print_summary(manifest)
+            if repo := push_to or read_places(config).get("push_to"):
+                results().print(f"pushed to {repo}", soft_wrap=True, markup=False)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

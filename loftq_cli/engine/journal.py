@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Journal:
     def read_header(self) -> Header | None:
         """The conversion that this journal belongs to; None where there is none yet."""
         for line in _lines(_content(self._path)):
-            return Header(**line) if "recipe" in line else None
+            return _header(line) if isinstance(line.get("recipe"), dict) else None
         return None
 
     def entries(self) -> dict[str, Entry]:
@@ -124,11 +125,19 @@ def _lines(content: bytes) -> Iterator[dict[str, Any]]:
             yield parsed
 
 
+def _header(line: Mapping[str, Any]) -> Header:
+    files = line.get("files")
+    return Header(
+        str(line.get("fingerprint")), line["recipe"], str(line.get("source")), files if isinstance(files, dict) else {}
+    )
+
+
 def _entries(content: bytes) -> Iterator[Entry]:
     for line in _lines(content):
-        if "tensor" in line and "hashes" in line:
-            record = parse_matrix_record(line["record"]) if line["record"] else None
-            yield Entry(line["tensor"], line["hashes"], record)
+        if isinstance(line.get("tensor"), str) and isinstance(line.get("hashes"), dict):
+            with suppress(KeyError, TypeError):  # a damaged line: its unit is done again
+                record = parse_matrix_record(line["record"]) if line["record"] else None
+                yield Entry(line["tensor"], line["hashes"], record)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:

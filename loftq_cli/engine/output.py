@@ -84,7 +84,8 @@ def _take_over(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
     """Go on with the state there is, or begin a new one."""
     output, files = plan.output, sample_source(checkpoint)
     header = journal_of(output).read_header()
-    if header is not None and header.fingerprint == plan.fingerprint and not changed_files(header.files, files):
+    same = header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
+    if same and header is not None and not changed_files(header.files, files):
         return
     if header is not None:
         if not overwrite:
@@ -125,6 +126,11 @@ def _clear_state(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif not is_lock(path):
             path.unlink(missing_ok=True)
+
+
+def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
+    """Another commit may hold other weights under the same names."""
+    return recipe.get("revision") == plan.recipe.revision
 
 
 def _replace_finished(plan: Plan, overwrite: bool) -> None:

@@ -129,6 +129,7 @@ def _convert_rest(
     if team is not None:
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
+    todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
     writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.files)
     writer.open()
     try:
@@ -196,12 +197,16 @@ def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple
     with ThreadPoolExecutor(max_workers=1) as reading:
         unit = next(rest, None)
         ahead = reading.submit(checkpoint.read, unit.tensor) if unit else None
-        while unit is not None and ahead is not None:
-            tensor = ahead.result()
-            following = next(rest, None)
-            ahead = reading.submit(checkpoint.read, following.tensor) if following else None
-            yield unit, tensor
-            unit = following
+        try:
+            while unit is not None and ahead is not None:
+                tensor = ahead.result()
+                following = next(rest, None)
+                ahead = reading.submit(checkpoint.read, following.tensor) if following else None
+                yield unit, tensor
+                unit = following
+        except BaseException:  # the caller's too: then this generator is closed
+            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+            raise
 
 
 def _finish(run: Run, records: Mapping[str, MatrixRecord], cost: Cost) -> Manifest:

@@ -69,7 +69,11 @@ class Session:
         (draft / "claims").mkdir(parents=True)
         positions = {unit.tensor: i for i, unit in enumerate(plan.units)}
         order = sorted(todo, key=lambda unit: (-work_of(unit), positions[unit.tensor]))
-        content = {"fingerprint": plan.fingerprint, "units": [positions[unit.tensor] for unit in order]}
+        content = {
+            "fingerprint": plan.fingerprint,
+            "units": [positions[unit.tensor] for unit in order],
+            "nonfinite": dict(plan.nonfinite),
+        }
         (draft / "units").write_text(json.dumps(content))
         os.replace(draft, self.path)
 
@@ -79,6 +83,10 @@ class Session:
     def fingerprint(self) -> str:
         """Of the plan that the main process made."""
         return json.loads((self.path / "units").read_bytes())["fingerprint"]
+
+    def nonfinite(self) -> dict[str, str]:
+        """What the main process found in the weights that no header tells."""
+        return json.loads((self.path / "units").read_bytes())["nonfinite"]
 
     def claimed(self, plan: Plan) -> Iterator[Unit]:
         """Units that no other worker has taken, one by one, largest first; none once the run has failed."""

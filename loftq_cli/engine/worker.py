@@ -120,7 +120,9 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     device = torch.device(order.device)
     tell(device=own_cost(device).device)
     with open_source(Recipe(**order.recipe), stream=order.stream) as (checkpoint, recipe), on_full_disk(output):
-        plan = make_plan(recipe, checkpoint, output, __version__)
+        plan = make_plan(
+            recipe, checkpoint, output, __version__, session.nonfinite() if recipe.allow_nonfinite else None
+        )
         if plan.fingerprint != session.fingerprint():
             raise LoftqError(
                 f"this worker's source or loftq is not the main process's ({output / STATE}): give all machines the "

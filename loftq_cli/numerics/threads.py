@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -36,11 +36,15 @@ def one_thread(decompose: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return alone
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+eigh, cholesky = one_thread(torch.linalg.eigh), one_thread(torch.linalg.cholesky_ex)
+qr, svd = one_thread(torch.linalg.qr), one_thread(partial(torch.linalg.svd, full_matrices=False))
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`left` [m, k] @ `right` [k, n]; of bfloat16 on the CPU in panels of rows, each on one of torch's threads."""
     if left.device.type != "cpu" or left.dtype != torch.bfloat16:
-        return left @ right
-    result = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype)
+        return torch.mm(left, right, out=out)
+    result = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype) if out is None else out
     starts = range(0, left.shape[0], _PANEL)
 
     def work(start: int) -> None:
