@@ -83,6 +83,13 @@ class ModelView:
 
         return tuple(path for path, module in self.modules.items() if isinstance(module, nn.Linear | Conv1D))
 
+    def sharing(self, key: str) -> frozenset[str]:
+        """The other parameters that share a parameter's values."""
+        ties = self.model.all_tied_weights_keys
+        source = ties.get(key, key)
+        found = {source, *(target for target, other in ties.items() if other == source), self.tied.get(key, key)}
+        return frozenset(found - {key})
+
     def tower(self, path: str) -> Tower:
         """The innermost tower around a module; heads and the embedding table speak text."""
         hit = next((tower for prefix, tower in self.towers if f"{path}.".startswith(f"{prefix}.")), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.experts import Expert
 
 NAME = "loftq.json"
 MANIFEST_VERSION = 1
@@ -20,7 +21,9 @@ class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
 
     Attributes:
+        module: path of the module; of an expert's matrix its parameter and number.
         shape: [out, in] as the layer computes, whatever the orientation on disk.
+        parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
         layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
@@ -29,6 +32,8 @@ class MatrixRecord:
     tensor: str
     module: str
     kind: str
+    parameter: str
+    expert: Expert | None
     shape: tuple[int, int]
     bits: int
     data_type: str
@@ -180,7 +185,9 @@ def _parse(values: dict[str, Any]) -> Manifest:
 
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
-    return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+    expert = Expert(**record["expert"]) if record["expert"] else None
+    shape, residuals = tuple(record["shape"]), tuple(record["residuals"])
+    return MatrixRecord(**{**record, "expert": expert, "shape": shape, "residuals": residuals})
 
 
 def _dump(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -71,6 +72,12 @@ def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     return hashlib.sha256(json.dumps([config, entries], sort_keys=True).encode()).hexdigest()
 
 
+def entry(info: TensorInfo, index: int) -> TensorInfo:
+    """One entry of a tensor's first dimension: its place, dtype and shape."""
+    one = dataclasses.replace(info, name=f"{info.name}[{index}]", shape=info.shape[1:])
+    return dataclasses.replace(one, start=info.start + index * one.nbytes)
+
+
 class Checkpoint(Protocol):
     """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
     any name, dtype, shape or config field."""
@@ -89,6 +96,9 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as `tensors` describes it, in memory of its own on the CPU."""
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        """Entry `index` of a tensor's first dimension, without the others."""
 
     def side_files(self) -> tuple[SideFile, ...]:
         """Tokenizer, generation config, licence …: what stands beside the weights, copied or made."""

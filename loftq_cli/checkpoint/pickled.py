@@ -65,9 +65,10 @@ class PickleReader:
             seen.add(place)
         return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
 
-    def copy(self, file: str, name: str, target: Tensor) -> None:
-        """Copy one tensor into `target`, of its shape."""
+    def copy(self, file: str, name: str, target: Tensor, index: int | None = None) -> None:
+        """Copy one tensor, or an entry of its first dimension, into `target`, of its shape."""
         source = self._state(file)[name]
+        source = source if index is None else source[index]
         target.copy_(source)
         touched = self._touched.get(file, 0) + source.numel() * source.element_size()
         self._touched[file] = touched
@@ -115,6 +116,12 @@ class PickledCheckpoint:
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self.reader.copy(info.file, name, tensor)
+        return tensor
+
+    def read_piece(self, name: str, index: int) -> Tensor:
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape[1:], dtype=info.dtype)
+        self.reader.copy(info.file, name, tensor, index)
         return tensor
 
     def side_files(self) -> tuple[SideFile, ...]:

@@ -66,7 +66,7 @@ def _quantize(
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
     weight = tensor.to(device).float()
-    if unit.kind == "conv1d":
+    if unit.matrix.transposed:
         weight = weight.T.contiguous()
     _check_finite(unit, weight)
     quantizer = block_quantizer(unit.matrix.grid, weight.device)

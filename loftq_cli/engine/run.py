@@ -19,6 +19,7 @@ from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
 from loftq_cli.engine.estimate import may_read_ahead
+from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry, hash_tensors
 from loftq_cli.engine.output import (
     claim,
@@ -87,7 +88,8 @@ def run_plan(
 def _convert_all(run: Run) -> dict[str, MatrixRecord]:
     """Records of all matrices by tensor name, once every unit's bytes are on the disk."""
     plan, journal = run.plan, journal_of(run.plan.output)
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.files)
+    files = (*plan.files, plan.scratch) if plan.scratch else plan.files
+    writer = ShardWriter(lambda name: locate(plan.output, name), files)
     writer.prepare()
     try:
         finished = _verified(plan, writer, journal.entries())
@@ -113,6 +115,7 @@ def _convert_all(run: Run) -> dict[str, MatrixRecord]:
                 pending = writing.submit(store, unit, converted)
             if pending is not None:
                 pending.result()
+        join_adapters(plan, writer)
     finally:
         writer.close()
     return records
@@ -132,17 +135,17 @@ def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
 def _read(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their tensors, one after the other."""
     for unit in units:
-        yield unit, checkpoint.read(unit.tensor)
+        yield unit, unit.read(checkpoint)
 
 
 def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their tensors; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as reading:
-        ahead = reading.submit(checkpoint.read, units[0].tensor) if units else None
+        ahead = reading.submit(units[0].read, checkpoint) if units else None
         for unit, following in zip(units, [*units[1:], None]):
             assert ahead is not None
             tensor = ahead.result()
-            ahead = reading.submit(checkpoint.read, following.tensor) if following else None
+            ahead = reading.submit(following.read, checkpoint) if following else None
             yield unit, tensor
 
 
