@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
 
 # Families that go through every container: one of each kind of layout.
-EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3")
+EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3", "mixtral", "qwen3_moe")
+EVERY_FORMAT += ("deepseek_v3", "gpt_oss")
 
 
 def first_output(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -26,10 +28,21 @@ def twin_of(model, path: Path, manifest):
     """The source model with every quantized W replaced by Q + BA, as the files hold them."""
     with torch.no_grad():
         for record in manifest.matrices:
-            weight = model.get_submodule(record.module).weight
             approximation = decode_matrix(path, manifest, record) + decode_product(path, manifest, record)
-            weight.copy_(approximation.T if record.kind == "conv1d" else approximation)
+            place_of(model, record).copy_(approximation)
     return model
+
+
+def place_of(model, record) -> torch.Tensor:
+    """The view of the model's weight that a matrix [out, in] stands in."""
+    expert = record.expert
+    if expert is None:
+        weight = model.get_submodule(record.module).weight
+        return weight.T if record.kind == "conv1d" else weight
+    stacked = model.get_parameter(record.parameter)
+    experts = model.get_submodule(record.parameter.rpartition(".")[0])
+    one = stacked[expert.index].T if getattr(experts, "is_transposed", False) else stacked[expert.index]
+    return one[expert.part * record.shape[0] : (expert.part + 1) * record.shape[0]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,6 +63,7 @@ def test_family(name: str, tmp_path: Path) -> None:
         assert torch.allclose(actual, expected, atol=2e-4, rtol=2e-4), (form, (actual - expected).abs().max())
         assert not torch.allclose(expected, reference), "the weights did change"
         check_every_linear(model, manifest, form)
+        check_every_expert(model, manifest)
 
 
 def check_every_linear(model, manifest, form: str) -> None:
@@ -66,6 +80,17 @@ def check_every_linear(model, manifest, form: str) -> None:
             assert quantized[module].rank == min(8, *quantized[module].shape)
         else:
             assert reasons.get(module), f"{module} is neither quantized nor listed with a reason ({form})"
+
+
+def check_every_expert(model, manifest) -> None:
+    """Every element of a stacked parameter belongs to exactly one quantized matrix, or the tensor has a reason."""
+    covered: Counter[str] = Counter()
+    for record in manifest.matrices:
+        covered[record.parameter] += record.shape[0] * record.shape[1] if record.expert else 0
+    reasons = {record.module: record.reason for record in manifest.kept if record.kind == "expert"}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name and "bias" not in name:
+            assert covered[name] == parameter.numel() or reasons.get(name), name
 
 
 def test_conv1d_is_quantized_along_its_input(tmp_path: Path) -> None:

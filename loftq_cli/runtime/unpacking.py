@@ -55,7 +55,7 @@ class Unpacking:
         for body in bodies:
             scales = {f"({body})": [f"({body}){re.escape(suffix)}" for suffix in _SCALES]}
             sources = [name for own, others in scales.items() for name in (own, *others)]
-            made = WeightConverter(sources, r"\1", [Unpack(self._parameters, self._prefix, self._quantizer, scales)])
+            made = WeightConverter(sources, r"\1", [self._operation(scales, first=False)])
             self._originals.append((made, None))
             extended.append(made)
         return extended
@@ -73,11 +73,14 @@ class Unpacking:
             return conversion
         scales = {source: [source + suffix for suffix in _SCALES] for source in conversion._original_source_patterns}
         sources = [name for own, others in scales.items() for name in (own, *others)]
-        operation = Unpack(self._parameters, self._prefix, self._quantizer, scales)
-        targets, operations = conversion._original_target_patterns, [operation, *conversion.operations]
+        targets = conversion._original_target_patterns
+        operations = [self._operation(scales, first=True), *conversion.operations]
         ours = conversion.copy(list(sources), list(targets), operations=operations)
         self._originals.append((ours, conversion))
         return ours
+
+    def _operation(self, scales: Mapping[str, list[str]], *, first: bool) -> Unpack:
+        return Unpack(self._parameters, self._prefix, self._quantizer, scales, first)
 
     def _makes_packed(self, conversion: WeightConverter) -> bool:
         return any(target in name for target in conversion.target_patterns for name in self._parameters)
@@ -94,12 +97,18 @@ class Unpack(ConversionOps):
     Args:
         parameters: every packed parameter by name.
         scales: pattern of the names of codes -> patterns of the names of their scales.
+        first: other operations follow.
     """
 
     def __init__(
-        self, parameters: Mapping[str, PackedParameter], prefix: str, quantizer: Any, scales: Mapping[str, list[str]]
+        self,
+        parameters: Mapping[str, PackedParameter],
+        prefix: str,
+        quantizer: Any,
+        scales: Mapping[str, list[str]],
+        first: bool,
     ) -> None:
-        self._parameters, self._prefix, self._scales = parameters, prefix, scales
+        self._parameters, self._prefix, self._scales, self._first = parameters, prefix, scales, first
         # transformers leaves the dtype of what such an operation takes alone.
         self.hf_quantizer = quantizer
 
@@ -133,7 +142,8 @@ class Unpack(ConversionOps):
                 else tensor.to(dtype)
                 for tensor in tensors
             ]
-        return unpacked
+        # Later operations know their input by its pattern; without any, this is the parameter itself.
+        return unpacked if self._first else {full_layer_name: next(iter(unpacked.values()))}
 
     def _dense(self, codes: Tensor, absmax: Tensor, parameter: PackedParameter, dtype: torch.dtype) -> Tensor:
         rows = codes.flatten(0, -2), absmax.flatten(0, -2)
