@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 def is_expert(view: ModelView, name: RuntimeName, path: str) -> bool:
     """Whether a tensor is (part of) a stacked parameter of experts."""
-    key = name.key or ""
-    about = f"{key} {type(view.modules[path]).__name__}".lower()
-    return view.state[key].ndim == 3 and key in view.parameters and "expert" in about
+    from torch import nn
+
+    key, module = name.key or "", view.modules[path]
+    stack = view.state[key].ndim == 3 and key in view.parameters and not isinstance(module, nn.modules.conv._ConvNd)
+    return stack and "expert" in f"{key} {type(module).__name__}".lower()
 
 
 def find_expert(view: ModelView, name: RuntimeName, path: str, shape: tuple[int, ...]) -> Expert | None:

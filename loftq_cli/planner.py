@@ -126,7 +126,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     files, scratch, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
     side = checkpoint.side_files()
-    return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, scratch, texts, side, tuple(notes))
+    return Plan(
+        recipe, checkpoint.path, output, identity, modules, dtype, units, files, scratch, texts, side, tuple(notes)
+    )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

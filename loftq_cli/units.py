@@ -103,7 +103,9 @@ class _Maker:
             outputs = get_format(self.recipe.format).tensors(matrix)
             return Unit(source, role.module, role.kind, matrix, "", target, outputs, piece_of, index)
         floating = info.dtype.is_floating_point
-        copied = OutputTensor(info.name, self.dtype if self.recipe.dtype != "auto" and floating else info.dtype, info.shape)
+        copied = OutputTensor(
+            info.name, self.dtype if self.recipe.dtype != "auto" and floating else info.dtype, info.shape
+        )
         output = copied.piece(index) if stacked else copied
         # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
         return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,), piece_of, index)

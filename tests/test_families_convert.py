@@ -14,7 +14,19 @@ import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
 
 # Families that go through every container: one of each kind of layout.
-EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3", "mixtral", "qwen3_moe")
+EVERY_FORMAT = (
+    "llama",
+    "llama_tied",
+    "gpt2",
+    "t5",
+    "bart",
+    "deberta_v2",
+    "bert",
+    "opt",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+)
 EVERY_FORMAT += ("deepseek_v3", "gpt_oss")
 
 

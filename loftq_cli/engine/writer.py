@@ -64,7 +64,9 @@ class ShardWriter:
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """The bytes that stand at a tensor's place, all or `nbytes` from `offset` on."""
         file, planned = self._homes[name]
-        return os.pread(self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset)
+        return os.pread(
+            self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset
+        )
 
     def close(self) -> None:
         """Flush and close every file."""
