@@ -14,7 +14,7 @@ import torch
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
-from loftq_cli.checkpoint import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import fingerprint
 from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError

@@ -103,11 +103,10 @@ class _Maker:
             outputs = get_format(self.recipe.format).tensors(matrix)
             return Unit(source, role.module, role.kind, matrix, "", target, outputs, piece_of, index)
         floating = info.dtype.is_floating_point
-        copied = OutputTensor(
-            info.name, self.dtype if self.recipe.dtype != "auto" and floating else info.dtype, info.shape
-        )
+        cast_to = self.dtype if self.recipe.dtype != "auto" and floating else info.dtype
+        copied = OutputTensor(info.name, cast_to, info.shape)
         output = copied.piece(index) if stacked else copied
-        # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
+        # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
         return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,), piece_of, index)
 
     def matrix(
@@ -159,8 +158,8 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
     quantized = [unit for unit in units if unit.kind == "expert" and unit.matrix is not None]
     if recipe.format == "packed" and quantized:
         return [
-            f"{len(quantized)} matrices of experts are packed on disk and dequantized when the model is loaded, because "
-            "PEFT trains stacked experts as dense parameters only: in memory they take the model's dtype."
+            f"{len(quantized)} matrices of experts are packed on disk and dequantized when the model is loaded, "
+            "because PEFT trains stacked experts as dense parameters only: in memory they take the model's dtype."
         ]
     refused = [unit for unit in units if unit.kind == "expert" and unit.matrix is None and unit.target is not None]
     if refused and recipe.experts == "quantize" and recipe.format == "bnb":

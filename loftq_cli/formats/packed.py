@@ -7,10 +7,10 @@ For a linear layer at on-disk path P:
 | `P.weight` | uint8 | [out, ceil(in * bits / 8)], each row a bit stream of codes, least significant bit first |
 | `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)] |
 
-A tensor X that stacks the matrices of all experts keeps its name, codes are [experts, out, ...] whatever the order of
-the source, and its scales are `X.absmax`. Experts, and whatever else PEFT adapts as a parameter and not as a module, are
-dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the checkpoint's
-own order is [..., in, out].
+A tensor X that stacks the matrices of all experts keeps its name; its codes are [experts, out, ...] whatever the order
+of the source, and its scales are `X.absmax`. Experts, and what else PEFT adapts as a parameter and not as a module, are
+dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the
+checkpoint's own order is [..., in, out].
 
 Q = round(level[code] * absmax) with the product in float32 and one rounding to the model's dtype. Levels, bits, block
 size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly.
