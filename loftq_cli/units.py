@@ -13,12 +13,13 @@ import torch
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
 from loftq_cli.checkpoint import Checkpoint, TensorInfo
-from loftq_cli.checkpoint.base import entry
+from loftq_cli.checkpoint.base import entry, read_named
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.experts import Expert
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
 from loftq_cli.modules import ModuleMap, TensorRole
+from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.recipe import Recipe
 from loftq_cli.select import Decision
 
@@ -31,8 +32,8 @@ class Unit:
     Attributes:
         matrix: None where the tensor is copied; `reason` then says why.
         target: the adapter it gets, if any.
+        source: the tensor, or the expert's entry of it, which has the expert's number in its name.
         backbone, adapter: its output tensors, or its pieces of them.
-        piece_of, piece: the tensor in the checkpoint of which this is an entry, and which.
     """
 
     source: TensorInfo
@@ -42,8 +43,6 @@ class Unit:
     reason: str
     target: AdapterTarget | None
     backbone: tuple[OutputTensor, ...]
-    piece_of: str = ""
-    piece: int = 0
 
     @property
     def tensor(self) -> str:
@@ -51,7 +50,7 @@ class Unit:
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Its weights."""
-        return checkpoint.read_piece(self.piece_of, self.piece) if self.piece_of else checkpoint.read(self.tensor)
+        return read_named(checkpoint, self.tensor)
 
     @property
     def adapter(self) -> tuple[OutputTensor, ...]:
@@ -88,9 +87,8 @@ class _Maker:
 
     def unit(self, role: TensorRole, info: TensorInfo, expert: Expert | None, decision: Decision) -> Unit:
         stacked = expert is not None and expert.stacked and bool(decision.bits or decision.rank)
-        index = expert.index if expert is not None and stacked else 0
+        index = expert.index if expert is not None else 0
         source = entry(info, index) if stacked else info
-        piece_of = info.name if stacked else ""
         shape = _oriented(role, source)
         name = role.module or ""
         if expert is not None:
@@ -101,13 +99,13 @@ class _Maker:
         matrix = self.matrix(role, name, shape, expert, decision)
         if isinstance(matrix, QuantizedMatrix):
             outputs = get_format(self.recipe.format).tensors(matrix)
-            return Unit(source, role.module, role.kind, matrix, "", target, outputs, piece_of, index)
+            return Unit(source, role.module, role.kind, matrix, "", target, outputs)
         floating = info.dtype.is_floating_point
         cast_to = self.dtype if self.recipe.dtype != "auto" and floating else info.dtype
         copied = OutputTensor(info.name, cast_to, info.shape)
         output = copied.piece(index) if stacked else copied
         # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
-        return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,), piece_of, index)
+        return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,))
 
     def matrix(
         self, role: TensorRole, name: str, shape: tuple[int, int], expert: Expert | None, decision: Decision
@@ -117,7 +115,14 @@ class _Maker:
             return Refusal(decision.reason, fatal=False)
         recipe, kind = self.recipe, cast("MatrixKind", role.kind)
         request = GridRequest(kind, *shape, decision.bits, recipe.data_type, recipe.block_size, self.dtype)
-        grid = get_format(recipe.format).grid(request)
+        container = get_format(recipe.format)
+        grid: BlockGrid | Refusal
+        if kind == "expert" and not container.holds_experts:
+            grid = Refusal(
+                f"{container.name} holds no experts, which transformers stacks in one parameter", fatal=False
+            )
+        else:
+            grid = container.grid(request)
         if not isinstance(grid, Refusal):
             return QuantizedMatrix(role.tensor, name, kind, *shape, grid, role.parameter, expert)
         if grid.fatal:
@@ -162,9 +167,9 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
             "because PEFT trains stacked experts as dense parameters only: in memory they take the model's dtype."
         ]
     refused = [unit for unit in units if unit.kind == "expert" and unit.matrix is None and unit.target is not None]
-    if refused and recipe.experts == "quantize" and recipe.format == "bnb":
+    if refused and recipe.experts == "quantize" and not get_format(recipe.format).holds_experts:
         return [
-            f"{len(refused)} matrices of experts stay in full precision, because bitsandbytes cannot hold them: "
+            f"{len(refused)} matrices of experts stay in full precision, because {recipe.format} cannot hold them: "
             "--format packed or dense quantizes them, --experts require stops here instead."
         ]
     return []

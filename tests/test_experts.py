@@ -73,7 +73,9 @@ def test_stopped_and_sharded_runs_give_the_same_bytes(name: str, tmp_path: Path)
     assert not list(out.rglob("scratch*"))
     one = loftq_cli.quantize(source, output=tmp_path / "one", **RECIPE)
     assert [record.residual for record in one.matrices] == [record.residual for record in manifest.matrices]
-    assert not [key for key in load_plainly(out, "AutoModelForCausalLM").state_dict() if "absmax" in key and "exp" in key]
+    assert not [
+        key for key in load_plainly(out, "AutoModelForCausalLM").state_dict() if "absmax" in key and "exp" in key
+    ]
 
 
 def test_a_stop_while_adapters_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +143,14 @@ def test_shared_experts_and_dense_layers_are_adapted_beside_experts(tmp_path: Pa
 
 def test_bnb_keeps_experts_with_a_reason_or_stops(tmp_path: Path) -> None:
     source = saved("mixtral").folder
-    with pytest.raises(UsageError, match=r"w1.weight cannot be quantized as --experts require asks: bitsandbytes holds no"):
+    with pytest.raises(
+        UsageError, match=r"w1.weight cannot be quantized as --experts require asks: bnb holds no experts"
+    ):
         loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb", experts="require")
     plan = loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb")
     assert any("24 matrices of experts stay in full precision" in note for note in plan.notes)
     assert {unit.reason for unit in plan.kept if unit.kind == "expert"} == {
-        "bitsandbytes holds no experts, which transformers stacks in one parameter"
+        "bnb holds no experts, which transformers stacks in one parameter"
     }
     assert loftq_cli.plan(source, output=tmp_path / "out", bits=4).recipe.format == "packed"
     kept = loftq_cli.plan(source, output=tmp_path / "out", bits=4, experts="keep")

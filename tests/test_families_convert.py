@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from safetensors.torch import load_file, save_file
 from test_quantize import load_plainly
 
 import loftq_cli
@@ -122,6 +123,56 @@ def test_tied_heads_stay_tied(tmp_path: Path) -> None:
     assert "tied" in kept["model.embed_tokens.weight"]
     model = load_plainly(tmp_path / "out", "AutoModelForCausalLM").base_model.model
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "t5", "bert_mlm", "opt", "gpt2"])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_a_tied_table_is_quantized_once_for_all_its_uses(name: str, form: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    family().save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        tmp_path / "source", output=out, bits=2, rank=4, format=form, embeddings="quantize", lm_head="quantize"
+    )
+    [table] = [record for record in manifest.matrices if record.kind == "embedding"]
+    loaded, twin = load_plainly(out, family.auto_class).eval(), family()
+    with torch.no_grad():
+        for record in manifest.matrices:
+            q = decode_matrix(out, manifest, record)
+            place_of(twin, record).copy_(q + decode_product(out, manifest, record) if record.rank else q)
+    backbone = loaded.get_base_model()
+    ties = [key for pair in twin.all_tied_weights_keys.items() for key in pair if key.endswith(".weight")]
+    shared = {key.removesuffix(".weight") for key in ties}
+    assert table.rank == 0 and table.module in shared
+    weights = {id(backbone.get_submodule(path)._parameters["weight"]) for path in shared}
+    assert len(weights) == 1, "one weight in memory"
+    stored = [key for key in load_file(out / "model.safetensors") if key.startswith(tuple(f"{p}.w" for p in shared))]
+    assert len(stored) == (2 if form == "packed" else 1)
+    inputs = family.dummy_inputs(twin)
+    assert torch.allclose(first_output(loaded, inputs), first_output(twin, inputs), atol=2e-4, rtol=2e-4)
+
+
+def test_a_tied_table_is_the_same_from_a_pickle(tmp_path: Path) -> None:
+    """A pickle stores the head as a second view of the table."""
+    model = FAMILIES["llama_tied"]()
+    model.save_pretrained(tmp_path / "safe")
+    (tmp_path / "bin").mkdir()
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "config.json").write_bytes((tmp_path / "safe" / "config.json").read_bytes())
+    for source in ("safe", "bin"):
+        loftq_cli.quantize(tmp_path / source, output=tmp_path / f"{source}-out", bits=2, rank=4, embeddings="quantize")
+    one, other = ((tmp_path / f"{source}-out" / "model.safetensors").read_bytes() for source in ("safe", "bin"))
+    assert one == other
+
+
+def test_a_table_that_is_stored_twice_stays_as_it_is(tmp_path: Path) -> None:
+    model = FAMILIES["llama_tied"]()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    plan = loftq_cli.plan(tmp_path, output=tmp_path / "out", bits=2, embeddings="quantize", lm_head="quantize")
+    reasons = {unit.tensor: unit.reason for unit in plan.kept}
+    assert "tied" in reasons["lm_head.weight"] and "tied" in reasons["model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("embeddings", ["quantize", "adapt"])

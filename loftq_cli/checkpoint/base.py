@@ -78,6 +78,14 @@ def entry(info: TensorInfo, index: int) -> TensorInfo:
     return dataclasses.replace(one, start=info.start + index * one.nbytes)
 
 
+def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it."""
+    if name in checkpoint.tensors:
+        return checkpoint.read(name)
+    whole, _, index = name.removesuffix("]").rpartition("[")
+    return checkpoint.read_piece(whole, int(index))
+
+
 class Checkpoint(Protocol):
     """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
     any name, dtype, shape or config field."""

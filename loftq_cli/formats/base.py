@@ -134,9 +134,14 @@ class Refusal:
 
 
 class Format(Protocol):
-    """A container. Pure: tensors and dictionaries in and out, no files."""
+    """A container. Pure: tensors and dictionaries in and out, no files.
+
+    Attributes:
+        holds_experts: its loader can fill the stacked parameters that transformers keeps experts in.
+    """
 
     name: str
+    holds_experts: bool
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""

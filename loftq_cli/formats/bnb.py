@@ -51,6 +51,7 @@ class BnbFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "bnb"
+    holds_experts = False
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         book = codebook(request.data_type, request.bits)
@@ -62,8 +63,6 @@ class BnbFormat:
             return Refusal(reason, fatal=True)
         if request.kind == "embedding":
             return Refusal("bitsandbytes quantizes no embeddings: use --format packed or --format dense", fatal=True)
-        if request.kind == "expert":
-            return Refusal("bitsandbytes holds no experts, which transformers stacks in one parameter", fatal=False)
         block_size = safe_block_size(request.block_size, request.in_features)
         if block_size is None:
             return Refusal(f"bitsandbytes' CPU kernel misreads rows of {request.in_features} elements", fatal=False)

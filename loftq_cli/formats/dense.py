@@ -21,6 +21,7 @@ class DenseFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "dense"
+    holds_experts = True
 
     def grid(self, request: GridRequest) -> BlockGrid:
         book = codebook(request.data_type, request.bits)

@@ -37,6 +37,7 @@ class PackedFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "packed"
+    holds_experts = True
 
     def grid(self, request: GridRequest) -> BlockGrid:
         book = codebook(request.data_type, request.bits)
@@ -71,15 +72,15 @@ class PackedFormat:
     def quantization_config(
         self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        # In the order of the model, each name once: all experts of a parameter share a grid.
-        groups: dict[BlockGrid, tuple[dict[str, None], dict[str, dict[str, Any]]]] = {}
+        # In the order of the model; all experts of a parameter share a grid and are named once.
+        groups: dict[BlockGrid, tuple[list[str], dict[str, dict[str, Any]]]] = {}
         for matrix in matrices:
-            modules, parameters = groups.setdefault(matrix.grid, ({}, {}))
+            modules, parameters = groups.setdefault(matrix.grid, ([], {}))
             if matrix.parameter:
                 transposed = matrix.expert is not None and matrix.expert.transposed
                 parameters[matrix.parameter] = {"in_features": matrix.in_features, "transposed": transposed}
             else:
-                modules[matrix.module] = None
+                modules.append(matrix.module)
         return {
             "quant_method": QUANT_METHOD,
             "version": CONFIG_VERSION,
@@ -91,7 +92,7 @@ class PackedFormat:
                     "levels": list(grid.codebook.levels),
                     "block_size": grid.block_size,
                     "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
-                    "modules": list(modules),
+                    "modules": modules,
                     "parameters": parameters,
                 }
                 for grid, (modules, parameters) in groups.items()
