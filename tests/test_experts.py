@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 from families import FAMILIES
 from family_checkpoints import saved
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_families_convert import place_of
+from test_hub_source import hub  # noqa: F401
 from test_quantize import load_plainly
 from test_resume import StopAfter, tensors
 
@@ -205,7 +208,7 @@ def test_load_as_the_base_model_and_in_another_dtype(name: str, tmp_path: Path) 
     base = loftq_cli.load(out, auto_class="AutoModel", adapter=False, dtype=torch.bfloat16)
     for record in manifest.matrices:
         if record.expert:
-            moved = dataclass_with_parameter(record, record.parameter.removeprefix("model."))
+            moved = dataclasses.replace(record, parameter=record.parameter.removeprefix("model."))
             assert torch.equal(place_of(base, moved), decode_matrix(out, manifest, record).bfloat16())
     adapted = loftq_cli.load(out, auto_class="AutoModel")
     whole = loftq_cli.load(out)
@@ -214,10 +217,32 @@ def test_load_as_the_base_model_and_in_another_dtype(name: str, tmp_path: Path) 
     assert sum("lora_" in key for key in given) == sum("lora_" in key for key, _ in adapted.named_parameters())
 
 
-def dataclass_with_parameter(record, parameter: str):
-    import dataclasses
-
-    return dataclasses.replace(record, parameter=parameter)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_same_bytes_from_a_pickle_and_from_the_hub(
+    name: str,
+    tmp_path: Path,
+    hub: HubServer,  # noqa: F811
+) -> None:
+    source = saved(name).folder
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    hub.add("org/mixture", files)
+    (tmp_path / "bin").mkdir()
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "config.json").write_bytes(files["config.json"])
+    loftq_cli.quantize(source, output=tmp_path / "one", **RECIPE)
+    loftq_cli.quantize(tmp_path / "bin", output=tmp_path / "two", **RECIPE)
+    loftq_cli.quantize("org/mixture", output=tmp_path / "three", stream=True, **RECIPE)
+    # The Hub's commit is part of the recipe, and so of the fingerprint in the headers.
+    one, three = (
+        {
+            file: load_file(tmp_path / run / file)
+            for file in ("model.safetensors", "loftq_init/adapter_model.safetensors")
+        }
+        for run in ("one", "three")
+    )
+    assert tensors(tmp_path / "one") == tensors(tmp_path / "two")
+    for file, stored in one.items():
+        assert set(stored) == set(three[file]) and all(torch.equal(stored[key], three[file][key]) for key in stored)
 
 
 def test_a_missing_expert_is_named_before_work_starts(tmp_path: Path) -> None:

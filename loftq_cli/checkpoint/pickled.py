@@ -65,16 +65,25 @@ class PickleReader:
             seen.add(place)
         return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
 
-    def copy(self, file: str, name: str, target: Tensor, index: int | None = None) -> None:
-        """Copy one tensor, or an entry of its first dimension, into `target`, of its shape."""
+    def copy(self, file: str, name: str, target: Tensor) -> None:
+        """Copy one tensor into `target`, of its shape."""
         source = self._state(file)[name]
-        source = source if index is None else source[index]
         target.copy_(source)
-        touched = self._touched.get(file, 0) + source.numel() * source.element_size()
-        self._touched[file] = touched
+        touched = source.numel() * source.element_size()
         del source
+        self._touch(file, touched)
+
+    def _touch(self, file: str, nbytes: int) -> None:
+        """Give a map back when enough of it has been read."""
+        touched = self._touched[file] = self._touched.get(file, 0) + nbytes
         if touched > self.resident and is_mapped(self.directory / file):
             self.forget(file)
+
+    def row(self, file: str, name: str, index: int) -> Tensor:
+        """One entry of a tensor's first dimension."""
+        found = self._state(file)[name][index].clone()
+        self._touch(file, found.nbytes)
+        return found
 
     def shape(self, file: str, name: str) -> tuple[int, ...]:
         return tuple(self._state(file)[name].shape)
@@ -119,10 +128,7 @@ class PickledCheckpoint:
         return tensor
 
     def read_piece(self, name: str, index: int) -> Tensor:
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape[1:], dtype=info.dtype)
-        self.reader.copy(info.file, name, tensor, index)
-        return tensor
+        return self.reader.row(self.tensors[name].file, name, index)
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
