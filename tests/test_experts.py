@@ -13,6 +13,7 @@ from families import FAMILIES
 from family_checkpoints import saved
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
+from test_cli import loftq, sentence
 from test_families_convert import place_of
 from test_hub_source import hub  # noqa: F401
 from test_quantize import load_plainly
@@ -243,6 +244,23 @@ def test_the_same_bytes_from_a_pickle_and_from_the_hub(
     assert tensors(tmp_path / "one") == tensors(tmp_path / "two")
     for file, stored in one.items():
         assert set(stored) == set(three[file]) and all(torch.equal(stored[key], three[file][key]) for key in stored)
+
+
+def test_tables_show_the_experts_of_a_layer_on_one_line(tmp_path: Path) -> None:
+    source, out = saved("qwen3_moe").folder, tmp_path / "out"
+    plan = loftq("plan", source, "--bits", 2, "--rank", 4)
+    [line] = [line for line in plan.stdout.splitlines() if "mlp.experts.gate_up_proj" in line]
+    assert line.split()[:2] == ["model.layers.*.mlp.experts.gate_up_proj", "16"]
+    assert "matrices of experts are packed on disk" in plan.stderr
+    loftq("quantize", source, "-o", out, "--bits", 2, "--rank", 4, "--iters", 1)
+    short, full = loftq("inspect", out).stdout, loftq("inspect", out, "--verbose").stdout
+    assert short.count("experts.gate_up_proj") == 2 and "8 × 64 × 64" in short
+    assert full.count("experts.gate_up_proj[") == 16
+    card = (out / "README.md").read_text()
+    assert "The experts are packed on disk and become dense" in card
+    refusal = loftq("plan", source, "--bits", 4, "--format", "bnb", "--experts", "require", code=2)
+    assert "as --experts require asks" in sentence(refusal)
+    assert "choose one of quantize, require, keep" in sentence(loftq("plan", source, "--experts", "stop", code=2))
 
 
 def test_a_missing_expert_is_named_before_work_starts(tmp_path: Path) -> None:

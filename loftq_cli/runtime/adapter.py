@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,15 @@ def attach_adapter(model: PreTrainedModel, home: Path, *, trainable: bool, place
         shown = ", ".join(fit.dropped[:3])
         logger.warning("%s has no %s: %d adapter(s) left out.", type(model).__name__, shown, len(fit.dropped))
     options = {**_placed(placement), "is_trainable": trainable}
-    if fit.changed:
-        with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
-            _write(fit, file, model, Path(folder))
-            wrapped = PeftModel.from_pretrained(model, folder, **options)
-    else:
-        wrapped = PeftModel.from_pretrained(model, home, **options)
+    with warnings.catch_warnings():
+        # PEFT 0.21 looks for these keys among modules only and says that it ignores those of parameters; it does not.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        if fit.changed:
+            with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
+                _write(fit, file, model, Path(folder))
+                wrapped = PeftModel.from_pretrained(model, folder, **options)
+        else:
+            wrapped = PeftModel.from_pretrained(model, home, **options)
     _check_complete(wrapped, fit.renames.values())
     return wrapped
 
