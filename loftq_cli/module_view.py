@@ -90,6 +90,17 @@ class ModelView:
         found = {source, *(target for target, other in ties.items() if other == source), self.tied.get(key, key)}
         return frozenset(found - {key})
 
+    @property
+    def rebuilt_for(self) -> frozenset[str]:
+        """Quantization methods for which transformers puts other modules in the place of some of these (Llama 4)."""
+        try:
+            from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+        except ImportError:
+            return frozenset()
+        patches: Mapping[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+        classes = {type(module).__name__ for module in self.modules.values()} & patches.keys()
+        return frozenset(method.value for name in classes for method in patches[name]["quantization_methods"])
+
     def tower(self, path: str) -> Tower:
         """The innermost tower around a module; heads and the embedding table speak text."""
         hit = next((tower for prefix, tower in self.towers if f"{path}.".startswith(f"{prefix}.")), None)

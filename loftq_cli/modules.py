@@ -73,6 +73,7 @@ class ModuleMap:
         linear_modules: every module that a quantizer or PEFT would take for a Linear, with or without a tensor on
             disk (a tied head, parts of a split matrix); the skip list of a format is this less what was quantized.
         expert_parameters: the stacked parameters of experts in the model's order, in which PEFT wraps them.
+        rebuilt_for: values of `quant_method` for which transformers loads other modules than the config describes.
     """
 
     architecture: str | None
@@ -84,6 +85,7 @@ class ModuleMap:
     notes: tuple[str, ...]
     linear_modules: tuple[str, ...]
     expert_parameters: tuple[str, ...] = ()
+    rebuilt_for: frozenset[str] = frozenset()
 
 
 def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModuleMap:
@@ -121,6 +123,7 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         notes=(*notes, *more_notes),
         linear_modules=view.linear_modules,
         expert_parameters=tuple(name for name, _ in model.named_parameters() if name in experts),
+        rebuilt_for=view.rebuilt_for,
     )
 
 

@@ -17,7 +17,7 @@ from loftq_cli.artifacts.adapter import AdapterTarget
 from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import fingerprint
 from loftq_cli.checkpoint.scaled import quantization_of
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor
@@ -191,7 +191,8 @@ def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, 
     beyond = ("embedding", "expert")
     embedding = any(role.kind in beyond and decisions[role.tensor].bits for role in modules.roles)
     widths = {decision.bits for decision in decisions.values() if decision.bits}
-    return "bnb" if widths == {4} and recipe.data_type == "nf" and not embedding else "packed"
+    fits = widths == {4} and recipe.data_type == "nf" and not embedding and "bitsandbytes" not in modules.rebuilt_for
+    return "bnb" if fits else "packed"
 
 
 def _lay_out_files(
@@ -231,6 +232,11 @@ def _texts(
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = DTYPE_NAMES[dtype]
     quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype)
+    if quantization is not None and quantization["quant_method"] in modules.rebuilt_for:
+        raise UsageError(
+            f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "
+            "this checkpoint is made for: choose --format packed or --format dense."
+        )
     if quantization is not None:
         config["quantization_config"] = quantization
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}

@@ -163,6 +163,15 @@ def test_bnb_keeps_experts_with_a_reason_or_stops(tmp_path: Path) -> None:
     }
 
 
+def test_a_model_that_bitsandbytes_would_be_given_otherwise_is_refused(tmp_path: Path) -> None:
+    """transformers loads Llama 4's experts as single layers where bitsandbytes is to quantize them."""
+    source = saved("llama4").folder
+    with pytest.raises(UsageError, match="transformers builds Llama4ForCausalLM with other modules for bitsandbytes"):
+        loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb")
+    kept = loftq_cli.plan(source, output=tmp_path / "out", bits=4, experts="keep")
+    assert kept.recipe.format == "packed"
+
+
 def test_the_plan_says_that_packed_experts_are_dense_in_memory(tmp_path: Path) -> None:
     plan = loftq_cli.plan(saved("gpt_oss").folder, output=tmp_path / "out", bits=2)
     assert any(note.startswith("16 matrices of experts are packed on disk and dequantized") for note in plan.notes)
