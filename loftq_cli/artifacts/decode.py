@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPES, OutputTensor, QuantizedMatrix
+from loftq_cli.formats.base import DTYPES, QuantizedMatrix
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
 
@@ -35,9 +36,7 @@ def decode(path: str | Path, matrix: str) -> Tensor:
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """Like `decode`, for a record at hand."""
-    matrix = quantized_matrix(record)
-    outputs = {output.name: output for output in get_format(manifest.format).tensors(matrix)}
-    return get_format(manifest.format).decode(matrix, lambda name: _read(path, outputs[name]))
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
@@ -51,12 +50,12 @@ def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tens
     joint = adapter.joint_b(target)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
         if joint is None:
-            lora_b = _content(file, second)
+            lora_b = file.get_tensor(second.name)
         else:
             begin = target.expert.part * target.out_features if target.expert else 0
             rows = file.get_slice(joint.name)[begin : begin + target.out_features]
             lora_b = adapter.own_columns(target, rows)
-        tensors = {first.name: _content(file, first), second.name: lora_b}
+        tensors = {first.name: _content(file, first.name), second.name: lora_b}
     return adapter.decode_adapter(target, tensors, manifest.scaling)
 
 
@@ -76,20 +75,20 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     return QuantizedMatrix(tensor, record.module, kind, *record.shape, grid, record.parameter, record.expert)
 
 
-def _read(path: Path, output: OutputTensor) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of the backbone; with an expert's number behind its name, `experts.down_proj[3]`, that entry of it."""
     from safetensors import safe_open
 
-    index, name = path / _INDEX, (output.whole or output).name
-    file = json.loads(index.read_bytes())["weight_map"][name] if index.exists() else "model.safetensors"
+    index, whole = path / _INDEX, name.partition("[")[0]
+    file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
-        return _content(handle, output)
+        return _content(handle, name)
 
 
-def _content(handle: Any, output: OutputTensor) -> Tensor:
-    """A tensor of an open file, or a piece of one."""
-    if output.whole is None:
-        return handle.get_tensor(output.name)
-    first = output.offset // output.whole.row_bytes
-    if len(output.shape) < len(output.whole.shape):
-        return handle.get_slice(output.whole.name)[first]
-    return handle.get_slice(output.whole.name)[first : first + output.shape[0]]
+def _content(handle: Any, name: str) -> Tensor:
+    """A tensor of an open file, or the piece of one that `OutputTensor` gives such a name."""
+    piece = re.fullmatch(r"(.*)\[(\d+)(:\d+)?\]", name)
+    if piece is None:
+        return handle.get_tensor(name)
+    content, first = handle.get_slice(piece[1]), int(piece[2])
+    return content[first] if piece[3] is None else content[first : int(piece[3][1:])]
