@@ -255,6 +255,15 @@ def test_the_same_bytes_from_a_pickle_and_from_the_hub(
         assert set(stored) == set(three[file]) and all(torch.equal(stored[key], three[file][key]) for key in stored)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("form", ["packed", "bnb"])
+def test_experts_are_verified_against_the_source(name: str, form: str, tmp_path: Path) -> None:
+    manifest = loftq_cli.quantize(saved(name).folder, output=tmp_path / "out", format=form, **RECIPE)
+    found = loftq_cli.verify(tmp_path / "out", source=saved(name).folder)
+    assert found.ok and found.matrices == len(manifest.matrices) and found.kept == len(manifest.kept), found.problems
+    assert any(record.kind == "expert" for record in (manifest.kept if form == "bnb" else manifest.matrices))
+
+
 def test_tables_show_the_experts_of_a_layer_on_one_line(tmp_path: Path) -> None:
     source, out = saved("qwen3_moe").folder, tmp_path / "out"
     plan = loftq("plan", source, "--bits", 2, "--rank", 4)

@@ -41,6 +41,12 @@ def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tenso
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    b, a = read_factors(path, record)
+    return (b @ a) * manifest.scaling
+
+
+def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, without the scaling."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(
@@ -56,7 +62,7 @@ def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tens
             rows = file.get_slice(joint.name)[begin : begin + target.out_features]
             lora_b = adapter.own_columns(target, rows)
         tensors = {first.name: _content(file, first.name), second.name: lora_b}
-    return adapter.decode_adapter(target, tensors, manifest.scaling)
+    return adapter.decode_factors(target, tensors)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -76,7 +82,7 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of the backbone; with an expert's number behind its name, `experts.down_proj[3]`, that entry of it."""
+    """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
     from safetensors import safe_open
 
     index, whole = path / _INDEX, name.partition("[")[0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loftq_cli.numerics.threads import cholesky, eigh, product, qr
+
 # Shares of a column that outlive the projection: float32 has seven digits, and half of them where it is squared.
 _MUCH_LEFT = {True: 0.5, False: 5e-2}
 _NOTHING_LEFT = {True: 1e-5, False: 2e-3}
@@ -42,13 +44,13 @@ def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful:
     for level in range(depth + 1):
         here = slice(level * width, (level + 1) * width)
         basis[:, here] = orthonormal(block, basis[:, : here.start], careful=careful)
-        image = matrix @ basis[:, here].to(matrix.dtype)
+        image = product(matrix, basis[:, here].to(matrix.dtype))
         images[:, here] = image
         if level < depth:
             image = orthonormal(image, image[:, :0], careful=True) if careful else image
-            block = (matrix.T @ image.to(matrix.dtype)).float()
+            block = product(matrix.T, image.to(matrix.dtype)).float()
     wide = images.double() if careful else images
-    captured, vectors = torch.linalg.eigh(wide.T @ wide)
+    captured, vectors = eigh(wide.T @ wide)
     captured, vectors = captured[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
     return RitzPairs(basis @ vectors, images @ vectors, captured)
 
@@ -63,7 +65,7 @@ def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
         before = block.norm(dim=0).max()
         block = _without(block, basis)
         wide = block.double() if careful else block
-        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+        factor, failed = cholesky(wide.T @ wide)
         left = factor.diagonal().min()
         if failed or left <= _NOTHING_LEFT[careful] * before:
             return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
@@ -76,12 +78,12 @@ def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
 def _householder(block: Tensor, basis: Tensor) -> Tensor:
     """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
     if not basis.shape[1]:
-        return torch.linalg.qr(block).Q
+        return qr(block).Q
     generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
     noise = torch.randn(block.shape, generator=generator).to(block.device)
-    block = torch.linalg.qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
+    block = qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
     for _ in range(2):  # twice is enough
-        block = torch.linalg.qr(_without(block, basis)).Q
+        block = qr(_without(block, basis)).Q
     return block
 
 

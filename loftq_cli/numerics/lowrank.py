@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics.krylov import orthonormal, ritz_pairs
+from loftq_cli.numerics.threads import eigh, product, svd
 
 FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md
 LATER_DEPTH = 2
@@ -52,7 +53,7 @@ class LowRank:
 
     def product(self, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None) -> Tensor:
         """BA = U diag(s) Vᵀ [out, in], multiplied and rounded in `dtype`."""
-        return torch.mm(self.lora_b.to(dtype), self.lora_a.to(dtype), out=out)
+        return product(self.lora_b.to(dtype), self.lora_a.to(dtype), out=out)
 
     @property
     def energy(self) -> float:
@@ -67,7 +68,7 @@ class LowRank:
 
 def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
     """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
-    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+    u, s, vh = svd(residual)
     return LowRank(u[:, :rank], s[:rank], vh[:rank].T)
 
 
@@ -76,7 +77,7 @@ def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRa
     if residual.shape[0] < residual.shape[1]:
         return gram_low_rank(residual.T, rank, careful=careful).transposed
     wide = residual.double() if careful else residual
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
+    _, vectors = eigh(wide.T @ wide)
     basis = vectors[:, -rank:]
     return _decompose((wide @ basis).double(), basis.double())
 
@@ -185,7 +186,7 @@ class _Space:
 
 def _decompose(image: Tensor, basis: Tensor) -> LowRank:
     """`image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
-    values, turn = torch.linalg.eigh(image.T @ image)
+    values, turn = eigh(image.T @ image)
     s, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1)
     inverse = torch.where(s > 0, s, torch.inf).reciprocal()
     return LowRank((image @ turn * inverse).float(), s.float(), (basis @ turn).float())
