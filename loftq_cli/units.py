@@ -154,11 +154,11 @@ def make_units(
     """
     adapted = {role.parameter for role in modules.roles if role.expert is not None and decisions[role.tensor].rank}
     _check_complete(modules)
-    alike: dict[str, Decision] = {}
+    alike: dict[str, tuple[int, int]] = {}
     for role in modules.roles:
         if role.expert is not None:
-            same = alike.setdefault(role.parameter, decisions[role.tensor]) == decisions[role.tensor]
-            assert same, f"{role.parameter} has one grid and one rank"
+            chosen = decisions[role.tensor].bits, decisions[role.tensor].rank
+            assert alike.setdefault(role.parameter, chosen) == chosen, f"{role.parameter} has one grid and one rank"
     maker = _Maker(checkpoint, recipe, dtype, _depths([name for name in modules.expert_parameters if name in adapted]))
     return tuple(unit for role in modules.roles for unit in maker.units(role, decisions[role.tensor]))
 

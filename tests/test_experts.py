@@ -15,7 +15,6 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_cli import loftq, sentence
 from test_families_convert import place_of
-from test_hub_source import hub  # noqa: F401
 from test_quantize import load_plainly
 from test_resume import StopAfter, tensors
 
@@ -231,7 +230,7 @@ def test_load_as_the_base_model_and_in_another_dtype(name: str, tmp_path: Path) 
 def test_the_same_bytes_from_a_pickle_and_from_the_hub(
     name: str,
     tmp_path: Path,
-    hub: HubServer,  # noqa: F811
+    hub: HubServer,
 ) -> None:
     source = saved(name).folder
     files = {path.name: path.read_bytes() for path in source.iterdir()}
@@ -262,6 +261,27 @@ def test_experts_are_verified_against_the_source(name: str, form: str, tmp_path:
     found = loftq_cli.verify(tmp_path / "out", source=saved(name).folder)
     assert found.ok and found.matrices == len(manifest.matrices) and found.kept == len(manifest.kept), found.problems
     assert any(record.kind == "expert" for record in (manifest.kept if form == "bnb" else manifest.matrices))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "kept"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w3.weight", 8),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj", 1),
+    ],
+)
+def test_an_expert_with_nan_keeps_its_layers_parameter_dense(name: str, tensor: str, kept: int, tmp_path: Path) -> None:
+    stored = load_file(saved(name).folder / "model.safetensors")
+    stored[tensor].view(-1)[-1] = torch.nan
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((saved(name).folder / "config.json").read_bytes())
+    with pytest.raises(LoftqError, match="holds nan at"):
+        loftq_cli.quantize(tmp_path, output=tmp_path.parent / f"{name}-stops", **RECIPE)
+    out = tmp_path.parent / f"{name}-out"
+    manifest = loftq_cli.quantize(tmp_path, output=out, allow_nonfinite=True, **RECIPE)
+    dense = [record for record in manifest.kept if record.kind == "expert"]
+    assert len(dense) == kept and all("holds nan" in record.reason for record in dense)
+    load_plainly(out, "AutoModelForCausalLM")
 
 
 def test_tables_show_the_experts_of_a_layer_on_one_line(tmp_path: Path) -> None:

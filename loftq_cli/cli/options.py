@@ -120,6 +120,17 @@ Experts = Annotated[
         choices=r.EXPERTS,
     ),
 ]
+AllowNonfinite = Annotated[
+    Optional[bool],
+    _option(
+        "allow_nonfinite",
+        "--allow-nonfinite",
+        "Leave a matrix that holds NaN or infinity in full precision instead of stopping; every matrix is read once "
+        "more beforehand.",
+        _WHAT,
+        show="",
+    ),
+]
 MetaVersion = Annotated[
     Optional[str],
     _option(

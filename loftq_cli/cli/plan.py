@@ -29,6 +29,7 @@ def plan_command(
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
     experts: o.Experts = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,

@@ -95,6 +95,7 @@ def _convert_all(run: Run) -> dict[str, MatrixRecord]:
         finished = _verified(plan, writer, journal.entries())
         records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
         todo = [unit for unit in plan.units if unit.tensor not in finished]
+        todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
         run.reporter.start(plan, {name: entry.record for name, entry in finished.items()})
 
         def store(unit: Unit, converted: Converted) -> None:
@@ -142,11 +143,15 @@ def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple
     """Units with their tensors; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as reading:
         ahead = reading.submit(units[0].read, checkpoint) if units else None
-        for unit, following in zip(units, [*units[1:], None]):
-            assert ahead is not None
-            tensor = ahead.result()
-            ahead = reading.submit(following.read, checkpoint) if following else None
-            yield unit, tensor
+        try:
+            for unit, following in zip(units, [*units[1:], None]):
+                assert ahead is not None
+                tensor = ahead.result()
+                ahead = reading.submit(following.read, checkpoint) if following else None
+                yield unit, tensor
+        except BaseException:  # the caller's too: then this generator is closed
+            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+            raise
 
 
 def _verified(plan: Plan, writer: ShardWriter, entries: dict[str, Entry]) -> dict[str, Entry]:
