@@ -10,6 +10,7 @@ import contextlib
 import re
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR
@@ -51,11 +52,29 @@ class RuntimeName:
         pieces: every parameter the tensor becomes (part of); more than one when a fused matrix is split.
         merged: the tensor is stacked, split or transposed on the way (a `WeightConverter`), so on disk and in the
             model it is not the same matrix.
+        conversion: what is done on the way; None where nothing is.
     """
 
     key: str | None
     pieces: tuple[str, ...]
     merged: bool
+    conversion: Conversion | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One tensor's share in a `WeightConverter`.
+
+    Attributes:
+        operations: transformers' own objects, in order.
+        source, sources: which of how many name patterns the tensor matches (gate and up are two).
+        position: its place among the tensors of that pattern that become one parameter, such as the expert's number.
+    """
+
+    operations: tuple[Any, ...]
+    source: int
+    sources: int
+    position: int
 
 
 def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedModel | None, list[str]]:
@@ -232,7 +251,7 @@ def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[
     except ImportError:
         rename, order = _plain_rename(model, state), str
         notes.append("transformers' conversion mapping was not found: tensors were matched by name only")
-    # Some renamings wait for a first key and rely on transformers' loading order.
+    # Some renamings wait for a first key and rely on transformers' loading order, as does the order of experts.
     return {name: rename(name) for name in sorted(tensors, key=order)}, notes
 
 
@@ -253,6 +272,7 @@ def _transformers_rename(
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
+    seen: Counter[tuple[str, str]] = Counter()
 
     def rename(name: str) -> RuntimeName:
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -262,8 +282,12 @@ def _transformers_rename(
             return RuntimeName(None, (), False)
         if pattern is None:
             return RuntimeName(key, (key,), False)
-        targets = by_pattern[pattern].target_patterns
-        return RuntimeName(key, tuple(key.replace(targets[0], target) for target in targets), True)
+        entry = by_pattern[pattern]
+        targets, sources = entry.target_patterns, entry.source_patterns
+        position = seen[key, pattern]
+        seen[key, pattern] += 1
+        conversion = Conversion(tuple(entry.operations), sources.index(pattern), len(sources), position)
+        return RuntimeName(key, tuple(key.replace(targets[0], target) for target in targets), True, conversion)
 
     return rename, dot_natural_key
 

@@ -21,6 +21,7 @@ METHODS = ("loftq", "qlora")
 FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
+EXPERTS = ("quantize", "require", "keep")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
@@ -35,6 +36,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "format": FORMAT_NAMES,
     "embeddings": EMBEDDINGS,
     "lm_head": LM_HEADS,
+    "experts": EXPERTS,
     "dtype": DTYPE_CHOICES,
     "svd": SVDS,
     "meta_version": META_VERSIONS,
@@ -121,6 +123,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embeddings: str = "keep"
     lm_head: str = "keep"
+    experts: str = "quantize"
     allow_nonfinite: bool = False
     alpha: float | None = None
     keep_last: bool = False

@@ -96,7 +96,13 @@ def _what(manifest: Manifest) -> str:
         else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
         f"is {manifest.scaling:g}; do not change `lora_alpha`."
     )
-    return f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+    what = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+    if manifest.format == "packed" and any(record.expert for record in manifest.matrices):
+        what += (
+            " The experts are packed on disk and become dense when the model is loaded, because PEFT trains stacked "
+            "experts only so: in memory they take the model's dtype."
+        )
+    return what
 
 
 def _source(manifest: Manifest) -> str:

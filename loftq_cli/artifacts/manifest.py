@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.experts import Expert
 
 NAME = "loftq.json"
 MANIFEST_VERSION = 1
@@ -36,7 +37,9 @@ class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
 
     Attributes:
+        module: path of the module; of an expert's matrix its parameter and number.
         shape: [out, in] as the layer computes, whatever the orientation on disk.
+        parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
         layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
@@ -45,6 +48,8 @@ class MatrixRecord:
     tensor: str
     module: str
     kind: str
+    parameter: str
+    expert: Expert | None
     shape: tuple[int, int]
     bits: int
     data_type: str
@@ -60,6 +65,11 @@ class MatrixRecord:
     seconds: float
     backbone_bytes: int
     adapter_bytes: int
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the source stores [in, out]."""
+        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,9 @@ def _parse(values: dict[str, Any]) -> Manifest:
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
     record = _checked(MatrixRecord, record)
-    return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+    expert = Expert(**record["expert"]) if record["expert"] else None
+    shape, residuals = tuple(record["shape"]), tuple(record["residuals"])
+    return MatrixRecord(**{**record, "expert": expert, "shape": shape, "residuals": residuals})
 
 
 def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -200,6 +200,8 @@ def matrix_record(
         tensor=unit.tensor,
         module=matrix.module,
         kind=unit.kind,
+        parameter=matrix.parameter,
+        expert=matrix.expert,
         shape=matrix.shape,
         bits=grid.codebook.bits,
         data_type=grid.codebook.data_type,

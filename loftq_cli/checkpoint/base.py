@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -84,6 +85,20 @@ def name_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     )
 
 
+def entry(info: TensorInfo, index: int) -> TensorInfo:
+    """One entry of a tensor's first dimension: its place, dtype and shape."""
+    one = dataclasses.replace(info, name=f"{info.name}[{index}]", shape=info.shape[1:])
+    return dataclasses.replace(one, start=info.start + index * one.nbytes)
+
+
+def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it."""
+    if name in checkpoint.tensors:
+        return checkpoint.read(name)
+    whole, _, index = name.removesuffix("]").rpartition("[")
+    return checkpoint.read_piece(whole, int(index))
+
+
 class Checkpoint(Protocol):
     """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
     any name, dtype, shape or config field."""
@@ -102,6 +117,9 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as `tensors` describes it, in memory of its own on the CPU."""
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        """Entry `index` of a tensor's first dimension, without the others."""
 
     def side_files(self) -> tuple[SideFile, ...]:
         """Tokenizer, generation config, licence …: what stands beside the weights, copied or made."""

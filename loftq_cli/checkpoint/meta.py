@@ -84,6 +84,9 @@ class MetaCheckpoint:
             at += size
         return permute(tensor, slices.heads) if slices.heads else tensor
 
+    def read_piece(self, name: str, index: int) -> Tensor:
+        return self.read(name)[index].clone()
+
     def side_files(self) -> tuple[SideFile, ...]:
         """What stands there already is kept: a directory may hold both Meta's and Hugging Face's tokenizer."""
         found = {side.name: side for side in find_side_files(self.path)}

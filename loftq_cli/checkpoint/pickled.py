@@ -50,7 +50,7 @@ class TensorReader(Protocol):
         """The shape of one tensor."""
 
     def row(self, file: str, name: str, index: int) -> Tensor:
-        """One row of a matrix."""
+        """One row of a matrix, or one entry of any tensor's first dimension."""
 
     def cancel(self) -> None:
         """See `checkpoint.base.Checkpoint.cancel`."""
@@ -86,17 +86,23 @@ class PickleReader:
     def copy(self, file: str, name: str, target: Tensor) -> None:
         source = self._state(file)[name]
         target.copy_(source)
-        touched = self._touched.get(file, 0) + source.numel() * source.element_size()
-        self._touched[file] = touched
+        touched = source.numel() * source.element_size()
         del source
+        self._touch(file, touched)
+
+    def _touch(self, file: str, nbytes: int) -> None:
+        """Give a map back when enough of it has been read."""
+        touched = self._touched[file] = self._touched.get(file, 0) + nbytes
         if touched > self.resident and is_mapped(self.directory / file):
             self.forget(file)
 
+    def row(self, file: str, name: str, index: int) -> Tensor:
+        found = self._state(file)[name][index].clone()
+        self._touch(file, found.nbytes)
+        return found
+
     def shape(self, file: str, name: str) -> tuple[int, ...]:
         return tuple(self._state(file)[name].shape)
-
-    def row(self, file: str, name: str, index: int) -> Tensor:
-        return self._state(file)[name][index].clone()
 
     def forget(self, file: str) -> None:
         """Give the file's map, or its memory, back."""
@@ -134,6 +140,9 @@ class PickledCheckpoint:
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self.reader.copy(info.file, name, tensor)
         return tensor
+
+    def read_piece(self, name: str, index: int) -> Tensor:
+        return self.reader.row(self.tensors[name].file, name, index)
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from loftq_cli.checkpoint.base import SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.base import SideFile, TensorInfo, entry, fingerprint
 from loftq_cli.checkpoint.hub_errors import ATTEMPTS, CutShort, HubModel, hub_errors, passes, patiently, wait
 from loftq_cli.checkpoint.local import CONFIG_HINT, collect, read_json
 from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
@@ -156,7 +156,12 @@ class RemoteCheckpoint:
     stop: threading.Event = field(repr=False)
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
+        return self._read(self.tensors[name])
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        return self._read(entry(self.tensors[name], index))
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         return self.files[info.file].read(info.start, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def side_files(self) -> tuple[SideFile, ...]:

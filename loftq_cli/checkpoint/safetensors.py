@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.base import TORCH_DTYPES, SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.base import TORCH_DTYPES, SideFile, TensorInfo, entry, fingerprint
 from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
@@ -38,7 +38,12 @@ class SafetensorsCheckpoint:
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
+        return self._read(self.tensors[name])
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        return self._read(entry(self.tensors[name], index))
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         mapped, copy = self._map(info.file), torch.empty(info.nbytes, dtype=torch.uint8)

@@ -112,6 +112,16 @@ LmHead = Annotated[
     Optional[str],
     _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
 ]
+Experts = Annotated[
+    Optional[str],
+    _option(
+        "experts",
+        "--experts",
+        "Experts of a mixture: quantize them where the container can hold them, require that it can, or keep them.",
+        _WHAT,
+        choices=r.EXPERTS,
+    ),
+]
 AllowNonfinite = Annotated[
     Optional[bool],
     _option(

@@ -88,7 +88,7 @@ def _quantize(
     assert unit.matrix is not None
     weight = tensor.to(device).float()
     _check_finite(unit, weight)
-    if unit.kind == "conv1d":
+    if unit.matrix.transposed:
         weight = weight.T.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0

@@ -140,7 +140,7 @@ class _Trials:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1])
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
-        stored = shape[::-1] if unit.kind == "conv1d" else shape
+        stored = shape[::-1] if matrix.transposed else shape
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
         best = float("inf")

@@ -41,7 +41,7 @@ def find_nonfinite(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> di
     reporter.checking(plan)
     found = {}
     for unit in sorted(plan.matrices, key=lambda unit: (unit.source.file, unit.source.start)):
-        bad = first_nonfinite(checkpoint.read(unit.tensor))
+        bad = first_nonfinite(unit.read(checkpoint))
         if bad is not None:
             found[unit.tensor] = f"holds {bad}"
     return found

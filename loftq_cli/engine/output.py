@@ -191,11 +191,13 @@ def check_file(path: Path, file: TensorFile, hashes: Mapping[str, str]) -> tuple
         whole.update(header)
         damaged += [] if header == file.header else [HEADER]
         for tensor in file.tensors:
-            own = hashlib.sha256()
-            for piece in read_pieces(handle, file.starts[tensor.name], tensor.nbytes):
-                whole.update(piece)
-                own.update(piece)
-            damaged += [] if own.hexdigest() == hashes[tensor.name] else [tensor.name]
+            for span in file.spans(tensor):
+                own = hashlib.sha256()
+                for piece in read_pieces(handle, span.start, span.nbytes):
+                    whole.update(piece)
+                    own.update(piece)
+                expected = hashes[span.name] if span.name else hashlib.sha256(bytes(span.nbytes)).hexdigest()
+                damaged += [] if own.hexdigest() == expected else [tensor.name]
         size = os.fstat(handle).st_size
         return FileRecord(size, whole.hexdigest()), damaged if size == file.nbytes else [HEADER, *damaged]
     finally:

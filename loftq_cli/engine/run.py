@@ -20,6 +20,7 @@ from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pa
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
 from loftq_cli.engine.estimate import may_read_ahead
+from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.output import (
@@ -79,7 +80,8 @@ def run_plan(
         try:
             finished = _prepare(run)
             records, cost = _convert_rest(run, finished, lock, team)
-            return _finish(run, records, dataclasses.replace(cost, seconds=time.perf_counter() - started))
+            joined = _join(plan)
+            return _finish(run, records, joined, dataclasses.replace(cost, seconds=time.perf_counter() - started))
         finally:
             abandon(plan.output, lock)
             reporter.close()
@@ -105,7 +107,7 @@ def on_full_disk(output: Path) -> Iterator[None]:
 def _prepare(run: Run) -> dict[str, Entry]:
     """Lay out the files, and tell which units an earlier run finished: those whose bytes hash to what it recorded."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.files)
+    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
     writer.prepare()
     try:
         units = [unit for unit in plan.units if unit.tensor in entries]
@@ -130,13 +132,25 @@ def _convert_rest(
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
     todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
-    writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.files)
+    writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
     writer.open()
     try:
         records |= work_off(run, _while_owned(lock, todo), writer, journal_of(run.plan.output))
     finally:
         writer.close()
     return records, own_cost(run.device)
+
+
+def _join(plan: Plan) -> dict[str, str]:
+    """Put together what units left in the scratch file; the sha256 of what that makes, by tensor."""
+    if plan.scratch is None:
+        return {}
+    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
+    writer.open()
+    try:
+        return join_adapters(plan, writer)
+    finally:
+        writer.close()
 
 
 def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
@@ -188,7 +202,7 @@ def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
 def _read(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their tensors, one after the other."""
     for unit in units:
-        yield unit, checkpoint.read(unit.tensor)
+        yield unit, unit.read(checkpoint)
 
 
 def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
@@ -196,12 +210,12 @@ def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple
     rest = iter(units)
     with ThreadPoolExecutor(max_workers=1) as reading:
         unit = next(rest, None)
-        ahead = reading.submit(checkpoint.read, unit.tensor) if unit else None
+        ahead = reading.submit(unit.read, checkpoint) if unit else None
         try:
             while unit is not None and ahead is not None:
                 tensor = ahead.result()
                 following = next(rest, None)
-                ahead = reading.submit(checkpoint.read, following.tensor) if following else None
+                ahead = reading.submit(following.read, checkpoint) if following else None
                 yield unit, tensor
                 unit = following
         except BaseException:  # the caller's too: then this generator is closed
@@ -209,11 +223,11 @@ def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple
             raise
 
 
-def _finish(run: Run, records: Mapping[str, MatrixRecord], cost: Cost) -> Manifest:
+def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:
     """Read everything back, write all but the weights, then make the moves that turn the directory into a model."""
     plan, output = run.plan, run.plan.output
     run.reporter.finishing("reading back what was written")
-    files = _check_weights(plan)
+    files = _check_weights(plan, joined)
     for name, content in plan.texts.items():
         files[name] = write_file(output, name, content)
     for side in plan.side_files:
@@ -229,14 +243,14 @@ def _finish(run: Run, records: Mapping[str, MatrixRecord], cost: Cost) -> Manife
     return manifest
 
 
-def _check_weights(plan: Plan) -> dict[str, FileRecord]:
+def _check_weights(plan: Plan, joined: Mapping[str, str]) -> dict[str, FileRecord]:
     """The weight files, read back from the disk.
 
     Raises:
         LoftqError: one is not what was written; the same command repeats what is damaged.
     """
     entries = journal_of(plan.output).entries()
-    hashes = {name: digest for entry in entries.values() for name, digest in entry.hashes.items()}
+    hashes = {name: digest for entry in entries.values() for name, digest in entry.hashes.items()} | dict(joined)
     files = {}
     for file in plan.files:
         path = locate(plan.output, file.name)

@@ -179,6 +179,7 @@ def _check_source(
 ) -> Verification:
     """The files against the source, one tensor at a time."""
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.checkpoint.base import read_named
 
     asked = _asked(manifest, source, revision)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
@@ -191,7 +192,7 @@ def _check_source(
         for done, record in enumerate(records):
             tell(Step(record.tensor, done, len(records), of_bytes=False))
             if isinstance(record, MatrixRecord):
-                residual = recompute_residual(path, manifest, record, checkpoint.read(record.tensor))
+                residual = recompute_residual(path, manifest, record, read_named(checkpoint, record.tensor))
                 largest = max(largest, _deviation(residual, record.residual))
                 if not _agrees(residual, record.residual):
                     what = f"leaves a residual of {residual:.8g} where the manifest says {record.residual:.8g}"
@@ -213,7 +214,7 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     from loftq_cli.artifacts.decode import decode_matrix, read_factors
     from loftq_cli.numerics.lowrank import frobenius
 
-    error = weight.T.float().contiguous() if record.kind == "conv1d" else weight.float()
+    error = weight.T.float().contiguous() if record.transposed else weight.float()
     norm = frobenius(error)
     error -= decode_matrix(path, manifest, record)
     if record.rank:
@@ -223,9 +224,10 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
 
 def _is_copied(path: Path, record: KeptRecord, checkpoint: Checkpoint) -> bool:
     from loftq_cli.artifacts.decode import read_tensor
+    from loftq_cli.checkpoint.base import read_named
     from loftq_cli.engine.writer import tensor_bytes
 
-    written, original = read_tensor(path, record.tensor), checkpoint.read(record.tensor)
+    written, original = read_tensor(path, record.tensor), read_named(checkpoint, record.tensor)
     # Bytes, so that a NaN is equal to itself.
     return written.shape == original.shape and tensor_bytes(written) == tensor_bytes(original.to(written.dtype))
 

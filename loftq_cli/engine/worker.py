@@ -130,7 +130,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
             )
         read_ahead = may_read_ahead(plan, device, order.max_memory)
         run = Run(plan, checkpoint, device, _telling(tell), read_ahead)
-        writer = ShardWriter(lambda name: locate(output, name), plan.files)
+        writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
         writer.open()
         try:
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")

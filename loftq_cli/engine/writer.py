@@ -27,7 +27,7 @@ class ShardWriter:
     def __init__(self, place: Callable[[str], Path], files: tuple[TensorFile, ...]) -> None:
         self._place = place
         self._files = {file.name: file for file in files}
-        self._homes = {tensor.name: (file, tensor) for file in files for tensor in file.tensors}
+        self._homes = {tensor.name: (file, tensor) for file in files for tensor in (*file.tensors, *file.pieces)}
         self._handles: dict[str, int] = {}
 
     def prepare(self) -> None:
@@ -65,6 +65,23 @@ class ShardWriter:
         for piece in read_pieces(self._handles[file.name], file.starts[name], planned.nbytes):
             digest.update(piece)
         return digest.hexdigest()
+
+    def write_at(self, name: str, offset: int, content: Tensor) -> None:
+        """Fill part of a tensor, from `offset` bytes on; `flush` brings it to the disk."""
+        file, _ = self._homes[name]
+        _write_all(self._handles[file.name], tensor_bytes(content), file.starts[name] + offset)
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        for handle in self._handles.values():
+            _flush(handle)
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        """The bytes that stand at a tensor's place, all or `nbytes` from `offset` on."""
+        file, planned = self._homes[name]
+        return os.pread(
+            self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset
+        )
 
     def close(self) -> None:
         """Flush and close every file."""
