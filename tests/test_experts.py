@@ -88,11 +88,11 @@ def test_a_stop_while_adapters_are_joined(tmp_path: Path, monkeypatch: pytest.Mo
     loftq_cli.quantize(source, output=tmp_path / "whole", **RECIPE)
     calls = []
 
-    def broken(joint: OutputTensor, *rest: object) -> None:
+    def broken(joint: OutputTensor, *rest: object) -> int:
         calls.append(joint)
         if len(calls) == 3:
             raise RuntimeError("stopped by the test")
-        real(joint, *rest)
+        return real(joint, *rest)
 
     real = joining._join_part
     monkeypatch.setattr(joining, "_join_part", broken)
