@@ -16,7 +16,8 @@ from test_sources import as_pickle
 import loftq_cli
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 1, "max_shard_size": "60KB"}
-NAMES_SOURCE = {"source", "source_revision", "output"}  # fields of loftq.json that say where from and where to
+# Fields of loftq.json that say where from and where to, and the hash of it all, measured times included.
+NAMES_SOURCE = {"source", "source_revision", "output", "digest"}
 MEASURED = {"totals": {"seconds", "peak_memory_bytes", "peak_device_memory_bytes"}, "matrices": {"seconds"}}
 
 
