@@ -55,15 +55,19 @@ class CompiledQuantizer:
         previous: QuantizeStep | None = None,
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
-        residual, half = _outputs(weight, None)
+        residual, half = _outputs(weight, previous)
         scales = None if previous is None else previous.quantized.absmax
         return self._quantize(
             weight.contiguous(), target.contiguous(), residual, half, fit=_Fit(scales, column_weight)
         )
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
-        """The same with other levels, float32 [2**bits]."""
+        """The same with other levels, float32 [2**bits], ascending."""
         return CompiledQuantizer(self.grid, levels)
+
+    def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
+        """Better levels for the codes and scales of `step`."""
+        return fitted.fit_levels(target, step.quantized, self.grid, column_weight)
 
     def _quantize(
         self,

@@ -172,19 +172,23 @@ def _fit(
 
 
 @_kernel
-def _error(
-    tile: Any, weights: Any, stored: Any, inverse_unit: Any, per_block: Any, per_lane: Any, code: Any, middles: Any,
-    levels: Any, value_kind: int, error: Any,
+def _judge(
+    tile: Any, weights: Any, stored: Any, inverse_unit: Any, scale: Any, per_block: Any, per_lane: Any, code: Any,
+    middles: Any, levels: Any, value_kind: int, fits: bool, error: Any, xc: Any, cc: Any,
 ) -> None:  # fmt: skip
-    """Per block, the true squared error at the scales `stored`: products as the loader rounds them."""
-    inverse, value, sums, factor, product, unit = per_lane
+    """The true squared error at the scales `stored`, of products as the loader rounds them; `scale` is `stored` in units.
+
+    With `fits` also what `_fit` gives there.
+    """
+    inverse, value, first, second = per_lane[0], per_lane[1], per_lane[2], per_lane[3]
+    sums, factor, product, unit = per_lane[4], per_lane[5], per_lane[6], per_lane[7]
     for b in range(stored.size):
-        error[b] = stored[b] * inverse_unit[b]
-    _invert(error, per_block)
+        scale[b] = stored[b] * inverse_unit[b]
+    _invert(scale, per_block)
     _spread(per_block, inverse)
     _spread(stored, factor)
     _spread(inverse_unit, unit)
-    sums[:] = 0
+    first[:], second[:], sums[:] = 0, 0, 0
     for step in range(STEPS):
         here = slice(step * LANES, (step + 1) * LANES)
         x = tile[here]
@@ -193,9 +197,16 @@ def _error(
         _round(product, product.view(np.int32), value_kind)
         if weights.size:
             _add_weighted_squares(x, weights[here], product, unit, sums)
+            if fits:
+                _add_weighted_products(x, weights[here], value, first, second)
         else:
             _add_squares(x, product, unit, sums)
+            if fits:
+                _add_products(x, value, first, second)
     _fold(sums, value, error)
+    if fits:
+        _fold(first, value, xc)
+        _fold(second, value, cc)
 
 
 @_inline
@@ -264,10 +275,11 @@ def fit_chunks(
     """
     elements, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     weights = np.empty(TILE if column_weight.size else 0, np.float32)
-    per_lane, code = np.empty((6, LANES), np.float32), np.empty(LANES, np.int32)
+    per_lane, code = np.empty((8, LANES), np.float32), np.empty(LANES, np.int32)
     per_tile = TILE // block
     numbers = np.empty((10, per_tile), np.float32)
-    absmax, unit, inverse_unit, scale, xc, cc, gain, error, before, spare = numbers
+    absmax, unit, inverse_unit, scale, xc = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    cc, gain, error, before, spare = numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]
     for start in range(first * CHUNK, min(last * CHUNK, scales.size), per_tile):
         count = min(per_tile, scales.size - start)
         _load(target, elements, start, count, row, block)
@@ -285,12 +297,10 @@ def fit_chunks(
         if improves:
             before[:] = 0
             before[:count] = scales[start : start + count]
-            _error(
-                tile, weights, before, inverse_unit, spare, per_lane, code, middles, levels, value_kind, error
-            )
-            for b in range(per_tile):
-                scale[b] = before[b] * inverse_unit[b]
-            _fit(tile, weights, scale, spare, per_lane, code, middles, levels, xc, cc)
+            _judge(
+                tile, weights, before, inverse_unit, scale, spare, per_lane, code, middles, levels, value_kind, True,
+                error, xc, cc,
+            )  # fmt: skip
             _refit(scale, xc, cc, signed)
         else:
             scale[:] = absmax
@@ -312,7 +322,10 @@ def fit_chunks(
         if scale_kind:
             _round(scale, scale.view(np.int32), scale_kind)
         if improves:
-            _error(tile, weights, scale, inverse_unit, spare, per_lane, code, middles, levels, value_kind, gain)
+            _judge(
+                tile, weights, scale, inverse_unit, absmax, spare, per_lane, code, middles, levels, value_kind, False,
+                gain, xc, cc,
+            )  # fmt: skip
             for b in range(per_tile):
                 if not gain[b] < error[b]:
                     scale[b] = before[b]

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.blocks import BlockGrid, to_blocks, midpoints, round_to
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, to_blocks, midpoints, round_to
 
 FRACTIONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of absmax: where a first search starts
 SEARCH_REFITS = 3  # fits after the best start is known
-WARM_REFITS = 2  # fits from the scales of an earlier step
+WARM_REFITS = 1  # fits from the scales of an earlier step
 STEPS = 8  # elements that are added up one after the other; their sums are then added in pairs
 
 _TINY = 1e-38
+_SAMPLE = 1 << 20  # elements that fix sixteen levels to a thousandth
 _PANEL = 1 << 22  # elements looked at together on the CPU; a GPU takes more
 _PANEL_GPU = 1 << 26
 
@@ -54,6 +55,32 @@ def fit_scales(
         some = _Panel.of(blocks[here], grid, levels, None if weights is None else weights[here])
         found.append(some.search() if previous is None else some.improve(previous[here]))
     return torch.cat(found)
+
+
+def fit_levels(
+    target: Tensor, quantized: QuantizedBlocks, grid: BlockGrid, column_weight: Tensor | None = None
+) -> Tensor:
+    """The levels that fit `target` best with these codes and scales: Σ w s x / Σ w s² over each level's elements.
+
+    Large matrices are sampled, evenly over their blocks. A level that no element has stays as it was.
+
+    Returns:
+        float32 [2**bits], ascending.
+    """
+    assert quantized.levels is not None, "only levels of the matrix's own are fitted"
+    every = -(-target.numel() // _SAMPLE)
+    x, codes, scales = (
+        part[::every] for part in (to_blocks(target, grid), to_blocks(quantized.codes, grid), quantized.absmax)
+    )
+    share = scales.double().unsqueeze(1).expand(x.shape)
+    # What fills up short blocks is zero; its code must not count.
+    weight = torch.ones_like(target) if column_weight is None else column_weight.expand(target.shape)
+    weighted = share * to_blocks(weight, grid)[::every]
+    size = quantized.levels.numel()
+    above = torch.bincount(codes.reshape(-1), (weighted * x).reshape(-1), minlength=size)
+    below = torch.bincount(codes.reshape(-1), (weighted * share).reshape(-1), minlength=size)
+    fitted = torch.where(below > 0, above / below, quantized.levels.double())
+    return fitted.float().sort().values
 
 
 def starts(signed: bool) -> tuple[float, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
-from loftq_cli.numerics.fitted import fit_scales
+from loftq_cli.numerics.fitted import fit_levels, fit_scales
 from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, frobenius, krylov_low_rank
 
 _CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
@@ -68,7 +68,8 @@ class FittingQuantizer(Quantizer, Protocol):
 
         Args:
             previous: an earlier step of this matrix, whose scales are the start. The squared error of `target` is never
-                above what its scales give with the nearest codes. None searches from scratch.
+                above what its scales give with the nearest codes. Its residual may be overwritten. None searches from
+                scratch.
             column_weight: float32 [in], positive: the weight of the squared errors of a column; None weighs all alike.
         """
 
@@ -101,8 +102,12 @@ class BlockQuantizer:
         return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
 
     def with_levels(self, levels: Tensor) -> BlockQuantizer:
-        """The same with other levels, float32 [2**bits]."""
+        """The same with other levels, float32 [2**bits], ascending."""
         return BlockQuantizer(self.grid, levels)
+
+    def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
+        """Better levels for the codes and scales of `step`."""
+        return fit_levels(target, step.quantized, self.grid, column_weight)
 
 
 @dataclass(frozen=True)
@@ -135,18 +140,27 @@ LowRankStep = Callable[[Tensor, "LowRank | None"], LowRank]
 
 @dataclass(frozen=True)
 class FastStep:
-    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`."""
+    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`.
+
+    The depths are those of the Krylov space without and with a previous step; None takes the defaults.
+    """
 
     rank: int
     generator: torch.Generator
+    first_depth: int | None = None
+    later_depth: int | None = None
 
     def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
-        return krylov_low_rank(residual, self.rank, previous=previous, generator=self.generator)
+        return self._krylov(residual, previous)
 
     def of(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
         """The same, with what the quantizer knows about the residual."""
+        return self._krylov(step.residual, previous, half=step.half, norm=step.norm)
+
+    def _krylov(self, residual: Tensor, previous: LowRank | None, **known: Any) -> LowRank:
+        depth = self.first_depth if previous is None else self.later_depth
         return krylov_low_rank(
-            step.residual, self.rank, previous=previous, generator=self.generator, half=step.half, norm=step.norm
+            residual, self.rank, previous=previous, depth=depth, generator=self.generator, **known
         )
 
 
