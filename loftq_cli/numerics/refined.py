@@ -81,6 +81,7 @@ def refined(
     iters: int = DEFAULT_ITERS,
     low_rank: LowRankSteps | None,
     init: Init = "svd",
+    feedback: bool = True,
     levels: Tensor | None = None,
     keep_last: bool = False,
     column_weight: Tensor | None = None,
@@ -92,6 +93,7 @@ def refined(
         iters: T >= 1 steps at most; fewer where the residual stands still.
         low_rank: None for a matrix without an adapter, whose scales (and levels) are all there is to fit.
         init: BA starts as the rank-r SVD of W, or at zero as LoftQ's.
+        feedback: False makes plain steps only, which never raise the residual and stall earlier.
         levels: float32 [2**bits] to start from where the matrix gets levels of its own; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
         column_weight: float32 [in], positive: minimise the error with columns weighted so (scales and choice of the
@@ -102,7 +104,7 @@ def refined(
     plain = quantizer.quantize_residual(weight, weight).residual_norm()
     if levels is not None:
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
-    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters)
+    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feedback and low_rank is not None)
     if low_rank is not None and init == "svd":
         run.found = low_rank.step(weight, None)
     run.aim()
@@ -135,18 +137,15 @@ class _Run:
     fits_levels: bool
     column_weight: Tensor | None
     steps_left: int
+    feeds: bool
     found: LowRank | None = None
     target: Tensor = field(init=False)
-    feeds: bool = field(init=False)
-    feedback: Tensor | None = None  # U
+    fed: Tensor | None = None  # U
     quantize_step: QuantizeStep | None = None
     still: int = 0  # steps in a row that changed next to nothing
     tried: _Iterate | None = None
     best: _Iterate | None = None
     residuals: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.feeds = self.low_rank is not None
 
     def aim(self) -> None:
         """The first target: W - BA."""
@@ -200,17 +199,17 @@ class _Run:
 
     def _feed(self, error: Tensor) -> None:
         """Add U, moved on by the last error, to the target."""
-        if self.feedback is None:
-            self.feedback = error * _ADDED
+        if self.fed is None:
+            self.fed = error * _ADDED
         else:
-            self.feedback.mul_(_KEPT).add_(error, alpha=_ADDED)
+            self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
         share = _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
-        self.target.add_(self.feedback, alpha=share)
+        self.target.add_(self.fed, alpha=share)
 
     def _fall_back(self, best: _Iterate) -> None:
         """Plain steps from the best iterate on."""
         assert self.quantize_step is not None
-        self.feeds, self.feedback, self.found, self.tried = False, None, best.found, best
+        self.feeds, self.fed, self.found, self.tried = False, None, best.found, best
         self.quantize_step = QuantizeStep(best.quantized, self.quantize_step.residual)
         if best.quantized.levels is not None:
             self.quantizer = self._with_levels().with_levels(best.quantized.levels)
