@@ -41,7 +41,8 @@ def quantize(
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
-            iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
+            iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="nf", block_size=64,
+            format="auto", rule=(), include=(), exclude=(),
             embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
             max_shard_size="5GB", meta_version="auto".
 

@@ -233,9 +233,13 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
     for name in ("init", "levels"):
         if recipe.method != "refined" and getattr(recipe, name) is not None:
-            raise UsageError(f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice.")
+            raise UsageError(
+                f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice."
+            )
     if recipe.levels and recipe.data_type != "nf":
-        raise UsageError(f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two.")
+        raise UsageError(
+            f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
+        )
     if not isinstance(recipe.keep_last, bool):
         raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
     if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
