@@ -149,8 +149,8 @@ def report() -> None:
             lines.append(f"| {key} | " + " | ".join(cells) + " |")
         lines += ["", f"Machine: {json.dumps(kept['machine'])}", ""]
     lines += [
-        "Mean ‖W - Q - BA‖ / ‖W‖ over the matrices; in brackets its share of LoftQ's best of five steps, and the largest "
-        "share of any single matrix. NormalFloat levels where nothing else is said, refined with T 12.",
+        "Mean ‖W - Q - BA‖ / ‖W‖ over the matrices; in brackets its share of LoftQ's best of five steps, and the "
+        "largest share of any single matrix. NormalFloat levels where nothing else is said, refined with T 12.",
         "",
     ]
     (RESULTS / "residuals.md").write_text("\n".join(lines))
