@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,8 @@ def quantize(
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
             iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="nf", block_size=64,
-            format="auto", rule=(), include=(), exclude=(),
-            embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
-            max_shard_size="5GB", meta_version="auto".
+            format="auto", rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep", allow_nonfinite=False,
+            alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -54,18 +54,22 @@ def quantize(
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.finite import find_nonfinite
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
 
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
     chosen = choose_device(device)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
+        reporter = reporter or Reporter()
         made = _plan(resolved, checkpoint, output)
+        if resolved.allow_nonfinite:
+            made = _plan(resolved, checkpoint, output, find_nonfinite(made, checkpoint, reporter))
         return run_plan(
             made,
             checkpoint,
             device=chosen,
-            reporter=reporter or Reporter(),
+            reporter=reporter,
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_size(max_memory),
         )
@@ -119,9 +123,11 @@ def default_output(recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.method}-{recipe.bits}bit-r{recipe.rank}")
 
 
-def _plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+def _plan(
+    recipe: Recipe, checkpoint: Any, output: str | Path | None, nonfinite: Mapping[str, str] | None = None
+) -> Plan:
     from loftq_cli import __version__
     from loftq_cli.planner import make_plan
 
     target = Path(output).expanduser() if output else default_output(recipe)
-    return make_plan(recipe, checkpoint, target.resolve(), __version__)
+    return make_plan(recipe, checkpoint, target.resolve(), __version__, nonfinite)

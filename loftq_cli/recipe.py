@@ -27,6 +27,7 @@ DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
+_MAX_YAML, _DEEPEST = 1_000_000, 100
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -64,8 +65,8 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"'{text}' is no rule: write REGEX=SPEC, SPEC being bits, bits:rank, skip or dense.")
     if spec in ("skip", "dense"):
         return Rule(pattern, keep=spec)
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", spec)
-    if match is None or int(match[1]) not in BITS or match[2] == "0":
+    match = re.fullmatch(r"(\d)(?::(\d{1,9}))?", spec, re.ASCII)
+    if match is None or int(match[1]) not in BITS or (match[2] and int(match[2]) == 0):
         raise UsageError(f"'{spec}' in the rule '{text}' is no SPEC: write 2, 3, 4 or 8, bits:rank, skip or dense.")
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
@@ -76,7 +77,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         UsageError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"'{text}' is no size: write a number with KB, MB, GB, KiB, MiB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -105,6 +106,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embeddings: str = "keep"
     lm_head: str = "keep"
+    allow_nonfinite: bool = False
     alpha: float | None = None
     keep_last: bool = False
     svd: str = "fast"
@@ -117,7 +119,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("rule", "include", "exclude"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = (value,) if isinstance(value, str) else () if value is None else value
+            value = tuple(value) if isinstance(value, (list, tuple)) else (None,)
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
@@ -126,6 +129,7 @@ class Recipe:
             object.__setattr__(self, "iters", ITERS.get(self.method, 5))
         if self.method == "refined" and self.init is None:
             object.__setattr__(self, "init", "svd")
+        _check_text(self)
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
@@ -150,8 +154,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model`, a mere path or name, does not count."""
-        values = {name: value for name, value in self.as_dict().items() if name != "model"}
+        """One hash of the recipe and the source's own fingerprint. What only names the source does not count: the same
+        model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "revision")}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -190,14 +195,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(path, text)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of values such as 2001-99-99 and !!bool x
+        raise UsageError(f"a value in {path} makes no sense ({' '.join(str(error).split())}): correct it.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _check_yaml(path: Path, text: str) -> None:
+    """The parser's time grows with the square of the depth, and its own refusals come late."""
+    depth = deepest = 0
+    for character in text if len(text) <= _MAX_YAML else "":
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if len(text) > _MAX_YAML or deepest > _DEEPEST or "- " * _DEEPEST in text or "? " * _DEEPEST in text:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.")
 
 
 def write_yaml(recipe: Recipe) -> str:
@@ -205,6 +226,14 @@ def write_yaml(recipe: Recipe) -> str:
     import yaml
 
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _check_text(recipe: Recipe) -> None:
+    """YAML can hold halves of characters and zeros, which neither files nor paths can."""
+    for name, value in recipe.as_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (text.encode("utf-8", "replace").decode() != text or "\0" in text):
+                raise UsageError(f"{name} holds a character that is none: correct {text!r:.80}.")
 
 
 def _check(recipe: Recipe) -> None:
@@ -224,13 +253,13 @@ def _check(recipe: Recipe) -> None:
     }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
-        if value not in allowed or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
             listed = ", ".join(str(item) for item in allowed if item is not None)
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
     for name, least in (("rank", 1), ("iters", 0), ("seed", 0)):
         value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")
     for name in ("init", "levels"):
         if recipe.method != "refined" and getattr(recipe, name) is not None:
             raise UsageError(
@@ -240,13 +269,26 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(
             f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
         )
-    if not isinstance(recipe.keep_last, bool):
-        raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
-    if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
+    for name in ("keep_last", "allow_nonfinite"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise UsageError(f"{name} cannot be {_shown(getattr(recipe, name))}: give true or false.")
+    alpha = 1.0 if recipe.alpha is None else recipe.alpha
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
         raise UsageError(
-            f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
+            f"--alpha cannot be {_shown(recipe.alpha)}: give a positive number, or leave it out for alpha = rank."
         )
     if recipe.revision is not None and (not isinstance(recipe.revision, str) or not recipe.revision):
-        raise UsageError(f"--revision cannot be {recipe.revision!r}: give a branch, a tag or a commit, as a string.")
+        raise UsageError(
+            f"--revision cannot be {_shown(recipe.revision)}: give a branch, a tag or a commit, as a string."
+        )
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; a YAML file can hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

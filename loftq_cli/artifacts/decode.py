@@ -35,17 +35,23 @@ def decode(path: str | Path, matrix: str) -> Tensor:
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """Like `decode`, for a record at hand."""
-    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: _read(path, name))
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    b, a = read_factors(path, record)
+    return (b @ a) * manifest.scaling
+
+
+def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, without the scaling."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
         tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
-    return adapter.decode_adapter(target, tensors, manifest.scaling)
+    return adapter.decode_factors(target, tensors)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -60,7 +66,8 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, grid)  # type: ignore[arg-type]
 
 
-def _read(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of the backbone by its name."""
     from safetensors import safe_open
 
     index = path / _INDEX
