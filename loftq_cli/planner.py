@@ -148,7 +148,7 @@ def make_plan(
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype))
     notes += expert_notes(units, recipe)
     if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
-        notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
+        notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, scratch, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
@@ -272,7 +272,8 @@ def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, 
     beyond = ("embedding", "expert")
     embedding = any(role.kind in beyond and decisions[role.tensor].bits for role in modules.roles)
     widths = {decision.bits for decision in decisions.values() if decision.bits}
-    fits = widths == {4} and recipe.data_type == "nf" and not embedding and "bitsandbytes" not in modules.rebuilt_for
+    in_nf4 = recipe.codebook_type in ("nf", "nf4-subset")
+    fits = widths == {4} and in_nf4 and not embedding and "bitsandbytes" not in modules.rebuilt_for
     return "bnb" if fits else "packed"
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.numerics.codebooks import DATA_TYPES
+from loftq_cli.numerics.codebooks import DATA_TYPES, LEVELS
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
-METHODS = ("loftq", "qlora")
+METHODS = ("loftq", "refined", "qlora")
+ITERS = {"loftq": 5, "refined": 12, "qlora": 5}  # by method, where none are given
+INITS = ("svd", "zero")
 FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
@@ -39,6 +41,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "experts": EXPERTS,
     "dtype": DTYPE_CHOICES,
     "svd": SVDS,
+    "init": (*INITS, None),
+    "levels": (*LEVELS, None),
     "meta_version": META_VERSIONS,
 }
 LEAST = {"rank": 1, "iters": 0, "seed": 0}
@@ -113,8 +117,10 @@ class Recipe:
     revision: str | None = None
     bits: int = 4
     rank: int = 16
-    iters: int = 5
+    iters: int = None  # type: ignore[assignment]  # set in __post_init__: it depends on the method
     method: str = "loftq"
+    init: str | None = None
+    levels: str | None = None
     data_type: str = "nf"
     block_size: int = 64
     format: str = "auto"
@@ -143,6 +149,10 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if self.iters is None:
+            object.__setattr__(self, "iters", ITERS.get(self.method, 5))
+        if self.method == "refined" and self.init is None:
+            object.__setattr__(self, "init", "svd")
         _check_text(self)
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
@@ -151,6 +161,11 @@ class Recipe:
     def plain(self) -> bool:
         """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
         return self.method == "qlora" or self.iters == 0
+
+    @property
+    def codebook_type(self) -> str:
+        """The data type, or what `levels` puts in its place."""
+        return self.levels or self.data_type
 
     @property
     def scaling(self) -> float:
@@ -271,12 +286,21 @@ def _check(recipe: Recipe) -> None:
     for name, allowed in CHOICES.items():
         value = getattr(recipe, name)
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            listed = ", ".join(str(item) for item in allowed)
+            listed = ", ".join(str(item) for item in allowed if item is not None)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
     for name, least in LEAST.items():
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")
+    for name in ("init", "levels"):
+        if recipe.method != "refined" and getattr(recipe, name) is not None:
+            raise UsageError(
+                f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice."
+            )
+    if recipe.levels and recipe.data_type != "nf":
+        raise UsageError(
+            f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
+        )
     for name in ("keep_last", "allow_nonfinite"):
         if not isinstance(getattr(recipe, name), bool):
             raise UsageError(f"{name} cannot be {_shown(getattr(recipe, name))}: give true or false.")

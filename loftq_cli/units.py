@@ -114,7 +114,7 @@ class _Maker:
         if not decision.bits:
             return Refusal(decision.reason, fatal=False)
         recipe, kind = self.recipe, cast("MatrixKind", role.kind)
-        request = GridRequest(kind, *shape, decision.bits, recipe.data_type, recipe.block_size, self.dtype)
+        request = GridRequest(kind, *shape, decision.bits, recipe.codebook_type, recipe.block_size, self.dtype)
         container = get_format(recipe.format)
         grid: BlockGrid | Refusal
         if kind == "expert" and not container.holds_experts:
@@ -123,6 +123,8 @@ class _Maker:
             )
         else:
             grid = container.grid(request)
+        if isinstance(grid, BlockGrid) and grid.codebook.fitted and role.parameter:
+            grid = Refusal("weights that are dequantized while loading cannot have levels of their own", fatal=True)
         if not isinstance(grid, Refusal):
             return QuantizedMatrix(role.tensor, name, kind, *shape, grid, role.parameter, expert)
         if grid.fatal:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from loftq_cli.engine.finite import first_nonfinite
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
 from loftq_cli.numerics.start import zero_start
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
@@ -92,10 +95,30 @@ def _quantize(
         weight = weight.T.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
-    if recipe.plain or rank == 0:
+    if recipe.plain or (rank == 0 and recipe.method != "refined"):
         return plain_start(weight, quantizer, rank=rank, generator=generator)
+    if recipe.method == "refined":
+        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator)
     step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
     return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last)
+
+
+def _refine(
+    weight: Tensor, quantizer: Quantizer, rank: int, grid: BlockGrid, recipe: Recipe, generator: torch.Generator
+) -> LoftQResult:
+    """The refined method; without an adapter only the scales (and levels) are fitted."""
+    assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
+    exact = LowRankSteps(exact_step(rank), exact_step(rank))
+    steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
+    return refined(
+        weight,
+        quantizer,
+        iters=recipe.iters,
+        low_rank=steps if rank else None,
+        init=cast(Init, recipe.init),
+        levels=grid.levels(weight.device) if grid.codebook.fitted else None,
+        keep_last=recipe.keep_last,
+    )
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:

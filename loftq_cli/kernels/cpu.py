@@ -8,17 +8,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels import numba_blocks
+from loftq_cli.kernels import numba_blocks, numba_fitted
+from loftq_cli.numerics import fitted
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.loftq import QuantizeStep
 from loftq_cli.numerics.lowrank import LowRank
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
+_PANEL_CHUNKS = 16  # what is fitted is quantized while the cache still holds it
 _KINDS = {
     torch.float32: numba_blocks.FLOAT32,
     torch.bfloat16: numba_blocks.BFLOAT16,
@@ -31,6 +34,7 @@ class CompiledQuantizer:
     """`numerics.loftq.BlockQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
 
     grid: BlockGrid
+    levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         return self._quantize(weight, target, torch.empty_like(weight), numba_blocks.NOT_AT_ALL)
@@ -49,10 +53,30 @@ class CompiledQuantizer:
         how = numba_blocks.HALF if half else numba_blocks.FULL
         return self._quantize(weight, weight if half else product, residual, how)
 
+    def quantize_fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        previous: QuantizeStep | None = None,
+        column_weight: Tensor | None = None,
+    ) -> QuantizeStep:
+        residual = torch.empty_like(weight) if previous is None else previous.residual
+        fit = _Fit(None if previous is None else previous.quantized.absmax, column_weight)
+        return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
+
+    def with_levels(self, levels: Tensor) -> CompiledQuantizer:
+        """The same with other levels, float32 [2**bits], ascending."""
+        return CompiledQuantizer(self.grid, levels)
+
+    def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
+        """Better levels for the codes and scales of `step`."""
+        return fitted.fit_levels(target, step.quantized, self.grid, column_weight)
+
     def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
         residual = torch.empty_like(weight)
         arrays = _flat(weight, quantized.codes, quantized.absmax, residual)
-        levels, settings = self.grid.levels().numpy(), self._settings(weight)
+        levels, settings = _levels(self.grid, quantized.levels), self._settings(weight)
 
         def work(first: int, last: int) -> None:
             numba_blocks.restore_chunks(*arrays, levels, *settings, _KINDS[self.grid.value_dtype], first, last)
@@ -60,25 +84,65 @@ class CompiledQuantizer:
         _share(work, -(-quantized.absmax.numel() // numba_blocks.CHUNK))
         return residual
 
-    def _quantize(self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int) -> QuantizeStep:
+    def _quantize(
+        self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int, fit: _Fit | None = None
+    ) -> QuantizeStep:
+        grid = self.grid
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        absmax = torch.empty(self.grid.n_blocks(*weight.shape), dtype=torch.float32)
+        absmax = torch.empty(grid.n_blocks(*weight.shape), dtype=torch.float32)
         sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
         half = residual.view(torch.uint16) if residual.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
         full = torch.empty(0) if half.numel() else residual
         arrays = _flat(weight.contiguous(), target.contiguous(), codes, absmax, full, half)
-        kinds = _KINDS[self.grid.scale_dtype], _KINDS[self.grid.value_dtype]
-        settings = (*self._settings(weight), self.grid.layout == "flat", *kinds, corrects)
+        kinds = _KINDS[grid.scale_dtype], _KINDS[grid.value_dtype]
+        settings = (*self._settings(weight), grid.layout == "flat", *kinds, corrects, fit is not None)
+        tables = _tables(grid) if self.levels is None else _padded(self.levels)
+        fitting = None if fit is None else fit.arguments(grid, arrays[1], arrays[3], *tables, settings[0], *kinds)
 
         def work(first: int, last: int) -> None:
-            numba_blocks.quantize_chunks(*arrays, sums, *_tables(self.grid), *settings, first, last)
+            for panel in range(first, last, _PANEL_CHUNKS):
+                here = panel, min(panel + _PANEL_CHUNKS, last)
+                if fitting is not None:
+                    numba_fitted.fit_chunks(*fitting, *here)
+                numba_blocks.quantize_chunks(*arrays, sums, *tables, *settings, *here)
 
         _share(work, sums.size)
-        return QuantizeStep(QuantizedBlocks(codes, absmax), residual, math.sqrt(sums.sum()))
+        return QuantizeStep(QuantizedBlocks(codes, absmax, self.levels), residual, math.sqrt(sums.sum()))
 
     def _settings(self, weight: Tensor) -> tuple[int, int]:
         """Elements after which blocks start anew, and elements of a block."""
         return weight.shape[1] if self.grid.layout == "rows" else weight.numel(), self.grid.block_size
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What `numba_fitted` is to do: a full search, or fits from `previous` scales."""
+
+    previous: Tensor | None
+    column_weight: Tensor | None
+
+    def arguments(
+        self,
+        grid: BlockGrid,
+        target: np.ndarray,
+        scales: np.ndarray,
+        middles: np.ndarray,
+        levels: np.ndarray,
+        row: int,
+        scale_kind: int,
+        value_kind: int,
+    ) -> tuple[Any, ...]:
+        """Those of `fit_chunks` before the chunks; puts the previous scales in place."""
+        improves = self.previous is not None
+        if self.previous is not None:
+            scales[:] = self.previous.numpy()
+        weights = np.empty(0, np.float32) if self.column_weight is None else self.column_weight.float().numpy()
+        starts = np.array(fitted.starts(grid.signed), np.float32)
+        refits = fitted.WARM_REFITS - 1 if improves else fitted.SEARCH_REFITS
+        return (
+            target, scales, weights, middles, levels, starts, row, grid.block_size, scale_kind, value_kind,
+            grid.signed, improves, refits,
+        )  # fmt: skip
 
 
 def _flat(*tensors: Tensor) -> list[np.ndarray]:
@@ -97,7 +161,14 @@ def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
 
 @cache
 def _tables(grid: BlockGrid) -> tuple[np.ndarray, np.ndarray]:
-    levels = grid.levels()
+    return _padded(grid.levels())
+
+
+def _levels(grid: BlockGrid, own: Tensor | None) -> np.ndarray:
+    return (grid.levels() if own is None else own).numpy()
+
+
+def _padded(levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return numba_blocks.padded(midpoints(levels).numpy(), levels.numpy())
 
 

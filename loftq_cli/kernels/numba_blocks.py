@@ -173,7 +173,7 @@ def _find(
 def quantize_chunks(
     weight: Any, target: Any, codes: Any, absmax: Any, residual: Any, half: Any, sums: Any,
     middles: Any, levels: Any, row: int, block: int, divides_short: bool, scale_kind: int, value_kind: int,
-    corrects: int, first: int, last: int,
+    corrects: int, fitted: bool, first: int, last: int,
 ) -> None:  # fmt: skip
     """Quantize chunks `first`..`last` of the row-major `target`; give `weight` - Q and its squared norm per chunk.
 
@@ -182,7 +182,7 @@ def quantize_chunks(
     `padded`. Blocks start anew after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the
     kinds say what absmax and products are rounded to. `corrects`: the target is weight - BA, where BA stands in
     `target` (FULL), which may be residual's memory, or in `half` as bfloat16 bits (HALF); block by block it is read
-    before it is overwritten.
+    before it is overwritten. `fitted`: absmax holds the scales already; they may be negative.
     """
     value, code, corrected = np.empty(block, np.float32), np.empty(block, np.int32), np.empty(block, np.float32)
     corrected_bits, difference = corrected.view(np.int32), np.empty(block, np.float32)
@@ -207,12 +207,13 @@ def quantize_chunks(
                 _subtract(weight[begin:end], target[begin:end], corrected)
             else:
                 x = target[begin:end]
-            absmax_bits[b] = _largest_bits(x.view(np.int32))
-            if scale_kind != FLOAT32:
-                _round(absmax[b : b + 1], absmax_bits[b : b + 1], scale_kind)
+            if not fitted:
+                absmax_bits[b] = _largest_bits(x.view(np.int32))
+                if scale_kind != FLOAT32:
+                    _round(absmax[b : b + 1], absmax_bits[b : b + 1], scale_kind)
             scale = absmax[b]
-            reciprocal = _F32(1) / max(scale, _SMALLEST_ABSMAX)
-            if divides_short and size < block and scale >= _SMALLEST_ABSMAX:
+            reciprocal = np.copysign(_F32(1) / max(abs(scale), _SMALLEST_ABSMAX), scale)
+            if divides_short and not fitted and size < block and scale >= _SMALLEST_ABSMAX:
                 _divide(x, scale, scaled)
                 x, reciprocal = scaled[:size], _F32(1)
             if table.size:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.fitted import fit_levels, fit_scales
 from loftq_cli.numerics.lowrank import (
     LowRank,
     exact_low_rank,
@@ -64,11 +65,35 @@ class FusedQuantizer(Quantizer, Protocol):
         """W - Q, float32 [out, in]."""
 
 
+@runtime_checkable
+class FittingQuantizer(Quantizer, Protocol):
+    """A quantizer that can choose its scales (and zeros) for the least squared error on the container's own grid."""
+
+    def quantize_fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        previous: QuantizeStep | None = None,
+        column_weight: Tensor | None = None,
+    ) -> QuantizeStep:
+        """Quantize `target` to Q with fitted scales and give W - Q.
+
+        Args:
+            previous: an earlier step of this matrix, whose scales are the start. The squared error of `target` is never
+                above what its scales give with the nearest codes. Its residual may be overwritten. None searches from
+                scratch.
+            column_weight: float32 [in], positive: the weight of the squared errors of a column; None weighs all alike.
+        """
+
+
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """The plain-torch twin of the compiled quantizer, on any device."""
+    """The plain-torch twin of the compiled quantizer, on any device. `levels` replace the codebook's, where it is a
+    fitted one."""
 
     grid: BlockGrid
+    levels: Tensor | None = None
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         quantized = blocks.quantize(target, self.grid)
@@ -83,6 +108,29 @@ class BlockQuantizer:
 
     def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
         return weight - blocks.dequantize(quantized, self.grid)
+
+    def quantize_fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        previous: QuantizeStep | None = None,
+        column_weight: Tensor | None = None,
+    ) -> QuantizeStep:
+        levels = self.grid.levels(target.device) if self.levels is None else self.levels
+        before = None if previous is None else previous.quantized.absmax
+        scales = fit_scales(target, self.grid, levels, previous=before, column_weight=column_weight)
+        codes = blocks.assign(target, scales, self.grid, levels)
+        quantized = QuantizedBlocks(codes, scales, self.levels)
+        return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
+
+    def with_levels(self, levels: Tensor) -> BlockQuantizer:
+        """The same with other levels, float32 [2**bits], ascending."""
+        return BlockQuantizer(self.grid, levels)
+
+    def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
+        """Better levels for the codes and scales of `step`."""
+        return fit_levels(target, step.quantized, self.grid, column_weight)
 
 
 @dataclass(frozen=True)
