@@ -164,9 +164,8 @@ class _Run:
     def step(self) -> None:
         """Q-step, levels, low-rank step; then the target of the next one."""
         self.steps_left -= 1
-        done = self.quantizer.quantize_fitted(
-            self.weight, self.target, previous=self.quantize_step, column_weight=self.column_weight
-        )
+        weights = {} if self.column_weight is None else {"column_weight": self.column_weight}
+        done = self.quantizer.quantize_fitted(self.weight, self.target, previous=self.quantize_step, **weights)
         if self.fits_levels and self.steps_left >= _LEVELS_FROZEN:
             levels = self._with_levels().fit_levels(self.target, done, column_weight=self.column_weight)
             self.quantizer = self._with_levels().with_levels(levels)
