@@ -11,6 +11,7 @@ from loftq_cli.planner import Plan
 from loftq_cli.recipe import recipe_fields
 
 _WORST = 5
+_OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
@@ -184,8 +185,8 @@ def _command(plan: Plan) -> str:
         if name == "model" or value == defaults[name] or value in ([], None):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
+        if isinstance(value, bool):
+            words.append(flag if value else _OPPOSITES[name])
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]
