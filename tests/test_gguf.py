@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import loftq_cli
-from loftq_cli.artifacts.decode import decode_matrix
+from loftq_cli.artifacts.decode import decode_matrix, decode_product
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix
-from loftq_cli.formats.gguf import FILE, tensor_name
+from loftq_cli.formats.gguf import FILE, LORA_FILE, tensor_name
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.grids import dequantize
 
@@ -97,6 +97,31 @@ def test_transformers_and_gguf_load_exactly(kind: str, dtype: str, tmp_path: Pat
             if name not in quantized:
                 assert torch.equal(tensor, dense[name]), name
         assert bare.config.rope_parameters["rope_theta"] == base.config.rope_parameters["rope_theta"]
+
+
+def test_the_lora_file_is_the_adapter_once_more(tmp_path: Path) -> None:
+    """What llama.cpp adds, alpha / rank · B A in ggml's row order, is what PEFT adds."""
+    source, out = make_model("Llama", torch.float32, tmp_path / "source"), tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        source, output=out, bits=4, format="gguf", rank=4, iters=2, alpha=6.0, rule=["q_proj=4:8", "down=skip"]
+    )
+    reader = gguf.GGUFReader(out / LORA_FILE)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter",
+        "lora",
+        "llama",
+    )
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 2 * len(manifest.matrices) == 24
+    for record in manifest.matrices:
+        a, b = (tensors[f"{tensor_name(record.tensor)}.lora_{side}"] for side in "ab")
+        product = fields["adapter.lora.alpha"] / record.rank * b @ a
+        if record.heads:
+            halves = product.reshape(record.heads, -1, 2, record.shape[1]).transpose(1, 2)
+            product = halves.reshape(record.shape)
+        assert b.shape[1] == record.rank
+        assert torch.allclose(product, decode_product(out, manifest, record), atol=1e-6), record.module
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,15 @@ class Format(Protocol):
     ) -> TensorFile | None:
         """The one file that holds everything, or None for safetensors shards."""
 
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        """A and B once more, for readers that know nothing of PEFT."""
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        """The bytes of `adapter_copies`, by name. A [r, in] and B [out, r] as PEFT has them."""
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
+        """The file of all adapter copies."""
+
     def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
 
@@ -219,4 +228,13 @@ class FormatDefaults:
     def container(
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
     ) -> TensorFile | None:
+        return None
+
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        return ()
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
         return None

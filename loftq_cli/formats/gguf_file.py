@@ -66,6 +66,17 @@ def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) ->
     }
 
 
+def adapter_values(architecture: str, alpha: float) -> dict[str, int | float | str]:
+    """The key-values of a LoRA file; `alpha` is divided by each adapter's rank, as in PEFT."""
+    return {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "general.alignment": _ALIGNMENT,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+
+
 def file_layout(
     name: str,
     tensors: Sequence[OutputTensor],
