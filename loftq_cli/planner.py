@@ -150,7 +150,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     notes = [*modules.notes, *_filter_notes(recipe, modules)]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
-    request = Request(modules.task_type, recipe.dequantize, checkpoint.config)
+    side = checkpoint.side_files()
+    tokenizer = next((file.read for file in side if file.name == "tokenizer.json"), None)
+    request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
     _refuse_together((), recipe, request)
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype, request) for role in modules.roles)
     _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
@@ -160,7 +162,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, weight_index = _lay_out_files(units, recipe, identity, request)
     texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
-    side = checkpoint.side_files()
     return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
 
 

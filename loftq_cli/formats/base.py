@@ -118,11 +118,13 @@ class Request:
         task_type: PEFT's name of what the model does, None where it has none.
         dequantize: let the loader unpack while loading, where it can.
         config: the model's config.json.
+        tokenizer: reads its tokenizer.json; None where it has none.
     """
 
     task_type: str | None
     dequantize: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[[], bytes] | None = None
 
 
 ANY_REQUEST = Request(None)

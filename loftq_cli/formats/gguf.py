@@ -40,6 +40,7 @@ from loftq_cli.formats.base import (
     groups_of,
 )
 from loftq_cli.formats.gguf_file import GgmlType, adapter_values, file_layout, model_values
+from loftq_cli.formats.gguf_vocabulary import vocabulary_values
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
@@ -105,7 +106,9 @@ class GgufFormat(FormatDefaults):
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
     ) -> TensorFile:
         types = {tensor_name(matrix.tensor): (_type(matrix), matrix.shape) for matrix in matrices}
-        values = model_values(request.config, next(iter(types.values()))[0], fingerprint)
+        values: dict[str, Any] = {**model_values(request.config, next(iter(types.values()))[0], fingerprint)}
+        if request.tokenizer is not None:
+            values |= vocabulary_values(request.tokenizer(), request.config)
         return file_layout(FILE, tensors, types, values)
 
     def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
