@@ -90,6 +90,7 @@ def test_transformers_and_gguf_load_exactly(kind: str, dtype: str, tmp_path: Pat
             q = decode_matrix(out, manifest, record)
             loaded = base.get_submodule(record.module).base_layer.weight
             assert torch.equal(loaded, q.to(DTYPES[dtype])), record.module
+        assert loftq_cli.verify(out, source=source).problems == ()
         from transformers import AutoModelForCausalLM
 
         dense = AutoModelForCausalLM.from_pretrained(source).state_dict()

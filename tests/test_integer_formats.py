@@ -144,6 +144,7 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def check_exact(out: Path, manifest: Manifest, weight_of) -> None:
     assert len(manifest.matrices) == 14
+    assert loftq_cli.verify(out, source=manifest.source).problems == ()
     for record in manifest.matrices:
         assert torch.equal(weight_of(record.module), decode_matrix(out, manifest, record)), record.module
 

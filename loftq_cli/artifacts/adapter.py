@@ -54,11 +54,16 @@ def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scalin
     return {first.name: lora_a.contiguous(), second.name: lora_b.contiguous()}
 
 
+def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in], float32, without the scaling."""
+    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
+    return (first.T, second.T) if target.kind == "embedding" else (second, first)
+
+
 def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
     """scaling · BA as PEFT applies it, float32 [out, in]."""
-    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
-    product = first.T @ second.T if target.kind == "embedding" else second @ first
-    return product * scaling
+    b, a = decode_factors(target, tensors)
+    return (b @ a) * scaling
 
 
 def adapter_config(

@@ -11,6 +11,7 @@ from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
 from loftq_cli.formats.gguf import FILE as GGUF_FILE
+from loftq_cli.formats.gguf import tensor_name
 from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid, Layout
 from loftq_cli.numerics.codebooks import codebook
@@ -38,17 +39,23 @@ def decode(path: str | Path, matrix: str) -> Tensor:
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """Like `decode`, for a record at hand."""
-    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: _read(path, name))
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    b, a = read_factors(path, record)
+    return (b @ a) * manifest.scaling
+
+
+def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, without the scaling."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
         tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
-    return adapter.decode_adapter(target, tensors, manifest.scaling)
+    return adapter.decode_factors(target, tensors)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -86,7 +93,8 @@ def _grid(record: MatrixRecord) -> Grid:
     )
 
 
-def _read(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of the backbone by its name."""
     from safetensors import safe_open
 
     if (path / GGUF_FILE).exists():
@@ -101,5 +109,7 @@ def _read_gguf(file: Path, name: str) -> Tensor:
     import torch
     from gguf import GGUFReader
 
-    found = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
-    return torch.from_numpy(found.data.copy())
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    found = tensors[name if name in tensors else tensor_name(name)]
+    content = torch.from_numpy(found.data.copy())
+    return content.view(torch.bfloat16) if found.tensor_type.name == "BF16" else content

@@ -9,6 +9,7 @@ import typer
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.quantize import quantize_command
+from loftq_cli.cli.verify import verify_command
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
+app.command("verify", rich_help_panel="Look")(verify_command)
 
 
 def _print_version(wanted: bool) -> None:

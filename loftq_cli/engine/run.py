@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loftq_cli.artifacts.card import render_card
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, render
+from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, parse_manifest, render, seal
 from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
@@ -174,7 +174,9 @@ def _finish(run: Run, records: dict[str, MatrixRecord]) -> Manifest:
     manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, seconds, run.device)
     write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
     manifest = dataclasses.replace(manifest, files={**files, CARD: hash_file(locate(output, CARD))})
-    write_file(output, MANIFEST, pad(render(manifest), sizes.manifest))
+    sealed = seal(pad(render(manifest), sizes.manifest))
+    write_file(output, MANIFEST, sealed)
     publish(output, [*names, CARD, MANIFEST])
+    manifest = parse_manifest(output / MANIFEST, sealed)
     run.reporter.finish(manifest)
     return manifest

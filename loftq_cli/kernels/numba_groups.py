@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loftq_cli.kernels.numba_blocks import _inline, _kernel, _round, _subtract, _to_bfloat16
+from loftq_cli.kernels.numba_blocks import _inline, _kernel, _round, _subtract
 
 ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = range(3)
 RULE_ABSMAX, RULE_MINMAX, RULE_MSE, RULE_REFINE = range(4)
@@ -103,16 +103,16 @@ def _rounded_point(value: Any, least_zero: Any, top: Any) -> Any:
 
 @_kernel
 def quantize_rows(
-    weight: Any, product: Any, codes: Any, scales: Any, zeros: Any, residual: Any, half: Any, sums: Any, shares: Any,
+    weight: Any, product: Any, codes: Any, scales: Any, zeros: Any, residual: Any, sums: Any, shares: Any,
     width: int, top: Any, zero: int, least_zero: Any, rule: int, refits: int, kinds: Any, corrects: bool,
     first: int, last: int,
 ) -> None:  # fmt: skip
     """Rows `first`..`last` of the target: `product`, or weight - product where `corrects`.
 
     weight, product, residual are float32 [out, in], codes uint8 [out, in], scales, zeros float32 [out, groups] (zeros
-    empty where there are none), half uint16 [out, in] or empty, sums float64 [out]: the residual's squared norm by row.
-    With RULE_REFINE scales and zeros come in as the start. `kinds`: what scale, offset, product and value are rounded
-    to. `product` may be residual's memory.
+    empty where there are none), sums float64 [out]: the residual's squared norm by row. With RULE_REFINE scales and
+    zeros come in as the start. `kinds`: what scale, offset, product and value are rounded to. `product` may be
+    residual's memory.
     """
     scale_kind, offset_kind, product_kind, value_kind = kinds
     middle = _F32((top + _ONE) / _F32(2))
@@ -226,6 +226,4 @@ def quantize_rows(
             for j in range(begin, end):
                 wide = _F64(residual[row, j])
                 row_sum += wide * wide
-        if half.size:
-            _to_bfloat16(residual[row].view(np.int32), half[row])
         sums[row] = row_sum
