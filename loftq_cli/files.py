@@ -7,25 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
-from loftq_cli.formats.base import OutputTensor
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name."""
-
-    name: str
-    header: bytes
-    tensors: tuple[OutputTensor, ...]
-    starts: Mapping[str, int]
-
-    @property
-    def nbytes(self) -> int:
-        ends = (self.starts[tensor.name] + tensor.nbytes for tensor in self.tensors)
-        return max(ends, default=len(self.header))
+from loftq_cli.formats.base import OutputTensor, TensorFile
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:

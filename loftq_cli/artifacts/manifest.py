@@ -23,6 +23,14 @@ UNSEALED = "0" * 64
 _DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
 
 
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
+
+
 @dataclass(frozen=True)
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
@@ -196,7 +204,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         if values["manifest_version"] > MANIFEST_VERSION:
             raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
         return _parse(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
 
 
@@ -217,17 +225,33 @@ def unfinished(directory: Path) -> LoftqError:
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    values["totals"] = Totals(**values["totals"])
+    values["totals"] = Totals(**_checked(Totals, values["totals"]))
     values["notes"] = tuple(values["notes"])
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+    values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
     values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(KeptRecord(**{**record, "shape": tuple(record["shape"])}) for record in values["kept"])
-    return Manifest(**values)
+    values["kept"] = tuple(
+        KeptRecord(**{**_checked(KeptRecord, record), "shape": tuple(record["shape"])}) for record in values["kept"]
+    )
+    return Manifest(**_checked(Manifest, values))
 
 
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
+    record = _checked(MatrixRecord, record)
     return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, once its plain fields are of the types that `cls` says.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for field in dataclasses.fields(cls):
+        kinds = _PLAIN.get(str(field.type))
+        if kinds is not None and type(values.get(field.name)) not in kinds:
+            raise TypeError(f"{field.name} is {values.get(field.name)!r:.80}")
+    return values
 
 
 def _dump(value: object) -> str:

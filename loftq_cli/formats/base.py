@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids import Grid, Quantized
-
-if TYPE_CHECKING:
-    from loftq_cli.files import TensorFile
 
 MatrixKind = Literal["linear", "conv1d", "head", "embedding"]
 
@@ -38,6 +35,21 @@ class OutputTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+    starts: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        ends = (self.starts[tensor.name] + tensor.nbytes for tensor in self.tensors)
+        return max(ends, default=len(self.header))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.files import TensorFile
 from loftq_cli.formats.base import (
     ANY_REQUEST,
     FormatDefaults,
@@ -36,6 +35,7 @@ from loftq_cli.formats.base import (
     QuantizedMatrix,
     Refusal,
     Request,
+    TensorFile,
     affine_grid,
     groups_of,
 )

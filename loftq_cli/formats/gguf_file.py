@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.files import TensorFile
-from loftq_cli.formats.base import OutputTensor
+from loftq_cli.formats.base import OutputTensor, TensorFile
 
 _ALIGNMENT = 32
 _VERSION = 3
