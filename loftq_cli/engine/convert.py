@@ -20,6 +20,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
 from loftq_cli.numerics.start import zero_start
@@ -54,7 +55,11 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
     if unit.target is not None:
-        adapter = encode_adapter(unit.target, result.lora_a.cpu(), result.lora_b.cpu(), recipe.scaling)
+        lora_a, lora_b = result.lora_a.cpu(), result.lora_b.cpu()
+        adapter = encode_adapter(unit.target, lora_a, lora_b, recipe.scaling)
+        # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
+        share = unit.target.rank / recipe.rank
+        adapter |= get_format(recipe.format).encode_copies(unit.matrix, lora_a, lora_b * share)
     record = matrix_record(
         unit,
         plain_residual=_rounded(result.plain_residual),
@@ -104,7 +109,7 @@ def _quantize(
 
 
 def _refine(
-    weight: Tensor, quantizer: Quantizer, rank: int, grid: BlockGrid, recipe: Recipe, generator: torch.Generator
+    weight: Tensor, quantizer: Quantizer, rank: int, grid: Grid, recipe: Recipe, generator: torch.Generator
 ) -> LoftQResult:
     """The refined method; without an adapter only the scales (and levels) are fitted."""
     assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
@@ -116,7 +121,7 @@ def _refine(
         iters=recipe.iters,
         low_rank=steps if rank else None,
         init=cast(Init, recipe.init),
-        levels=grid.levels(weight.device) if grid.codebook.fitted else None,
+        levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
     )
 
