@@ -51,7 +51,7 @@ def test_the_gguf_package_reads_our_blocks(kind: str, heads: int) -> None:
     bits, symmetric = KINDS[kind]
     form = get_format("gguf")
     grid = form.grid(GridRequest("linear", 64, 96, bits, "int", 32, torch.bfloat16, symmetric=symmetric))
-    matrix = QuantizedMatrix(NAME, NAME.removesuffix(".weight"), "linear", 64, 96, grid, heads)
+    matrix = QuantizedMatrix(NAME, NAME.removesuffix(".weight"), "linear", 64, 96, grid, heads=heads)
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 0.05
     quantized = block_quantizer(grid, "cpu").quantize_residual(w, w).quantized
     (tensor,) = form.tensors(matrix)
