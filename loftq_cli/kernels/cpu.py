@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels import numba_blocks, numba_fitted
+from loftq_cli.kernels import numba_blocks, numba_feedback, numba_fitted
 from loftq_cli.numerics import fitted
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
+from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.loftq import QuantizeStep, blocks_of
 from loftq_cli.numerics.lowrank import LowRank
@@ -65,6 +66,27 @@ class CompiledQuantizer:
         residual = torch.empty_like(weight) if previous is None else previous.residual
         fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight)
         return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
+
+    def quantize_roughly(
+        self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
+    ) -> QuantizeStep:
+        residual = torch.empty_like(weight) if previous is None else previous.residual
+        fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight, guards=False)
+        return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
+
+    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+        half = product.view(torch.uint16) if product.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
+        full = torch.empty(0) if half.numel() else product
+        arrays = _flat(weight.contiguous(), full, half, step.residual, fed)
+        n_chunks = -(-weight.numel() // numba_feedback.CHUNK)
+        sums = np.zeros(n_chunks)
+        shares = np.float32(gains.kept), np.float32(gains.added), np.float32(gains.share)
+
+        def work(first: int, last: int) -> None:
+            numba_feedback.feed_chunks(*arrays, sums, *shares, first, last)
+
+        _share(work, n_chunks)
+        return math.sqrt(sums.sum())
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
         """The same with other levels, float32 [2**bits], ascending."""
@@ -122,6 +144,7 @@ class _Fit:
 
     previous: Tensor | None
     column_weight: Tensor | None
+    guards: bool = True
 
     def arguments(
         self,
@@ -140,10 +163,10 @@ class _Fit:
             scales[:] = self.previous.numpy()
         weights = np.empty(0, np.float32) if self.column_weight is None else self.column_weight.float().numpy()
         starts = np.array(fitted.starts(grid.signed), np.float32)
-        refits = fitted.WARM_REFITS - 1 if improves else fitted.SEARCH_REFITS
+        refits = fitted.WARM_REFITS - 1 if improves else fitted.SEARCH_REFITS * self.guards
         return (
             target, scales, weights, middles, levels, starts, row, grid.block_size, scale_kind, value_kind,
-            grid.signed, improves, refits,
+            grid.signed, improves, self.guards, refits,
         )  # fmt: skip
 
 

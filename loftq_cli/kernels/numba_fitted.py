@@ -262,13 +262,13 @@ def _units(tile: Any, largest: Any, spare: Any, absmax: Any, unit: Any, inverse_
 @_kernel
 def fit_chunks(
     target: Any, scales: Any, column_weight: Any, middles: Any, levels: Any, starts: Any, row: int, block: int,
-    scale_kind: int, value_kind: int, signed: bool, improves: bool, refits: int, first: int, last: int,
+    scale_kind: int, value_kind: int, signed: bool, improves: bool, guards: bool, refits: int, first: int, last: int,
 ) -> None:  # fmt: skip
     """Fit the scales of chunks `first`..`last`.
 
     target is float32 [n], row-major, scales float32 [n_blocks]: written, and first read if `improves`. column_weight is
     float32 [in] or empty; `middles` and `levels` come from `numba_blocks.padded`; `starts` are fractions of absmax.
-    Blocks start anew after `row` elements; the kinds say what scales and products are rounded to; `refits` counts fits
+    Blocks start anew after `row` elements; the kinds say what scales and products are rounded to; `guards` keeps the scales read where they are better; `refits` counts fits
     after the first.
     """
     elements, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -295,10 +295,15 @@ def fit_chunks(
         if improves:
             before[:] = 0
             before[:count] = scales[start : start + count]
-            _judge(
-                tile, weights, before, inverse_unit, scale, spare, per_lane, code, middles, levels, value_kind, True,
-                error, xc, cc,
-            )  # fmt: skip
+            if guards:
+                _judge(
+                    tile, weights, before, inverse_unit, scale, spare, per_lane, code, middles, levels, value_kind,
+                    True, error, xc, cc,
+                )  # fmt: skip
+            else:
+                for b in range(per_tile):
+                    scale[b] = before[b] * inverse_unit[b]
+                _fit(tile, weights, scale, spare, per_lane, code, middles, levels, xc, cc)
             _refit(scale, xc, cc, signed)
         else:
             scale[:] = absmax
@@ -319,7 +324,7 @@ def fit_chunks(
             scale[b] *= unit[b]
         if scale_kind:
             _round(scale, scale.view(np.int32), scale_kind)
-        if improves:
+        if improves and guards:
             _judge(
                 tile, weights, scale, inverse_unit, absmax, spare, per_lane, code, middles, levels, value_kind, False,
                 gain, xc, cc,

@@ -36,6 +36,7 @@ def fit_scales(
     *,
     previous: Tensor | None = None,
     column_weight: Tensor | None = None,
+    guards: bool = True,
 ) -> Tensor:
     """Scales float32 [n_blocks], holding values of the grid's scale dtype, that fit `target` block by block.
 
@@ -45,6 +46,8 @@ def fit_scales(
         previous: scales to start from. No block's squared error is above what these scales give with the nearest
             codes. None searches from several fractions of absmax.
         column_weight: float32 [in], positive: the weight of a column's squared errors; None weighs all alike.
+        guards: False fits less well and faster: a search without further fits, `previous` without the comparison that
+            the promise takes.
     """
     blocks = to_blocks(target, grid)
     weights = None if column_weight is None else to_blocks(column_weight.expand(target.shape), grid)
@@ -53,7 +56,7 @@ def fit_scales(
     for start in range(0, blocks.shape[0], panel):
         here = slice(start, start + panel)
         some = _Panel.of(blocks[here], grid, levels, None if weights is None else weights[here])
-        found.append(some.search() if previous is None else some.improve(previous[here]))
+        found.append(some.search(guards) if previous is None else some.improve(previous[here], guards))
     return torch.cat(found)
 
 
@@ -128,7 +131,7 @@ class _Panel:
         unit, inverse = exponent.view(torch.float32), (0x7F000000 - exponent).view(torch.float32)
         return cls(blocks * inverse.unsqueeze(1), absmax * inverse, unit, weights, levels, grid)
 
-    def search(self) -> Tensor:
+    def search(self, guards: bool) -> Tensor:
         """The best of several starts, fitted."""
         best, gain = self.absmax, torch.full_like(self.absmax, -1.0)
         for fraction in starts(self.grid.signed):
@@ -137,14 +140,16 @@ class _Panel:
             better = fit.gain() > gain
             gain = torch.where(better, fit.gain(), gain)
             best = torch.where(better, fit.scale(start, self.grid.signed), best)
-        for _ in range(SEARCH_REFITS):
+        for _ in range(SEARCH_REFITS if guards else 0):
             best = self._refit(best)
         return self._stored(best)
 
-    def improve(self, previous: Tensor) -> Tensor:
-        """Fitted from `previous`, which stays where it is better."""
+    def improve(self, previous: Tensor, guards: bool) -> Tensor:
+        """Fitted from `previous`, which stays where it is better if that is asked for."""
         start = previous / self.unit
         nearest = self._nearest(start)
+        if not guards:
+            return self._stored(self._fit(nearest).scale(start, self.grid.signed))
         error = self._error(nearest, previous)
         scale = self._fit(nearest).scale(start, self.grid.signed)
         for _ in range(WARM_REFITS - 1):

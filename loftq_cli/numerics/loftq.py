@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.feedback import FeedbackGains, feed_back
 from loftq_cli.numerics.fitted import fit_levels, fit_scales
 from loftq_cli.numerics.grids import Quantized, dequantize
 from loftq_cli.numerics.lowrank import (
@@ -88,6 +89,19 @@ class FittingQuantizer(Quantizer, Protocol):
         """
 
 
+@runtime_checkable
+class FeedingQuantizer(FittingQuantizer, Protocol):
+    """One with cheaper passes for steps of error feedback, which promise nothing for a single step."""
+
+    def quantize_roughly(
+        self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
+    ) -> QuantizeStep:
+        """`quantize_fitted` with one fit of the scales, kept even where it is worse for a block."""
+
+    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+        """`numerics.feedback.feed_back` with the residual of `step`, in one pass over memory."""
+
+
 @dataclass(frozen=True)
 class BlockQuantizer:
     """The plain-torch twin of the compiled quantizer, on any device. `levels` replace the codebook's, where it is a
@@ -118,9 +132,30 @@ class BlockQuantizer:
         previous: QuantizeStep | None = None,
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
+        return self._fitted(weight, target, previous, column_weight, guards=True)
+
+    def quantize_roughly(
+        self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
+    ) -> QuantizeStep:
+        return self._fitted(weight, target, previous, column_weight, guards=False)
+
+    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+        return feed_back(weight, product, step.residual, fed, gains)
+
+    def _fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        previous: QuantizeStep | None,
+        column_weight: Tensor | None,
+        *,
+        guards: bool,
+    ) -> QuantizeStep:
         levels = self.grid.levels(target.device) if self.levels is None else self.levels
         before = None if previous is None else blocks_of(previous).absmax
-        scales = fit_scales(target, self.grid, levels, previous=before, column_weight=column_weight)
+        scales = fit_scales(
+            target, self.grid, levels, previous=before, column_weight=column_weight, guards=guards
+        )
         codes = blocks.assign(target, scales, self.grid, levels)
         quantized = QuantizedBlocks(codes, scales, self.levels)
         return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))

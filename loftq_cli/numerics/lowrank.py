@@ -24,8 +24,8 @@ _LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the ra
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
-_SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
-_MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
+_SPREAD, _ROUGH_SPREAD = 16.0, 256.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
+_MOST, _ROUGH_MOST = 0.9, 0.999  # share of the energy above which what is left would be bfloat16's noise
 _SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
 
 
@@ -119,20 +119,33 @@ def krylov_low_rank(
 
 
 def half_low_rank(
-    half: Tensor, rank: int, *, previous: LowRank | None = None, generator: torch.Generator, norm: float
+    half: Tensor,
+    rank: int,
+    *,
+    previous: LowRank | None = None,
+    depth: int | None = None,
+    generator: torch.Generator,
+    norm: float,
+    rough: bool = False,
 ) -> LowRank | None:
     """`krylov_low_rank` of a residual known only in bfloat16; None where its spectrum asks for float32.
 
     Rounding moves the directions and their images by 2⁻⁹ at random, which costs the approximation of a narrow spectrum
     the square of that: less than 1e-5 of the residual, as `scripts/bench/NOTES.md` confirms. `refine` gives the exact
     projection on the same directions.
+
+    Args:
+        norm: ‖residual‖_F.
+        rough: also where the spectrum is wide, or hardly more than noise of bfloat16 is left: good enough where what
+            this approximation misses is made up for by a later step.
     """
     rank = min(rank, *half.shape)
-    space = _Space.plan(half, rank, previous, None)
-    if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s)):
+    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST) if rough else (_SPREAD, _MOST)
+    space = _Space.plan(half, rank, previous, depth)
+    if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s, spread)):
         return None
     found = space.search(half, space.start(half, previous, generator), careful=False)
-    return found if _narrow(found.s) and found.energy <= _MOST * norm**2 else None
+    return found if _narrow(found.s, spread) and found.energy <= most * norm**2 else None
 
 
 def refine(residual: Tensor, found: LowRank) -> LowRank:
@@ -207,8 +220,8 @@ def _power_of_two(norm: float) -> float:
     return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
 
 
-def _narrow(s: Tensor) -> bool:
-    return bool(s[0] <= _SPREAD * s[-1])
+def _narrow(s: Tensor, spread: float = _SPREAD) -> bool:
+    return bool(s[0] <= spread * s[-1])
 
 
 def half_is_faster(residual: Tensor) -> bool:

@@ -25,28 +25,39 @@ the levels between steps lowers it too, on the blocks that are looked at (`numer
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from loftq_cli.numerics.blocks import QuantizedBlocks
+from loftq_cli.numerics.feedback import FeedbackGains, feed_back
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, LowRankStep, QuantizeStep
-from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, half_low_rank, krylov_low_rank
+from loftq_cli.numerics.loftq import (
+    FeedingQuantizer,
+    FittingQuantizer,
+    FusedQuantizer,
+    LoftQResult,
+    LowRankStep,
+    QuantizeStep,
+)
+from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, half_low_rank, krylov_low_rank, refine
 
 Init = Literal["svd", "zero"]
-DEFAULT_ITERS = 12
+DEFAULT_ITERS = 16
 
 # Measured on trained matrices (scripts/study): U forgets 30 % a step and takes 28 % of the residual; more diverges.
 _KEPT, _ADDED = 0.7, 0.28
 _TAPER = (0.0, 0.3, 0.6)  # U's share in the last, the last but one and the third last step
 _LEVELS_FROZEN = 2  # steps at the end in which levels stay
 _DIVERGED = 1.5  # times the best residual
-_CONVERGED = 1e-4  # relative change of the residual from one step to the next
+_CONVERGED = 1e-4  # relative change of the residual from one plain step to the next
+_STALLED = 3e-3  # the same with feedback; twice in a row, and the taper begins
+_CANCELLING = 1e-3  # share of ‖W - Q‖² left below which BA's rounding to bfloat16 would show in E
 
-_START_DEPTH, _STEP_DEPTH, _END_DEPTH = 6, 1, 3
+_START_DEPTH, _STEP_DEPTH, _END_DEPTH, _END_HALF_DEPTH = 3, 1, 3, 2
 
 
 @runtime_checkable
@@ -60,29 +71,41 @@ class LevelQuantizer(FittingQuantizer, Protocol):
         """Better levels for the codes and scales of `step`: float32 [2**bits], ascending."""
 
 
+RoughStep = Callable[[Tensor, float, "LowRank | None"], "LowRank | None"]
+
+
 @dataclass(frozen=True)
 class LowRankSteps:
-    """The low-rank step of the loop, and the better one of the last step, whose factors are stored."""
+    """The low-rank step of the loop, and the better one of the last step, whose factors are stored. `rough`, of a
+    residual and its norm, takes the place of `step` in steps with feedback, unless it gives None."""
 
     step: LowRankStep
     last: LowRankStep
+    rough: RoughStep = lambda _residual, _norm, _previous: None
 
 
 def shallow_steps(rank: int, generator: torch.Generator) -> LowRankSteps:
-    """The default: one power a step, as errors in BA only become part of the next target, and three at the end."""
+    """The default: one power a step, as errors in BA only become part of the next target, and more at the end."""
+
+    def rough(residual: Tensor, norm: float, previous: LowRank | None, deep: int = _STEP_DEPTH) -> LowRank | None:
+        if not half_is_faster(residual):
+            return None
+        depth = _START_DEPTH if previous is None else deep
+        return half_low_rank(
+            residual.bfloat16(), rank, previous=previous, depth=depth, generator=generator, norm=norm, rough=True
+        )
 
     def step(residual: Tensor, previous: LowRank | None) -> LowRank:
-        found = None
-        if half_is_faster(residual):
-            half, norm = residual.bfloat16(), frobenius(residual)
-            found = half_low_rank(half, rank, previous=previous, generator=generator, norm=norm)
         depth = _START_DEPTH if previous is None else _STEP_DEPTH
-        return found or krylov_low_rank(residual, rank, previous=previous, depth=depth, generator=generator)
+        return krylov_low_rank(residual, rank, previous=previous, depth=depth, generator=generator)
 
     def last(residual: Tensor, previous: LowRank | None) -> LowRank:
+        found = None if previous is None else rough(residual, frobenius(residual), previous, _END_HALF_DEPTH)
+        if found is not None:
+            return refine(residual, found)
         return krylov_low_rank(residual, rank, previous=previous, depth=_END_DEPTH, generator=generator)
 
-    return LowRankSteps(step, last)
+    return LowRankSteps(step, last, rough)
 
 
 def refined(
@@ -117,12 +140,14 @@ def refined(
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
     run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feedback and low_rank is not None)
     if low_rank is not None and init == "svd":
-        run.found = low_rank.step(weight, None)
+        run.found = low_rank.rough(weight, norm, None) or low_rank.step(weight, None)
     run.aim()
     while run.steps_left:
         run.step()
     kept = run.tried if keep_last else run.best
     assert kept is not None
+    if kept.estimated:
+        kept = run.settle(kept)
     a, b = _factors(kept.found, weight)
     residuals = tuple(value / norm if norm else 0.0 for value in run.residuals)
     return LoftQResult(kept.quantized, a, b, plain / norm if norm else 0.0, residuals, kept.number)
@@ -136,6 +161,7 @@ class _Iterate:
     quantized: Quantized
     found: LowRank | None
     objective: float
+    estimated: bool = False  # BA and the objective, from products in bfloat16
 
 
 @dataclass
@@ -152,6 +178,7 @@ class _Run:
     found: LowRank | None = None
     target: Tensor = field(init=False)
     fed: Tensor | None = None  # U
+    half: Tensor | None = None  # memory for BA in bfloat16
     quantize_step: QuantizeStep | None = None
     still: int = 0  # steps in a row that changed next to nothing
     tried: _Iterate | None = None
@@ -165,26 +192,69 @@ class _Run:
     def step(self) -> None:
         """Q-step, levels, low-rank step; then the target of the next one."""
         self.steps_left -= 1
-        weights = {} if self.column_weight is None else {"column_weight": self.column_weight}
-        done = self.quantizer.quantize_fitted(self.weight, self.target, previous=self.quantize_step, **weights)
+        done = self._quantize()
         if self.fits_levels and self.steps_left >= _LEVELS_FROZEN:
             levels = self._with_levels().fit_levels(self.target, done, column_weight=self.column_weight)
             self.quantizer = self._with_levels().with_levels(levels)
         self.found, self.quantize_step = self._factorise(done), done
-        error = self._next_error(done)
-        residual = frobenius(error)
-        objective = residual if self.column_weight is None else frobenius(error * self.column_weight.sqrt())
-        self.residuals.append(residual)
-        before, self.tried = self.tried, _Iterate(len(self.residuals), done.quantized, self.found, objective)
-        if self.best is None or objective < self.best.objective:
+        before, self.tried = self.tried, self._next_target(done)
+        if self.best is None or self.tried.objective < self.best.objective:
             self.best = self.tried
-        self._plan_ahead(before, self.tried, self.best, error)
+        self._plan_ahead(before, self.tried, self.best)
+
+    @property
+    def _rough(self) -> bool:
+        """Whether this step's only use is the next one's target."""
+        return self.feeds and self.steps_left > 0
+
+    def _quantize(self) -> QuantizeStep:
+        weights = {} if self.column_weight is None else {"column_weight": self.column_weight}
+        if self._rough and isinstance(self.quantizer, FeedingQuantizer):
+            return self.quantizer.quantize_roughly(self.weight, self.target, previous=self.quantize_step, **weights)
+        return self.quantizer.quantize_fitted(self.weight, self.target, previous=self.quantize_step, **weights)
 
     def _factorise(self, done: QuantizeStep) -> LowRank | None:
         if self.low_rank is None:
             return None
-        chosen = self.low_rank.step if self.steps_left else self.low_rank.last
-        return chosen(done.residual, self.found)
+        if not self.steps_left:
+            return self.low_rank.last(done.residual, self.found)
+        found = self.low_rank.rough(done.residual, done.residual_norm(), self.found) if self.feeds else None
+        return found or self.low_rank.step(done.residual, self.found)
+
+    def _next_target(self, done: QuantizeStep) -> _Iterate:
+        """How far this step got, and the target of the next one: W - BA, with feedback + U."""
+        tried = _Iterate(len(self.residuals) + 1, done.quantized, self.found, 0.0)
+        if self._rough and self.column_weight is None:
+            self.residuals.append(self._feed(done))
+            halved = self.half is not None
+            return replace(tried, objective=self.residuals[-1], estimated=halved)
+        error = self._next_error(done)
+        self.residuals.append(frobenius(error))
+        weighted = self.residuals[-1]
+        if self.column_weight is not None:
+            weighted = frobenius(error * self.column_weight.sqrt())
+            if self._rough:
+                self._feed_weighted(error)
+        return replace(tried, objective=weighted)
+
+    def _feed(self, done: QuantizeStep) -> float:
+        """The same in one pass, where errors count alike; gives ‖E‖."""
+        assert self.found is not None
+        total = done.residual_norm() ** 2
+        if half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
+            self.half = torch.empty_like(self.weight, dtype=torch.bfloat16) if self.half is None else self.half
+            product = self.found.product(torch.bfloat16, out=self.half)
+        else:
+            self.half = None
+            product = self.found.product(out=self.target)
+        self.fed = torch.zeros_like(self.weight) if self.fed is None else self.fed
+        gains = FeedbackGains(_KEPT, _ADDED, self._share())
+        if isinstance(self.quantizer, FeedingQuantizer):
+            norm = self.quantizer.feed_back(self.weight, product, done, self.fed, gains)
+        else:
+            norm = feed_back(self.weight, product, done.residual, self.fed, gains)
+        self.target, self.quantize_step = done.residual, replace(done, residual=self.target)
+        return norm
 
     def _next_error(self, done: QuantizeStep) -> Tensor:
         """E = W - Q - BA in the residual's memory, and W - BA as the next target in the last one's."""
@@ -193,26 +263,33 @@ class _Run:
         torch.sub(self.weight, self.found.product(out=self.target), out=self.target)
         return done.residual.add_(self.target).sub_(self.weight)
 
-    def _plan_ahead(self, before: _Iterate | None, tried: _Iterate, best: _Iterate, error: Tensor) -> None:
-        """By how the step went: feed its error back, end soon, or drop feedback."""
-        still = before is not None and abs(before.objective - tried.objective) <= _CONVERGED * tried.objective
+    def _share(self) -> float:
+        return _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
+
+    def _feed_weighted(self, error: Tensor) -> None:
+        """Add U, moved on by the last error, to the target."""
+        self.fed = error * _ADDED if self.fed is None else self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
+        self.target.add_(self.fed, alpha=self._share())
+
+    def _plan_ahead(self, before: _Iterate | None, tried: _Iterate, best: _Iterate) -> None:
+        """By how the step went: go on, end soon, or drop feedback."""
+        tolerance = _STALLED if self.feeds else _CONVERGED
+        still = before is not None and abs(before.objective - tried.objective) <= tolerance * tried.objective
         self.still = self.still + 1 if still else 0
         if not self.feeds:
             self.steps_left = 0 if still else self.steps_left
         elif not tried.objective <= _DIVERGED * best.objective:
             self._fall_back(best)
-        elif self.steps_left > 1:
-            self.steps_left = min(self.steps_left, len(_TAPER)) if self.still > 1 else self.steps_left
-            self._feed(error)
+        elif self.still > 1:
+            self.steps_left = min(self.steps_left, len(_TAPER))
 
-    def _feed(self, error: Tensor) -> None:
-        """Add U, moved on by the last error, to the target."""
-        if self.fed is None:
-            self.fed = error * _ADDED
-        else:
-            self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
-        share = _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
-        self.target.add_(self.fed, alpha=share)
+    def settle(self, kept: _Iterate) -> _Iterate:
+        """The exact projection on the directions found, and what it leaves."""
+        assert isinstance(self.quantizer, FusedQuantizer) and kept.found is not None
+        residual = self.quantizer.restore(self.weight, kept.quantized)
+        found = refine(residual, kept.found)
+        self.residuals[kept.number - 1] = frobenius(residual.sub_(found.product()))
+        return replace(kept, found=found, estimated=False)
 
     def _fall_back(self, best: _Iterate) -> None:
         """Plain steps from the best iterate on."""
