@@ -55,7 +55,7 @@ def quantize(
             is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
-            iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="auto", block_size=64,
+            iters=None (5; refined: 16), method="loftq", init=None, levels=None, data_type="auto", block_size=64,
             group_size=None, scale="auto", symmetric=None, double_quant=False, format="auto", dequantize=True, rule=(),
             include=(), exclude=(), embeddings="keep", lm_head="keep", experts="quantize", allow_nonfinite=False,
             alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".

@@ -10,8 +10,9 @@ import torch
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, assign, dequantize
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.fitted import fit_levels
-from loftq_cli.numerics.loftq import BlockQuantizer, FittingQuantizer, QuantizeStep
+from loftq_cli.numerics.loftq import BlockQuantizer, FeedingQuantizer, FittingQuantizer, QuantizeStep, blocks_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -56,6 +57,49 @@ def test_compiled_fit_is_its_plain_twin(layout: str, shape: tuple[int, int]) -> 
             assert torch.equal(one.quantized.codes, other.quantized.codes)
             assert torch.equal(one.residual, other.residual)
             assert signed or bool((other.quantized.absmax >= 0).all())
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (33, 100), (1, 1)])
+def test_compiled_rough_fit_is_its_plain_twin(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    target, weight, columns = torch.randn(shape), torch.randn(shape), torch.rand(shape[1]) + 0.1
+    for bits, dtype, signed, weighted in itertools.product((2, 4), (F32, BF16), (False, True), (False, True)):
+        grid = BlockGrid(codebook("nf", bits), 64, "rows", dtype, dtype, signed)
+        column_weight = columns if weighted else None
+        plain, fast = BlockQuantizer(grid), block_quantizer(grid, "cpu")
+        assert isinstance(plain, FeedingQuantizer) and isinstance(fast, FeedingQuantizer)
+        steps = [q.quantize_roughly(weight, target, previous=None, column_weight=column_weight) for q in (plain, fast)]
+        moved = target + 0.1 * torch.randn(shape)
+        later = [
+            q.quantize_roughly(weight, moved, previous=fresh(step), column_weight=column_weight)
+            for q, step in zip((plain, fast), steps)
+        ]
+        for one, other in (steps, later):
+            assert torch.equal(blocks_of(one).absmax, blocks_of(other).absmax)
+            assert torch.equal(blocks_of(one).codes, blocks_of(other).codes)
+            assert torch.equal(one.residual, other.residual)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(300, 257), (64, 64), (1, 1)])
+def test_compiled_feedback_is_its_plain_twin(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    grid = BlockGrid(codebook("nf", 2), 64, "rows", F32, F32)
+    weight, product, fed = torch.randn(shape), torch.randn(shape).to(dtype), torch.randn(shape)
+    residual, quantizers = torch.randn(shape), (BlockQuantizer(grid), block_quantizer(grid, "cpu"))
+    error = residual - product.float()
+    for share in (1.0, 0.3, 0.0):
+        gains, found = FeedbackGains(0.7, 0.28, share), []
+        for quantizer in quantizers:
+            assert isinstance(quantizer, FeedingQuantizer)
+            target, u = residual.clone(), fed.clone()
+            step = QuantizeStep(quantizer.quantize_residual(weight, weight).quantized, target)
+            norm = quantizer.feed_back(weight, product, step, u, gains)
+            assert norm == pytest.approx(float(error.double().norm()), rel=1e-5)
+            found.append((target, u))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        torch.testing.assert_close(found[0][1], 0.7 * fed + 0.28 * error)
+        torch.testing.assert_close(found[0][0], weight - product.float() + share * found[0][1])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -18,7 +18,8 @@ from loftq_cli.numerics import refined as module
 from loftq_cli.numerics.blocks import BlockGrid, dequantize
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.loftq import LoftQResult, exact_step, loftq
-from loftq_cli.numerics.refined import LowRankSteps, refined, shallow_steps
+from loftq_cli.numerics.refined import refined
+from loftq_cli.numerics.steps import LowRankSteps, shallow_steps
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -79,6 +80,26 @@ def test_a_runaway_falls_back_to_plain_steps_from_the_best_iterate(monkeypatch: 
     after = result.residuals[peak + 1 :]
     assert after and max(after) <= min(result.residuals[:peak]) * 1.001
     assert left(w, result, kind) == pytest.approx(result.residual, rel=1e-5)
+
+
+def test_kept_estimates_are_made_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large matrices go through bfloat16 in steps with feedback; what is stored and reported does not."""
+    w = weight(640, 576)
+    for added in (0.28, 4.0):  # ends on its best iterate, or falls back to an early one
+        monkeypatch.setattr(module, "_ADDED", added)
+        for kind in (grid(2), grid(4, "fitted", signed=True)):
+            for options in ({"iters": 3}, {"iters": 8}, {"iters": 8, "keep_last": True}):
+                result = run(w, kind, rank=16, **options)
+                assert left(w, result, kind) == pytest.approx(result.residual, rel=1e-5)
+
+
+def test_a_nearly_exact_matrix_is_not_spoilt_by_rounding() -> None:
+    """Where BA holds all but a thousandth of W, bfloat16 would drown the rest."""
+    generator = torch.Generator().manual_seed(0)
+    leading = torch.randn(640, 16, generator=generator) @ torch.randn(16, 576, generator=generator)
+    w, kind = leading + 1e-4 * torch.randn(640, 576, generator=generator), grid(4)
+    exact = refined(w, block_quantizer(kind, "cpu"), low_rank=LowRankSteps(exact_step(16), exact_step(16)))
+    assert run(w, kind, rank=16).residual < 1.02 * exact.residual < 4e-6
 
 
 def test_standing_still_ends_the_run() -> None:
@@ -157,7 +178,7 @@ def test_what_is_optimised_is_what_loads(name: str, bits: int, levels: str, rand
     options = {"bits": bits, "format": name, "levels": levels, "rank": 4, "exclude": "*down_proj"}
     manifest = loftq_cli.quantize(random_llama, output=out, method="refined", **options)
     assert {record.data_type for record in manifest.matrices} == {levels}
-    assert manifest.recipe["levels"] == levels and manifest.recipe["init"] == "svd" and manifest.recipe["iters"] == 12
+    assert manifest.recipe["levels"] == levels and manifest.recipe["init"] == "svd" and manifest.recipe["iters"] == 16
     assert f"--levels {levels}" in (out / "README.md").read_text() and "--iters" not in (out / "README.md").read_text()
     check_matrices(out, manifest, load_plainly(out, "AutoModelForCausalLM"), source_weights(random_llama))
     if name == "packed" and levels == "fitted":

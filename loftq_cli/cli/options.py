@@ -245,7 +245,7 @@ Method = Annotated[
 Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
 Iters = Annotated[
     Optional[int],
-    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 12"),
+    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 16"),
 ]
 Init = Annotated[
     Optional[str],

@@ -22,8 +22,9 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
-from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
+from loftq_cli.numerics.refined import Init, refined
 from loftq_cli.numerics.start import zero_start
+from loftq_cli.numerics.steps import LowRankSteps, shallow_steps
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
 

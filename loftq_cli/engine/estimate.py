@@ -27,7 +27,7 @@ from loftq_cli.recipe import Recipe
 _TRIAL_WEIGHTS = 6_000_000  # large enough that the work is in proportion to it, small enough for a second or two
 _DISK_TRIAL = 64 << 20
 _WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
-_REFINED_SET = 8  # further bytes a weight for `refined`: target and feedback in float32
+_REFINED_SET = 10  # further bytes a weight for `refined`: target and feedback in float32, BA in bfloat16
 _SPARE = 120 << 20  # allocator, thread stacks, buffers on their way to the disk
 
 

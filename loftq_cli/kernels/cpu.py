@@ -74,7 +74,9 @@ class CompiledQuantizer:
         fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight, guards=False)
         return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
 
-    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+    def feed_back(
+        self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
+    ) -> float:
         half = product.view(torch.uint16) if product.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
         full = torch.empty(0) if half.numel() else product
         arrays = _flat(weight.contiguous(), full, half, step.residual, fed)

@@ -21,9 +21,7 @@ def _widen(half: Any, bits: Any) -> None:
 
 
 @_inline
-def _advance(
-    weight: Any, product: Any, residual: Any, fed: Any, lanes: Any, kept: Any, added: Any, share: Any
-) -> None:
+def _advance(weight: Any, product: Any, residual: Any, fed: Any, lanes: Any, kept: Any, added: Any, share: Any) -> None:
     for i in range(weight.size):
         error = residual[i] - product[i]
         fed[i] = kept * fed[i] + added * error
@@ -52,7 +50,5 @@ def feed_chunks(
                 _widen(half[begin:end], bits)
             else:
                 here[:] = product[begin:end]
-            _advance(
-                weight[begin:end], here, residual[begin:end], fed[begin:end], lanes, kept, added, share
-            )
+            _advance(weight[begin:end], here, residual[begin:end], fed[begin:end], lanes, kept, added, share)
         sums[chunk] = lanes.sum()

@@ -268,8 +268,8 @@ def fit_chunks(
 
     target is float32 [n], row-major, scales float32 [n_blocks]: written, and first read if `improves`. column_weight is
     float32 [in] or empty; `middles` and `levels` come from `numba_blocks.padded`; `starts` are fractions of absmax.
-    Blocks start anew after `row` elements; the kinds say what scales and products are rounded to; `guards` keeps the scales read where they are better; `refits` counts fits
-    after the first.
+    Blocks start anew after `row` elements; the kinds say what scales and products are rounded to. With `guards` the
+    scales read stay where they are better than what is fitted from them; `refits` counts fits after the first.
     """
     elements, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     weights = np.empty(TILE if column_weight.size else 0, np.float32)

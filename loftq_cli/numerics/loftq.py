@@ -98,7 +98,9 @@ class FeedingQuantizer(FittingQuantizer, Protocol):
     ) -> QuantizeStep:
         """`quantize_fitted` with one fit of the scales, kept even where it is worse for a block."""
 
-    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+    def feed_back(
+        self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
+    ) -> float:
         """`numerics.feedback.feed_back` with the residual of `step`, in one pass over memory."""
 
 
@@ -139,7 +141,9 @@ class BlockQuantizer:
     ) -> QuantizeStep:
         return self._fitted(weight, target, previous, column_weight, guards=False)
 
-    def feed_back(self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains) -> float:
+    def feed_back(
+        self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
+    ) -> float:
         return feed_back(weight, product, step.residual, fed, gains)
 
     def _fitted(
@@ -153,9 +157,7 @@ class BlockQuantizer:
     ) -> QuantizeStep:
         levels = self.grid.levels(target.device) if self.levels is None else self.levels
         before = None if previous is None else blocks_of(previous).absmax
-        scales = fit_scales(
-            target, self.grid, levels, previous=before, column_weight=column_weight, guards=guards
-        )
+        scales = fit_scales(target, self.grid, levels, previous=before, column_weight=column_weight, guards=guards)
         codes = blocks.assign(target, scales, self.grid, levels)
         quantized = QuantizedBlocks(codes, scales, self.levels)
         return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))

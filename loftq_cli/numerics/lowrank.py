@@ -24,8 +24,10 @@ _LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the ra
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
-_SPREAD, _ROUGH_SPREAD = 16.0, 256.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
-_MOST, _ROUGH_MOST = 0.9, 0.999  # share of the energy above which what is left would be bfloat16's noise
+_SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
+_ROUGH_SPREAD = 256.0  # up to which it blurs the smallest
+_MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
+_ROUGH_MOST = 0.999  # above which that noise would be a good part of it
 _SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
 
 

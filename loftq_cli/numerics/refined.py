@@ -25,7 +25,6 @@ the levels between steps lowers it too, on the blocks that are looked at (`numer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -40,10 +39,10 @@ from loftq_cli.numerics.loftq import (
     FittingQuantizer,
     FusedQuantizer,
     LoftQResult,
-    LowRankStep,
     QuantizeStep,
 )
-from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, half_low_rank, krylov_low_rank, refine
+from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, refine
+from loftq_cli.numerics.steps import LowRankSteps
 
 Init = Literal["svd", "zero"]
 DEFAULT_ITERS = 16
@@ -54,10 +53,9 @@ _TAPER = (0.0, 0.3, 0.6)  # U's share in the last, the last but one and the thir
 _LEVELS_FROZEN = 2  # steps at the end in which levels stay
 _DIVERGED = 1.5  # times the best residual
 _CONVERGED = 1e-4  # relative change of the residual from one plain step to the next
-_STALLED = 3e-3  # the same with feedback; twice in a row, and the taper begins
+_STALLED = 2e-3  # the same with feedback; twice in a row, and the taper begins
+_SETTLING = 6  # steps before that, in which the residual first rises
 _CANCELLING = 1e-3  # share of ‖W - Q‖² left below which BA's rounding to bfloat16 would show in E
-
-_START_DEPTH, _STEP_DEPTH, _END_DEPTH, _END_HALF_DEPTH = 3, 1, 3, 2
 
 
 @runtime_checkable
@@ -69,43 +67,6 @@ class LevelQuantizer(FittingQuantizer, Protocol):
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
         """Better levels for the codes and scales of `step`: float32 [2**bits], ascending."""
-
-
-RoughStep = Callable[[Tensor, float, "LowRank | None"], "LowRank | None"]
-
-
-@dataclass(frozen=True)
-class LowRankSteps:
-    """The low-rank step of the loop, and the better one of the last step, whose factors are stored. `rough`, of a
-    residual and its norm, takes the place of `step` in steps with feedback, unless it gives None."""
-
-    step: LowRankStep
-    last: LowRankStep
-    rough: RoughStep = lambda _residual, _norm, _previous: None
-
-
-def shallow_steps(rank: int, generator: torch.Generator) -> LowRankSteps:
-    """The default: one power a step, as errors in BA only become part of the next target, and more at the end."""
-
-    def rough(residual: Tensor, norm: float, previous: LowRank | None, deep: int = _STEP_DEPTH) -> LowRank | None:
-        if not half_is_faster(residual):
-            return None
-        depth = _START_DEPTH if previous is None else deep
-        return half_low_rank(
-            residual.bfloat16(), rank, previous=previous, depth=depth, generator=generator, norm=norm, rough=True
-        )
-
-    def step(residual: Tensor, previous: LowRank | None) -> LowRank:
-        depth = _START_DEPTH if previous is None else _STEP_DEPTH
-        return krylov_low_rank(residual, rank, previous=previous, depth=depth, generator=generator)
-
-    def last(residual: Tensor, previous: LowRank | None) -> LowRank:
-        found = None if previous is None else rough(residual, frobenius(residual), previous, _END_HALF_DEPTH)
-        if found is not None:
-            return refine(residual, found)
-        return krylov_low_rank(residual, rank, previous=previous, depth=_END_DEPTH, generator=generator)
-
-    return LowRankSteps(step, last, rough)
 
 
 def refined(
@@ -280,7 +241,7 @@ class _Run:
             self.steps_left = 0 if still else self.steps_left
         elif not tried.objective <= _DIVERGED * best.objective:
             self._fall_back(best)
-        elif self.still > 1:
+        elif self.still > 1 and tried.number >= _SETTLING:
             self.steps_left = min(self.steps_left, len(_TAPER))
 
     def settle(self, kept: _Iterate) -> _Iterate:

@@ -30,7 +30,8 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.loftq import fast_step, loftq
-from loftq_cli.numerics.refined import refined, shallow_steps
+from loftq_cli.numerics.refined import refined
+from loftq_cli.numerics.steps import shallow_steps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from machine import describe_machine
