@@ -93,6 +93,19 @@ def test_kept_estimates_are_made_exact(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert left(w, result, kind) == pytest.approx(result.residual, rel=1e-5)
 
 
+def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
+    w, before, found = weight(1100, 1024), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(run(w, grid(2), rank=16, iters=5))
+        finally:
+            torch.set_num_threads(before)
+    one, two = found
+    assert torch.equal(one.lora_a, two.lora_a) and torch.equal(one.lora_b, two.lora_b)
+    assert torch.equal(one.quantized.codes, two.quantized.codes) and one.residuals == two.residuals
+
+
 def test_a_nearly_exact_matrix_is_not_spoilt_by_rounding() -> None:
     """Where BA holds all but a thousandth of W, bfloat16 would drown the rest."""
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,8 @@ Convergence. A plain step (U = 0) fits Q to W - BA with the previous scales amon
 not rise (exactly for float32 values; where the loader rounds products, up to that rounding, since codes are the nearest
 unrounded levels); then BA = SVD_r(W - Q) is optimal for that Q (Eckart and Young), so it does not rise either: the
 objective decreases monotonically and is bounded by 0. Steps with feedback have no such guarantee. Therefore the best
-iterate is kept, and where the residual runs away feedback is dropped and plain steps go on from the best one. Updating
+iterate is kept (its factors and residual made exact where rough steps found them), the taper begins early where the
+residual stalls, and where it runs away feedback is dropped and plain steps go on from the best one. Updating
 the levels between steps lowers it too, on the blocks that are looked at (`numerics.fitted.fit_levels` samples).
 """
 
