@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,10 @@ def quantize(
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
         reporter: hears of progress; silent by default.
-        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
-            iters=5, method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
-            embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
-            max_shard_size="5GB", meta_version="auto".
+        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, mix="",
+            target_size=None, weigh="relative", rank=16, rank_budget=None, iters=5, method="loftq", data_type="nf",
+            block_size=64, format="auto", rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep",
+            alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -59,12 +60,13 @@ def quantize(
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
     chosen = choose_device(device)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
-        made = _plan(resolved, checkpoint, output)
+        reporter = reporter or Reporter()
+        made = _plan(resolved, checkpoint, output, chosen, reporter.measuring)
         return run_plan(
             made,
             checkpoint,
             device=chosen,
-            reporter=reporter or Reporter(),
+            reporter=reporter,
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_size(max_memory),
         )
@@ -76,10 +78,16 @@ def plan(
     output: str | Path | None = None,
     config: str | Path | None = None,
     stream: bool = False,
+    device: str = "auto",
+    measuring: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Any,
 ) -> Plan:
     """What `quantize` with the same arguments would do; reads headers, no weights. Of a model on the Hub only headers
-    are fetched, with or without `stream`, unless its weights are pickles.
+    are fetched, with or without `stream`, unless its weights are pickles. Where bits or ranks are allocated, every
+    matrix is read once, on `device`, to measure what its choices cost; `quantize` does not measure again.
+
+    Args:
+        measuring: hears how many matrices are measured, of how many.
 
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
@@ -88,7 +96,7 @@ def plan(
 
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output)
+        return _plan(resolved, checkpoint, output, choose_device(device), measuring)
 
 
 def choose_device(name: str) -> torch.device:
@@ -113,14 +121,27 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_output(recipe: Recipe) -> Path:
-    """`Llama-2-13b-loftq-2bit-r64` in the working directory."""
+    """`Llama-2-13b-loftq-2.5bit-r64`, or with a target size `Llama-2-13b-loftq-6GB-r64`, in the working directory."""
     name = Path(recipe.model).expanduser().resolve().name
-    return Path(f"{name}-{recipe.method}-{recipe.bits}bit-r{recipe.rank}")
+    size = f"{recipe.bits:g}bit" if recipe.target_size is None else recipe.target_size.replace(" ", "")
+    return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
 
 
-def _plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+def _plan(
+    recipe: Recipe,
+    checkpoint: Any,
+    output: str | Path | None,
+    device: torch.device,
+    measuring: Callable[[int, int], None],
+) -> Plan:
+    import dataclasses
+
     from loftq_cli import __version__
-    from loftq_cli.planner import make_plan
+    from loftq_cli.mixing import mix
+    from loftq_cli.planner import find_modules, make_plan
 
     target = Path(output).expanduser() if output else default_output(recipe)
-    return make_plan(recipe, checkpoint, target.resolve(), __version__)
+    modules = find_modules(checkpoint)
+    mixed = mix(recipe, checkpoint, modules, device, measuring)
+    made = make_plan(mixed.recipe, checkpoint, target.resolve(), __version__, modules)
+    return dataclasses.replace(made, notes=(*made.notes, *mixed.notes))

@@ -122,16 +122,27 @@ class Plan:
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str) -> Plan:
-    """Decide everything that can be decided from headers.
+def find_modules(checkpoint: Checkpoint) -> ModuleMap:
+    """What every tensor of a checkpoint is.
+
+    Raises:
+        LoftqError: it is quantized already, or does not belong to its config.json.
+    """
+    _refuse_quantized(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+
+
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str, modules: ModuleMap | None = None
+) -> Plan:
+    """Decide everything that can be decided from headers; `modules` where they have been found already.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
         LoftqError: the checkpoint cannot be converted.
     """
-    _refuse_quantized(checkpoint)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    modules = modules or find_modules(checkpoint)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")

@@ -16,6 +16,9 @@ from loftq_cli.errors import UsageError
 from loftq_cli.numerics.codebooks import DATA_TYPES
 
 BITS = (2, 3, 4, 8)
+MIXES = ("optimal", "paper")
+PAPER_WIDTHS = (4, 2)  # of the first layers and of the rest (LoftQ section 4)
+WEIGHINGS = ("relative", "absolute")
 BLOCK_SIZES = (32, 64, 128, 256)
 METHODS = ("loftq", "qlora")
 FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
@@ -43,6 +46,12 @@ class Rule:
     rank: int | None = None
     keep: str = ""
 
+    @property
+    def exact(self) -> bool:
+        """Whether it names one module, as `exact_rule` writes it."""
+        module = re.sub(r"\\(.)", r"\1", self.pattern[1:-1])
+        return self.pattern == f"^{re.escape(module)}$"
+
     def matches(self, module: str) -> bool:
         return re.search(self.pattern, module) is not None
 
@@ -68,6 +77,11 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
 
+def exact_rule(module: str, bits: int, rank: int | None = None) -> str:
+    """The rule that gives one module its bits, and its rank where one is named."""
+    return f"^{re.escape(module)}$={bits}" + (f":{rank}" if rank else "")
+
+
 def parse_size(text: str | int) -> int:
     """`'5GB'`, `'500MiB'`, `'1000000'` → bytes.
 
@@ -84,13 +98,24 @@ def parse_size(text: str | int) -> int:
 class Recipe:
     """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
 
-    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory.
+    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory; where bits
+    or ranks were allocated, `rule` holds what every matrix got.
+
+    Attributes:
+        bits: of every matrix; a mean over the quantized weights where `mix` is given.
+        mix: how widths are mixed, "" for not at all. A mean that is no width, or a `target_size`, makes it "optimal".
+        target_size: bytes of the backbone's tensors and headers to stay within; takes the place of the mean.
+        rank_budget: mean rank to allocate, weighted so that the adapter is as large as with that rank everywhere.
     """
 
     model: str
     revision: str | None = None
-    bits: int = 4
+    bits: float = 4
+    mix: str = ""
+    target_size: str | None = None
+    weigh: str = "relative"
     rank: int = 16
+    rank_budget: float | None = None
     iters: int = 5
     method: str = "loftq"
     data_type: str = "nf"
@@ -118,8 +143,22 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if isinstance(self.bits, float) and self.bits.is_integer():
+            object.__setattr__(self, "bits", int(self.bits))
+        if not self.mix and (self.target_size is not None or isinstance(self.bits, float)):
+            object.__setattr__(self, "mix", "optimal")
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
+
+    @property
+    def allocates(self) -> bool:
+        """Whether widths or ranks are chosen matrix by matrix under a budget."""
+        return bool(self.mix) or self.rank_budget is not None
+
+    @property
+    def base_bits(self) -> int:
+        """The width of a matrix that no rule names; where widths are mixed, rules name all that can be quantized."""
+        return int(self.bits) if self.bits in BITS else BITS[0]
 
     @property
     def plain(self) -> bool:
@@ -195,8 +234,8 @@ def write_yaml(recipe: Recipe) -> str:
 
 
 def _check(recipe: Recipe) -> None:
+    _check_budget(recipe)
     choices = {
-        "bits": BITS,
         "block_size": BLOCK_SIZES,
         "method": METHODS,
         "data_type": DATA_TYPES,
@@ -205,6 +244,7 @@ def _check(recipe: Recipe) -> None:
         "lm_head": LM_HEADS,
         "dtype": DTYPE_CHOICES,
         "svd": SVDS,
+        "weigh": WEIGHINGS,
         "meta_version": META_VERSIONS,
     }
     for name, allowed in choices.items():
@@ -226,3 +266,22 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(f"--revision cannot be {recipe.revision!r}: give a branch, a tag or a commit, as a string.")
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Bits, and what chooses them matrix by matrix."""
+    bits, mix = recipe.bits, recipe.mix
+    number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    if not number or not (BITS[0] <= bits <= BITS[-1] if mix else bits in BITS):
+        listed = ", ".join(str(width) for width in BITS)
+        raise UsageError(f"--bits cannot be {bits!r}: choose one of {listed}, or a mean between them with --mix.")
+    if mix and mix not in MIXES:
+        raise UsageError(f"--mix cannot be {mix!r}: choose one of {', '.join(MIXES)}.")
+    if mix == "paper" and recipe.target_size is None and bits > PAPER_WIDTHS[0]:
+        raise UsageError(f"--mix paper gives 4 and 2 bits, so --bits {bits:g} is no mean of it: give 2 to 4.")
+    if recipe.target_size is not None:
+        object.__setattr__(recipe, "target_size", str(recipe.target_size))
+        parse_size(recipe.target_size)
+    budget = recipe.rank_budget
+    if budget is not None and not (isinstance(budget, (int, float)) and 1 <= budget < float("inf")):
+        raise UsageError(f"--rank-budget cannot be {budget!r}: give a mean rank from 1 on.")

@@ -17,10 +17,11 @@ def render_card(manifest: Manifest, plan: Plan) -> bytes:
     """README.md of an output directory. Measured numbers have fixed widths, so that its length is known beforehand."""
     totals = manifest.totals
     name = plan.output.name
+    mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
         ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
         ("adapter on disk", _gb(totals.adapter_bytes)),
-        ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored"),
+        ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored{mix}"),
         ("mean residual, plain quantization", f"{totals.plain_residual:8.4f}"),
         (f"mean residual, {manifest.recipe['method']}", f"{totals.residual:8.4f}"),
         ("matrices", f"{totals.matrices} quantized, {len(manifest.kept)} tensors in full precision"),
@@ -183,6 +184,8 @@ def _command(plan: Plan) -> str:
     for name, value in plan.recipe.as_dict().items():
         if name == "model" or value == defaults[name] or value in ([], None):
             continue
+        if name == "rule" and plan.recipe.allocates:
+            value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)

@@ -120,7 +120,36 @@ MetaVersion = Annotated[
         choices=r.META_VERSIONS,
     ),
 ]
-Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, choices=r.BITS)]
+Bits = Annotated[
+    Optional[float],
+    _option("bits", "--bits", "Bits of a weight's code, or a mean such as 2.5.", _GRID, choices=r.BITS),
+]
+Mix = Annotated[
+    Optional[str],
+    _option(
+        "mix",
+        "--mix",
+        "Widths matrix by matrix: the least error under the budget (optimal), or 4 bits in the first layers and 2 in "
+        "the rest (paper).",
+        _GRID,
+        choices=r.MIXES,
+        show="optimal for a mean or a size",
+    ),
+]
+TargetSize = Annotated[
+    Optional[str],
+    _option("target_size", "--target-size", "Size of the backbone as the budget of --mix.", _GRID, metavar="SIZE"),
+]
+Weigh = Annotated[
+    Optional[str],
+    _option(
+        "weigh",
+        "--weigh",
+        "What optimal minimises: squared error relative to each matrix, or as it is.",
+        _GRID,
+        choices=r.WEIGHINGS,
+    ),
+]
 DataTypeOption = Annotated[
     Optional[str],
     _option(
@@ -166,6 +195,16 @@ Method = Annotated[
     ),
 ]
 Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
+RankBudget = Annotated[
+    Optional[float],
+    _option(
+        "rank_budget",
+        "--rank-budget",
+        "Mean rank: more of it goes where the error's singular values are large.",
+        _LOFTQ,
+        metavar="MEAN",
+    ),
+]
 Iters = Annotated[Optional[int], _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ)]
 Alpha = Annotated[
     Optional[float],

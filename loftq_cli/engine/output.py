@@ -21,6 +21,7 @@ from loftq_cli.planner import Plan
 
 STATE = ".loftq"
 _CHUNK = 8 << 20
+_LONG_LIST = 6
 
 
 def partial_folder(output: Path) -> Path:
@@ -92,7 +93,12 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
     fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
     if not fields:
         return "another source or loftq version"
-    return ", ".join(f"{name.replace('_', '-')} {recipe.get(name)} (now {now[name]})" for name in fields)
+    return ", ".join(f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields)
+
+
+def _short(value: object) -> str:
+    """Allocated bits are a rule for every matrix, too many for a sentence."""
+    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
 
 
 def locate(output: Path, name: str) -> Path:
