@@ -137,7 +137,7 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap) -> Field:
     for plan in plans.values():
         for unit in plan.matrices:
             assert unit.matrix is not None
-            widths.setdefault(unit.tensor, {}).setdefault(unit.matrix.grid.codebook.bits, unit)
+            widths.setdefault(unit.tensor, {}).setdefault(unit.matrix.grid.bits, unit)
     candidates = tuple(Candidate(found, _rank_given(recipe, found)) for found in widths.values())
     widest = plans[max(plans)]  # its headers are the longest
     other = sum(unit.backbone_bytes for unit in widest.units if unit.tensor not in widths)

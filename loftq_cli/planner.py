@@ -23,7 +23,9 @@ from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
 from loftq_cli.modules import ModuleMap, TensorRole, map_modules
+from loftq_cli.numerics.affine import ScaleRule
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
+from loftq_cli.resolve import resolve
 from loftq_cli.select import Decision, decide, unused_filters
 
 INDEX = "model.safetensors.index.json"
@@ -148,9 +150,9 @@ def make_plan(
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
     notes = [*modules.notes, *_filter_notes(recipe, modules)]
     dtype = _model_dtype(recipe, checkpoint, decisions)
-    recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
+    recipe = resolve(recipe, modules, decisions)
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
-    if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
+    if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, weight_index = _lay_out_files(units, recipe, identity)
@@ -207,15 +209,6 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str,
     return most if most in DTYPE_NAMES else torch.float32
 
 
-def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> str:
-    """`auto`: bitsandbytes where everything is 4-bit NF and no embedding is quantized, else `packed`."""
-    if recipe.format != "auto":
-        return recipe.format
-    embedding = any(role.kind == "embedding" and decisions[role.tensor].bits for role in modules.roles)
-    widths = {decision.bits for decision in decisions.values() if decision.bits}
-    return "bnb" if widths == {4} and recipe.data_type == "nf" and not embedding else "packed"
-
-
 def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> Unit:
     info = checkpoint.tensors[role.tensor]
     target = None
@@ -235,7 +228,17 @@ def _matrix(
 ) -> QuantizedMatrix | Refusal:
     """The matrix on the container's grid, or why it stays dense; what the recipe could mend is a usage error."""
     kind, shape = cast("MatrixKind", role.kind), _oriented(role, info)
-    request = GridRequest(kind, *shape, decision.bits, recipe.data_type, recipe.block_size, dtype)
+    request = GridRequest(
+        kind,
+        *shape,
+        decision.bits,
+        recipe.data_type,
+        max(0, recipe.group_size) if recipe.group_size else recipe.block_size,
+        dtype,
+        symmetric=recipe.symmetric,
+        scale_rule=cast("ScaleRule", recipe.scale),
+        double_quant=recipe.double_quant,
+    )
     grid = get_format(recipe.format).grid(request)
     if not isinstance(grid, Refusal):
         return QuantizedMatrix(role.tensor, role.module or "", kind, *shape, grid)

@@ -20,8 +20,11 @@ MIXES = ("optimal", "paper")
 PAPER_WIDTHS = (4, 2)  # of the first layers and of the rest (LoftQ section 4)
 WEIGHINGS = ("relative", "absolute")
 BLOCK_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (-1, 32, 64, 128, 256)
+DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")
+SCALES = ("auto", "absmax", "minmax", "mse")
 METHODS = ("loftq", "qlora")
-FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
+FORMAT_NAMES = ("auto", "packed", "bnb", "gptq", "gptq-v2", "compressed-tensors", "gguf", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
@@ -118,9 +121,14 @@ class Recipe:
     rank_budget: float | None = None
     iters: int = 5
     method: str = "loftq"
-    data_type: str = "nf"
+    data_type: str = "auto"
     block_size: int = 64
+    group_size: int | None = None
+    scale: str = "auto"
+    symmetric: bool | None = None
+    double_quant: bool = False
     format: str = "auto"
+    dequantize: bool = True
     rule: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -238,7 +246,8 @@ def _check(recipe: Recipe) -> None:
     choices = {
         "block_size": BLOCK_SIZES,
         "method": METHODS,
-        "data_type": DATA_TYPES,
+        "data_type": DATA_TYPE_CHOICES,
+        "scale": SCALES,
         "format": FORMAT_NAMES,
         "embeddings": EMBEDDINGS,
         "lm_head": LM_HEADS,
@@ -256,8 +265,14 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
-    if not isinstance(recipe.keep_last, bool):
-        raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
+    for name in ("keep_last", "double_quant", "dequantize"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise UsageError(f"{name} cannot be {getattr(recipe, name)!r}: give true or false.")
+    if recipe.symmetric is not None and not isinstance(recipe.symmetric, bool):
+        raise UsageError(f"symmetric cannot be {recipe.symmetric!r}: give true or false, or leave it out.")
+    if recipe.group_size is not None and (recipe.group_size not in GROUP_SIZES or isinstance(recipe.group_size, bool)):
+        listed = ", ".join(str(item) for item in GROUP_SIZES)
+        raise UsageError(f"--group-size cannot be {recipe.group_size!r}: choose one of {listed} (-1 is a whole row).")
     if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
         raise UsageError(
             f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."

@@ -54,7 +54,7 @@ def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bits_of(plan: Plan) -> dict[str, int]:
-    return {unit.module or "": unit.matrix.grid.codebook.bits for unit in plan.matrices if unit.matrix}
+    return {unit.module or "": unit.matrix.grid.bits for unit in plan.matrices if unit.matrix}
 
 
 @pytest.mark.parametrize("bits", [2.25, 2.5, 3.3, 6.5])

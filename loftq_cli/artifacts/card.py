@@ -11,6 +11,7 @@ from loftq_cli.planner import Plan
 from loftq_cli.recipe import recipe_fields
 
 _WORST = 5
+_OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
@@ -187,8 +188,8 @@ def _command(plan: Plan) -> str:
         if name == "rule" and plan.recipe.allocates:
             value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
+        if isinstance(value, bool):
+            words.append(flag if value else _OPPOSITES[name])
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPES, QuantizedMatrix
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
+from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +52,36 @@ def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tens
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     """The matrix with its grid, as the plan had it."""
-    grid = BlockGrid(
-        codebook(record.data_type, record.bits),
+    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, _grid(record))  # type: ignore[arg-type]
+
+
+def affine_values(grid: AffineGrid) -> dict[str, object]:
+    """What a record keeps of an integer grid besides bits, group size and the two dtypes every grid has."""
+    return {
+        "zero": grid.zero,
+        "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+        "product_dtype": DTYPE_NAMES[grid.product_dtype],
+        "least_zero": grid.least_zero,
+        "scale_rule": grid.scale_rule,
+    }
+
+
+def _grid(record: MatrixRecord) -> Grid:
+    scale_dtype, value_dtype = DTYPES[record.scale_dtype], DTYPES[record.value_dtype]
+    if record.affine is None:
+        book = codebook(record.data_type, record.bits)
+        return BlockGrid(book, record.block_size, record.layout, scale_dtype, value_dtype)  # type: ignore[arg-type]
+    return AffineGrid(
+        record.bits,
         record.block_size,
-        record.layout,  # type: ignore[arg-type]
-        DTYPES[record.scale_dtype],
-        DTYPES[record.value_dtype],
+        record.affine["zero"],
+        scale_dtype,
+        value_dtype,
+        DTYPES[record.affine["product_dtype"]],
+        DTYPES[record.affine["zero_dtype"]],
+        record.affine["scale_rule"],
+        record.affine["least_zero"],
     )
-    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, grid)  # type: ignore[arg-type]
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -21,7 +21,8 @@ class MatrixRecord:
 
     Attributes:
         shape: [out, in] as the layer computes, whatever the orientation on disk.
-        layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
+        block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
+        affine: what an integer grid has besides (`numerics.affine.AffineGrid`); None for codebooks.
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
     """
@@ -44,6 +45,7 @@ class MatrixRecord:
     seconds: float
     backbone_bytes: int
     adapter_bytes: int
+    affine: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

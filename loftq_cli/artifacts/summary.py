@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.artifacts.card import render_card, source_name
+from loftq_cli.artifacts.decode import affine_values
 from loftq_cli.artifacts.manifest import (
     MANIFEST_VERSION,
     FileRecord,
@@ -27,6 +28,7 @@ from loftq_cli.artifacts.manifest import (
     render,
 )
 from loftq_cli.formats.base import DTYPE_NAMES
+from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.planner import Plan, Unit
 
 CARD = "README.md"
@@ -187,10 +189,10 @@ def matrix_record(
         module=matrix.module,
         kind=unit.kind,
         shape=matrix.shape,
-        bits=grid.codebook.bits,
-        data_type=grid.codebook.data_type,
+        bits=grid.bits,
+        data_type=grid.data_type,
         block_size=grid.block_size,
-        layout=grid.layout,
+        layout=grid.layout if isinstance(grid, BlockGrid) else "rows",
         scale_dtype=DTYPE_NAMES[grid.scale_dtype],
         value_dtype=DTYPE_NAMES[grid.value_dtype],
         rank=target.rank if target else 0,
@@ -201,6 +203,7 @@ def matrix_record(
         seconds=seconds,
         backbone_bytes=unit.backbone_bytes,
         adapter_bytes=unit.adapter_bytes,
+        affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
     )
 
 

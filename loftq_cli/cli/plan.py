@@ -35,7 +35,12 @@ def plan_command(
     weigh: o.Weigh = None,
     data_type: o.DataTypeOption = None,
     block_size: o.BlockSize = None,
+    group_size: o.GroupSize = None,
+    scale: o.Scale = None,
+    symmetric: o.Symmetric = None,
+    double_quant: o.DoubleQuant = None,
     format: o.Format = None,
+    dequantize: o.Dequantize = None,
     dtype: o.Dtype = None,
     method: o.Method = None,
     rank: o.Rank = None,
@@ -118,8 +123,8 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
                 "tensor": unit.tensor,
                 "module": unit.module,
                 "shape": list(unit.matrix.shape),
-                "bits": unit.matrix.grid.codebook.bits,
-                "data_type": unit.matrix.grid.codebook.data_type,
+                "bits": unit.matrix.grid.bits,
+                "data_type": unit.matrix.grid.data_type,
                 "block_size": unit.matrix.grid.block_size,
                 "rank": unit.target.rank if unit.target else 0,
                 "bytes": unit.backbone_bytes,
@@ -133,12 +138,12 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
 
 def widths(plan: Plan) -> dict[int, int]:
     """How many matrices have each width."""
-    return dict(sorted(Counter(unit.matrix.grid.codebook.bits for unit in plan.matrices if unit.matrix).items()))
+    return dict(sorted(Counter(unit.matrix.grid.bits for unit in plan.matrices if unit.matrix).items()))
 
 
 def mean_bits(plan: Plan) -> float:
     """Bits of code a quantized weight has."""
-    codes = sum(unit.matrix.grid.codebook.bits * unit.matrix.weights for unit in plan.matrices if unit.matrix)
+    codes = sum(unit.matrix.grid.bits * unit.matrix.weights for unit in plan.matrices if unit.matrix)
     return codes / plan.quantized_weights
 
 
@@ -184,7 +189,7 @@ def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) ->
         grid = unit.matrix.grid
         name = unit.matrix.module if verbose else re.sub(r"\b\d+\b", "*", unit.matrix.module)
         shape = f"{unit.matrix.out_features} × {unit.matrix.in_features}"
-        bits = f"{grid.codebook.bits} {grid.codebook.data_type}"
+        bits = f"{grid.bits} {grid.data_type}"
         rank = str(unit.target.rank) if unit.target else "-"
         groups[name, shape, bits, str(grid.block_size), rank].append(unit)
     for (name, *cells), members in groups.items():

@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.grids import Grid, Quantized
 
 MatrixKind = Literal["linear", "conv1d", "head", "embedding"]
 
@@ -52,7 +54,7 @@ class QuantizedMatrix:
     kind: MatrixKind
     out_features: int
     in_features: int
-    grid: BlockGrid
+    grid: Grid
 
     @property
     def prefix(self) -> str:
@@ -70,13 +72,19 @@ class QuantizedMatrix:
     @property
     def information_bits(self) -> int:
         """Bits the codes and scales carry, however the container stores them."""
-        scales = self.grid.n_blocks(*self.shape) * self.grid.scale_dtype.itemsize * 8
-        return self.weights * self.grid.codebook.bits + scales
+        return self.grid.information_bits(*self.shape)
 
 
 @dataclass(frozen=True)
 class GridRequest:
-    """What the user asks of one matrix, before the container has its say."""
+    """What the user asks of one matrix, before the container has its say.
+
+    Attributes:
+        block_size: weights that share a scale; 0 is a whole row (integers only).
+        dtype: the model's.
+        symmetric, scale_rule: of integers; None leaves the choice to the container.
+        double_quant: quantize the scales too.
+    """
 
     kind: MatrixKind
     out_features: int
@@ -85,6 +93,9 @@ class GridRequest:
     data_type: str
     block_size: int
     dtype: torch.dtype
+    symmetric: bool | None = None
+    scale_rule: ScaleRule = "mse"
+    double_quant: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,18 +107,42 @@ class Refusal:
     fatal: bool
 
 
+def block_grid(matrix: QuantizedMatrix) -> BlockGrid:
+    """The grid of a matrix in a container of codebooks."""
+    assert isinstance(matrix.grid, BlockGrid), "this container gave the grid"
+    return matrix.grid
+
+
+def affine_grid(matrix: QuantizedMatrix) -> AffineGrid:
+    """The grid of a matrix in a container of integers."""
+    assert isinstance(matrix.grid, AffineGrid), "this container gave the grid"
+    return matrix.grid
+
+
+def blocks_of(quantized: Quantized) -> QuantizedBlocks:
+    """What a codebook grid gave."""
+    assert isinstance(quantized, QuantizedBlocks), "blocks belong to a codebook grid"
+    return quantized
+
+
+def groups_of(quantized: Quantized) -> QuantizedGroups:
+    """What an integer grid gave."""
+    assert isinstance(quantized, QuantizedGroups), "groups belong to an integer grid"
+    return quantized
+
+
 class Format(Protocol):
     """A container. Pure: tensors and dictionaries in and out, no files."""
 
     name: str
 
-    def grid(self, request: GridRequest) -> BlockGrid | Refusal:
+    def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         """The output tensors of a matrix: names, dtypes and shapes follow from the plan alone."""
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         """The bytes of `tensors`, by name."""
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:

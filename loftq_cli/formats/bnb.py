@@ -16,9 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loftq_cli.formats.base import DTYPE_NAMES, GridRequest, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import (
+    DTYPE_NAMES,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    block_grid,
+    blocks_of,
+)
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.codebooks import Codebook, codebook
+from loftq_cli.numerics.grids import Quantized
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)
@@ -76,9 +85,10 @@ class BnbFormat:
             OutputTensor(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(_quant_state(matrix)),)),
         )
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         weight, absmax, quant_map, state = self.tensors(matrix)
-        mapping = torch.tensor(nf4_codes_of(matrix.grid.codebook), dtype=torch.uint8, device=quantized.codes.device)
+        book, quantized = block_grid(matrix).codebook, blocks_of(quantized)
+        mapping = torch.tensor(nf4_codes_of(book), dtype=torch.uint8, device=quantized.codes.device)
         codes = mapping[quantized.codes.reshape(-1).int()]
         codes = F.pad(codes, (0, codes.numel() % 2), value=_ZERO_CODE)
         return {

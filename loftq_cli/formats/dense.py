@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import GridRequest, OutputTensor, QuantizedMatrix
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
-from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.formats.base import GridRequest, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.packed import PackedFormat
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
 
 class DenseFormat:
@@ -22,15 +22,14 @@ class DenseFormat:
 
     name = "dense"
 
-    def grid(self, request: GridRequest) -> BlockGrid:
-        book = codebook(request.data_type, request.bits)
-        return BlockGrid(book, request.block_size, "rows", scale_dtype=request.dtype, value_dtype=request.dtype)
+    def grid(self, request: GridRequest) -> Grid | Refusal:
+        return PackedFormat().grid(request)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         shape = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
         return (OutputTensor(matrix.tensor, matrix.grid.value_dtype, shape),)
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         dense = dequantize(quantized, matrix.grid).to(matrix.grid.value_dtype)
         return {matrix.tensor: dense.T.contiguous() if matrix.kind == "conv1d" else dense}
 

@@ -1,14 +1,17 @@
-"""`packed`: true 2-, 3-, 4- and 8-bit storage of any codebook, read by `loftq_cli.runtime`.
+"""`packed`: true 2-, 3-, 4- and 8-bit storage of any codebook and of integers, read by `loftq_cli.runtime`.
 
 For a linear layer at on-disk path P:
 
 | tensor | dtype | shape |
 |---|---|---|
 | `P.weight` | uint8 | [out, ceil(in * bits / 8)], each row a bit stream of codes, least significant bit first |
-| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)] |
+| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)], codebooks only |
+| `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
+| `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
 
-Q = round(level[code] * absmax) with the product in float32 and one rounding to the model's dtype. Levels, bits, block
-size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly.
+Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
+Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
+bits, sizes and module paths stand in config.json; JSON's shortest decimals give float32 back exactly.
 """
 
 from __future__ import annotations
@@ -19,13 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import DTYPE_NAMES, GridRequest, OutputTensor, QuantizedMatrix
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
+from loftq_cli.formats.base import (
+    DTYPE_NAMES,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    blocks_of,
+    groups_of,
+)
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.packing import pack_rows, packed_width, unpack_rows
 
 QUANT_METHOD = "loftq"
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2  # 2 brought integers; codebooks are still written as 1
+SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros")
 
 
 class PackedFormat:
@@ -33,49 +47,77 @@ class PackedFormat:
 
     name = "packed"
 
-    def grid(self, request: GridRequest) -> BlockGrid:
+    def grid(self, request: GridRequest) -> Grid | Refusal:
+        dtype = request.dtype
+        if request.data_type == "int":
+            zero: Zero = "none" if request.symmetric else "float"
+            rule = request.scale_rule
+            return AffineGrid(request.bits, request.block_size, zero, dtype, dtype, scale_rule=rule)
         book = codebook(request.data_type, request.bits)
-        return BlockGrid(book, request.block_size, "rows", scale_dtype=request.dtype, value_dtype=request.dtype)
+        return BlockGrid(book, request.block_size, "rows", scale_dtype=dtype, value_dtype=dtype)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        n_out, n_in = matrix.shape
-        bits, blocks_per_row = matrix.grid.codebook.bits, matrix.grid.n_blocks(1, n_in)
-        return (
-            OutputTensor(f"{matrix.prefix}.weight", torch.uint8, (n_out, packed_width(n_in, bits))),
-            OutputTensor(f"{matrix.prefix}.weight_absmax", matrix.grid.scale_dtype, (n_out, blocks_per_row)),
-        )
+        grid, prefix, (n_out, n_in) = matrix.grid, matrix.prefix, matrix.shape
+        codes = OutputTensor(f"{prefix}.weight", torch.uint8, (n_out, packed_width(n_in, grid.bits)))
+        shape = n_out, grid.n_blocks(1, n_in)
+        if isinstance(grid, BlockGrid):
+            return codes, OutputTensor(f"{prefix}.weight_absmax", grid.scale_dtype, shape)
+        scales = OutputTensor(f"{prefix}.weight_scales", grid.scale_dtype, shape)
+        if grid.zero == "none":
+            return codes, scales
+        return codes, scales, OutputTensor(f"{prefix}.weight_zeros", grid.zero_dtype, shape)
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
-        weight, absmax = self.tensors(matrix)
-        return {
-            weight.name: pack_rows(quantized.codes, matrix.grid.codebook.bits),
-            absmax.name: quantized.absmax.to(absmax.dtype).reshape(absmax.shape),
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
+        weight, *others = self.tensors(matrix)
+        if isinstance(matrix.grid, BlockGrid):
+            numbers: tuple[Tensor | None, ...] = (blocks_of(quantized).absmax,)
+        else:
+            numbers = groups_of(quantized).scales, groups_of(quantized).zeros
+        stored = {
+            tensor.name: value.to(tensor.dtype).reshape(tensor.shape)
+            for tensor, value in zip(others, numbers)
+            if value is not None
         }
+        return {weight.name: pack_rows(quantized.codes, matrix.grid.bits), **stored}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
-        weight, absmax = self.tensors(matrix)
-        codes = unpack_rows(read(weight.name), matrix.grid.codebook.bits, matrix.in_features)
-        return dequantize(QuantizedBlocks(codes, read(absmax.name).float().reshape(-1)), matrix.grid)
+        weight, *others = self.tensors(matrix)
+        codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
+        numbers = [read(tensor.name).float() for tensor in others]
+        if isinstance(matrix.grid, BlockGrid):
+            return dequantize(QuantizedBlocks(codes, numbers[0].reshape(-1)), matrix.grid)
+        zeros = numbers[1] if len(numbers) > 1 else None
+        return dequantize(QuantizedGroups(codes, numbers[0], zeros), matrix.grid)
 
     def quantization_config(
         self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        groups: dict[BlockGrid, list[str]] = {}
+        groups: dict[Grid, list[str]] = {}
         for matrix in matrices:
             groups.setdefault(matrix.grid, []).append(matrix.module)
+        integers = any(isinstance(grid, AffineGrid) for grid in groups)
         return {
             "quant_method": QUANT_METHOD,
-            "version": CONFIG_VERSION,
+            "version": 2 if integers else 1,
             "dtype": DTYPE_NAMES[dtype],
-            "groups": [
-                {
-                    "bits": grid.codebook.bits,
-                    "data_type": grid.codebook.data_type,
-                    "levels": list(grid.codebook.levels),
-                    "block_size": grid.block_size,
-                    "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
-                    "modules": modules,
-                }
-                for grid, modules in groups.items()
-            ],
+            "groups": [{**_grid_values(grid), "modules": modules} for grid, modules in groups.items()],
         }
+
+
+def _grid_values(grid: Grid) -> dict[str, Any]:
+    if isinstance(grid, BlockGrid):
+        return {
+            "bits": grid.bits,
+            "data_type": grid.data_type,
+            "levels": list(grid.codebook.levels),
+            "block_size": grid.block_size,
+            "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
+        }
+    return {
+        "bits": grid.bits,
+        "data_type": grid.data_type,
+        "zero": grid.zero,
+        "group_size": grid.group_size,
+        "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
+        "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+    }

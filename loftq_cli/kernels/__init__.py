@@ -8,13 +8,18 @@ from functools import cache
 
 import torch
 
+from loftq_cli.numerics.affine import AffineGrid
+from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import BlockQuantizer, Quantizer
 
 
-def block_quantizer(grid: BlockGrid, device: torch.device | str) -> Quantizer:
+def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     """The fastest quantizer of a grid on a device: compiled on the CPU, plain torch elsewhere; the same bits."""
+    if isinstance(grid, AffineGrid):
+        return AffineQuantizer(grid)
     compiled = _compiled_quantizer() if torch.device(device).type == "cpu" else None
     return BlockQuantizer(grid) if compiled is None else compiled(grid)
 

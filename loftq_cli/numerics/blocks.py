@@ -40,6 +40,21 @@ class BlockGrid:
     scale_dtype: torch.dtype
     value_dtype: torch.dtype
 
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.codebook.bits
+
+    @property
+    def data_type(self) -> str:
+        """The name of the levels, as a recipe calls them."""
+        return self.codebook.data_type
+
+    def information_bits(self, out_features: int, in_features: int) -> int:
+        """Bits that codes and scales carry, however a container stores them."""
+        scales = self.n_blocks(out_features, in_features) * self.scale_dtype.itemsize * 8
+        return out_features * in_features * self.bits + scales
+
     def n_blocks(self, out_features: int, in_features: int) -> int:
         """How many absmax values a matrix of this shape has."""
         if self.layout == "rows":

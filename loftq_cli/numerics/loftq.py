@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics import blocks
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, frobenius, krylov_low_rank
 
 _CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
@@ -24,7 +25,7 @@ class QuantizeStep:
     `norm` is ‖W - Q‖_F and `half` is W - Q in bfloat16, where the quantizer made them on its way.
     """
 
-    quantized: QuantizedBlocks
+    quantized: Quantized
     residual: Tensor
     norm: float | None = None
     half: Tensor | None = None
@@ -74,7 +75,7 @@ class LoftQResult:
         best: the step that was kept, counted from 1; 0 where no step was made.
     """
 
-    quantized: QuantizedBlocks
+    quantized: Quantized
     lora_a: Tensor
     lora_b: Tensor
     plain_residual: float
@@ -125,7 +126,7 @@ def loftq(
     plain = _relative(step.residual_norm(), norm)
     found: LowRank | None = None
     residuals: list[float] = []
-    kept: tuple[int, QuantizedBlocks, LowRank] | None = None
+    kept: tuple[int, Quantized, LowRank] | None = None
     for t in range(1, iters + 1):
         if found is not None:
             step = _requantize(quantizer, weight, found, step)

@@ -1,11 +1,12 @@
 """From packed codes to dense rows, fast enough to do it again in every forward and backward pass.
 
-The result is `formats.packed.PackedFormat.decode`, bit for bit: level * absmax in float32, one rounding to the grid's
-value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time, so there is no tensor of single codes.
+The result is `formats.packed.PackedFormat.decode`, bit for bit: level * scale (+ zero) in float32, one rounding to the
+grid's value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time: there is no tensor of single codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.numerics.grids import Grid
 
 # Bits looked up at once: a whole number of codes, and a table that stays in the first-level cache (3 bits: second).
 _INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
@@ -27,12 +28,15 @@ _STEP_CPU = 2**22
 _STEP_GPU = 2**25
 
 
-def decode_rows(packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid, columns: int, dtype: torch.dtype
+) -> Tensor:
     """Dense rows of a packed matrix.
 
     Args:
         packed: uint8 [rows, packed_width(columns, bits)].
-        absmax: [rows, ceil(columns / block_size)] in the grid's scale dtype.
+        scales: [rows, blocks of a row] in the grid's scale dtype: absmax of a codebook, scale of integers.
+        zeros: the same shape, the value of code 0, where the grid has one.
         dtype: what the values, already rounded to `grid.value_dtype`, are cast to.
 
     Returns:
@@ -41,16 +45,28 @@ def decode_rows(packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, d
     rows = packed.shape[0]
     # A compiler traces the function itself and warns about the cache.
     build = _lookup_table.__wrapped__ if torch.compiler.is_compiling() else _lookup_table
-    table = build(grid.codebook, packed.device)
+    table = build(levels_of(grid), packed.device)
+    block_size = grid.block_size or columns
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     step = max(1, (_STEP_CPU if packed.device.type == "cpu" else _STEP_GPU) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        levels = _look_up(table, packed[part], grid.codebook.bits)[:, :columns]
-        values = _saturate(_scale(levels, absmax[part].float(), grid.block_size), grid)
+        values = _look_up(table, packed[part], grid.bits)[:, :columns]
+        _blockwise(Tensor.mul_, values, scales[part].float(), block_size)
+        if zeros is not None:
+            _blockwise(Tensor.add_, values, zeros[part].float(), block_size)
+        values = _saturate(values, grid)
         # Copying into `out` is the one rounding where it has the value dtype.
         out[part] = values if dtype == grid.value_dtype else values.to(grid.value_dtype)
     return out
+
+
+def levels_of(grid: Grid) -> tuple[float, ...]:
+    """What code 0, 1, … stands for before scale and zero."""
+    if isinstance(grid, BlockGrid):
+        return grid.codebook.levels
+    lowest = -(2 ** (grid.bits - 1)) if grid.zero == "none" else 0
+    return tuple(float(lowest + code) for code in range(2**grid.bits))
 
 
 def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
@@ -65,32 +81,34 @@ def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
     return found.view(torch.float32).reshape(packed.shape[0], -1)
 
 
-def _scale(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each block by its absmax, in place; the last block of a row may be short."""
-    n_full = levels.shape[1] // block_size
+def _blockwise(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, numbers: Tensor, block_size: int) -> None:
+    """Apply an in-place operation to each block and its number; the last block of a row may be short."""
+    n_full = values.shape[1] // block_size
     cut = n_full * block_size
     if n_full:
-        levels[:, :cut].unflatten(1, (n_full, block_size)).mul_(absmax[:, :n_full].unsqueeze(-1))
-    if cut < levels.shape[1]:
-        levels[:, cut:].mul_(absmax[:, n_full:])
-    return levels
+        operation(values[:, :cut].unflatten(1, (n_full, block_size)), numbers[:, :n_full].unsqueeze(-1))
+    if cut < values.shape[1]:
+        operation(values[:, cut:], numbers[:, n_full:])
 
 
-def _saturate(values: Tensor, grid: BlockGrid) -> Tensor:
-    """Keep values finite in the value dtype, as `blocks.round_to` does, where scales can be larger than values."""
+def _saturate(values: Tensor, grid: Grid) -> Tensor:
+    """Keep values finite in the value dtype, as `blocks.round_to` does, where they can exceed it: levels of a codebook
+    are at most 1."""
     limit = torch.finfo(grid.value_dtype).max
-    return values.clamp_(-limit, limit) if torch.finfo(grid.scale_dtype).max > limit else values
+    safe = isinstance(grid, BlockGrid) and torch.finfo(grid.scale_dtype).max <= limit
+    return values if safe or grid.value_dtype == torch.float32 else values.clamp_(-limit, limit)
 
 
 @lru_cache(maxsize=64)
-def _lookup_table(codebook: Codebook, device: torch.device) -> Tensor:
+def _lookup_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """Row i: the levels of the codes that the bits of i stand for, as one wide element where the device has those."""
-    bits, index_bits = codebook.bits, _INDEX_BITS[codebook.bits]
+    bits = len(levels).bit_length() - 1
+    index_bits = _INDEX_BITS[bits]
     # A cached inference tensor would poison later training.
     with torch.inference_mode(False), torch.no_grad():
         words = torch.arange(2**index_bits, dtype=torch.int32)
         codes = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, index_bits, bits)], dim=1)
-        table = torch.tensor(codebook.levels, dtype=torch.float32)[codes].contiguous()
+        table = torch.tensor(levels, dtype=torch.float32)[codes].contiguous()
         if device.type in ("cpu", "cuda"):
             table = table.view(_WIDE[table.shape[1]]).squeeze(1)
         return table.to(device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.artifacts.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats.packed import SCALE_NAMES
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 FINGERPRINT = "loftq_fingerprint"
 
 # Names of the scales in packed and in bitsandbytes checkpoints.
-_SCALES = (".weight_absmax", ".weight.absmax")
+_PACKED_SCALES = tuple(f".{name}" for name in SCALE_NAMES)
+_SCALES = (*_PACKED_SCALES, ".weight.absmax")
 
 # What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -116,10 +118,10 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
     head that this class does not have are no loss."""
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
-    lost = [key for key in missing if key.endswith(".weight_absmax")]
+    lost = [key for key in missing if key.endswith(_PACKED_SCALES)]
     for key in unexpected:
         if key.endswith(_SCALES):
-            module = key.removesuffix(".absmax").removesuffix("_absmax").removesuffix(".weight")
+            module = key.rpartition(".weight")[0]
             lost += [key] if find_path(module, modules, prefix) else []
     return sorted(lost)
 

@@ -65,7 +65,7 @@ def study(
         size = str((folder / f"paper{mean}" / "model.safetensors").stat().st_size)
         best = loftq_cli.quantize(model, target_size=size, rank=RANK, output=folder / f"best{mean}")
         asked = loftq_cli.plan(model, bits=mean, mix="optimal", rank=RANK)
-        codes = sum(unit.matrix.grid.codebook.bits * unit.matrix.weights for unit in asked.matrices if unit.matrix)
+        codes = sum(unit.matrix.grid.bits * unit.matrix.weights for unit in asked.matrices if unit.matrix)
         met = codes / asked.quantized_weights
         for name, manifest in (("paper", paper), ("optimal", best)):
             row = {

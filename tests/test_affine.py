@@ -1,0 +1,173 @@
+"""Integer groups: the loader's arithmetic, the rules for scales, and what `mse` promises."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero, dequantize
+from loftq_cli.numerics.affine_fit import AffineQuantizer, quantize
+from loftq_cli.numerics.loftq import exact_step, loftq
+
+BITS = (2, 3, 4, 8)
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# The grids of the containers: symmetric, GPTQ's, GGUF's Q4_1 and packed's.
+KINDS: dict[str, tuple[Zero, dict]] = {
+    "symmetric": ("none", {}),
+    "zero point": ("integer", {"product_dtype": F16, "least_zero": 1}),
+    "float16 offset": ("float", {"zero_dtype": F16}),
+    "float32 offset": ("float", {}),
+}
+
+
+def grid(bits: int, kind: str, group_size: int = 64, dtype: torch.dtype = BF16, **changes) -> AffineGrid:
+    zero, more = KINDS[kind]
+    scale_dtype = F16 if "16" in kind or kind == "zero point" else dtype
+    return AffineGrid(bits, group_size, zero, scale_dtype, dtype, **{**more, **changes})
+
+
+def weights(rows: int = 24, columns: int = 256) -> Tensor:
+    """Rows of several kinds: Gaussian, heavy-tailed, of one sign, constant, zero, tiny."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, columns, generator=generator) * 0.02
+    x[1] = x[1] ** 3 * 1e4
+    x[2], x[3], x[4], x[5] = x[2].abs(), -x[3].abs() - 0.1, 0.0, 0.037
+    x[6] *= 1e-5
+    x[7, 5] = 3.0
+    return x
+
+
+def group_errors(x: Tensor, q: QuantizedGroups, on: AffineGrid) -> Tensor:
+    squares = (x.double() - dequantize(q, on).double()).square()
+    width = on.width(x.shape[1])
+    padded = torch.nn.functional.pad(squares, (0, -x.shape[1] % width))
+    return padded.unflatten(1, (-1, width)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_is_the_written_formula(bits: int, kind: str) -> None:
+    for dtype, group_size, columns in itertools.product((BF16, F16, F32), (32, 0), (96, 80)):
+        on = grid(bits, kind, group_size, dtype, scale_rule="minmax")
+        found = quantize(weights(columns=columns), on)
+        got = dequantize(found, on)
+        for row, column in ((0, 0), (3, 40), (7, columns - 1)):
+            group = column // on.width(columns)
+            code, scale = float(found.codes[row, column]), found.scales[row, group]
+            zero = 0.0 if found.zeros is None else found.zeros[row, group]
+            if on.zero == "float":
+                value = scale * code + zero
+            elif on.zero == "integer":
+                value = (scale * (code - zero)).to(on.product_dtype)
+            else:
+                value = scale * (code - 2 ** (bits - 1))
+            assert float(value.to(dtype)) == float(got[row, column])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_stored_fits_the_container(bits: int, kind: str) -> None:
+    for rule in ("absmax", "minmax", "mse"):
+        on = grid(bits, kind, scale_rule=rule)
+        found = quantize(weights(columns=100), on)
+        assert found.codes.dtype == torch.uint8 and int(found.codes.max()) < 2**bits
+        assert found.scales.shape == (24, 2) and torch.equal(found.scales, found.scales.to(on.scale_dtype).float())
+        if on.zero == "none":
+            assert found.zeros is None
+            continue
+        zeros = found.zeros
+        assert zeros is not None and zeros.shape == (24, 2)
+        if on.zero == "integer":
+            assert torch.equal(zeros, zeros.round()) and zeros.min() >= on.least_zero and zeros.max() <= on.top
+        else:
+            assert torch.equal(zeros, zeros.to(on.zero_dtype).float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [256, 100])
+def test_mse_is_never_worse_than_minmax_on_any_group(bits: int, kind: str, columns: int) -> None:
+    x = weights(columns=columns)
+    for group_size, dtype in ((64, BF16), (32, F16), (0, F32)):
+        on = grid(bits, kind, group_size, dtype)
+        minmax = replace(on, scale_rule="minmax")
+        fitted, plain = group_errors(x, quantize(x, on), on), group_errors(x, quantize(x, minmax), minmax)
+        assert bool((fitted <= plain * (1 + 1e-5)).all())
+        assert fitted.sum() < plain.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mse_at_two_bits_is_near_the_best_scale_there_is(kind: str) -> None:
+    """Against a dense scan of scale and zero, each group for itself."""
+    x = weights()[:1, :128]
+    on = grid(2, kind, dtype=F32)
+    found = group_errors(x, quantize(x, on), on)
+    best = torch.full_like(found, float("inf"))
+    steps = torch.linspace(0.2, 2.0, 181) * float(x.std())
+    zeros = {"none": [2.0], "integer": [1.0, 2.0, 3.0]}.get(on.zero, [])
+    offsets = torch.linspace(-3, 0, 121) * float(x.std()) if on.zero == "float" else torch.zeros(1)
+    for step, point, offset, sign in itertools.product(steps, zeros or [0.0], offsets, (1, -1)):
+        if sign < 0 and on.zero != "none":
+            continue
+        scale = sign * float(step)
+        codes = ((x - offset) / scale + point).round().clamp(0, 3)
+        values = (codes - point) * scale + offset
+        best = torch.minimum(best, (x - values).double().square().unflatten(1, (-1, 64)).sum(-1))
+    assert bool((found <= best * 1.03).all()), (found / best).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_fitted_step_never_loses_to_the_scales_it_started_from(bits: int, kind: str) -> None:
+    x = weights()
+    on = grid(bits, kind, scale_rule="minmax")
+    quantizer = AffineQuantizer(on)
+    first = quantizer.quantize_residual(x, x)
+    target = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 0.003
+    refined = quantizer.quantize_fitted(x, target, previous=first)
+    searched = quantizer.quantize_fitted(x, target)
+    assert isinstance(first.quantized, QuantizedGroups) and isinstance(refined.quantized, QuantizedGroups)
+    assert torch.equal(refined.residual, x - dequantize(refined.quantized, on))
+    scales = first.quantized.scales.repeat_interleave(64, 1)
+    zeros = torch.zeros(()) if first.quantized.zeros is None else first.quantized.zeros.repeat_interleave(64, 1)
+    inverse = torch.where(scales == 0, 0.0, scales.reciprocal())
+    if on.zero == "float":
+        codes = (target - zeros) * inverse
+    else:
+        codes = target * inverse + (zeros if on.zero == "integer" else 2 ** (bits - 1))
+    again = QuantizedGroups(codes.round().clamp(0, on.top).byte(), first.quantized.scales, first.quantized.zeros)
+    start = group_errors(target, again, on)
+    assert bool((group_errors(target, refined.quantized, on) <= start * (1 + 1e-5)).all())
+    assert group_errors(target, searched.quantized, on).sum() < start.sum()
+
+
+def test_a_matrix_is_quantized_row_by_row_whatever_the_panels() -> None:
+    on = grid(3, "zero point")
+    x = torch.randn(3000, 128, generator=torch.Generator().manual_seed(2))
+    whole, tail = quantize(x, on), quantize(x[2990:], on)
+    assert torch.equal(whole.codes[2990:], tail.codes) and torch.equal(whole.scales[2990:], tail.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loftq_alternates_on_it(kind: str) -> None:
+    x = weights(96, 128)
+    quantizer = block_quantizer(grid(2, kind), "cpu")
+    result = loftq(x, quantizer, iters=3, low_rank=exact_step(8))
+    q = dequantize(result.quantized, grid(2, kind))
+    left = torch.linalg.vector_norm(x - q - result.lora_b @ result.lora_a) / torch.linalg.vector_norm(x)
+    assert float(left) == pytest.approx(result.residual, rel=1e-4) and result.residual < result.plain_residual
+
+
+def test_information_bits_count_codes_scales_and_zeros() -> None:
+    per_weight = {kind: grid(2, kind).information_bits(4, 128) / 512 for kind in KINDS}
+    assert per_weight == {
+        "symmetric": 2 + 16 / 64,
+        "zero point": 2 + 18 / 64,
+        "float16 offset": 2 + 32 / 64,
+        "float32 offset": 2 + 48 / 64,
+    }
