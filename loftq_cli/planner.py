@@ -213,7 +213,7 @@ def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: 
     info = checkpoint.tensors[role.tensor]
     target = None
     if decision.rank:
-        target = AdapterTarget(role.module or "", role.kind, *_oriented(role, info), decision.rank)
+        target = _target(role, info, decision.rank, recipe.pooling)
     matrix = _matrix(role, info, decision, recipe, dtype) if decision.bits else Refusal(decision.reason, fatal=False)
     if isinstance(matrix, QuantizedMatrix):
         return Unit(info, role.module, role.kind, matrix, "", target, get_format(recipe.format).tensors(matrix))
@@ -221,6 +221,21 @@ def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: 
     copied = OutputTensor(info.name, cast_to, info.shape)
     # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
     return Unit(info, role.module, role.kind, None, matrix.reason, target, (copied,))
+
+
+def _target(role: TensorRole, info: TensorInfo, rank: int, group: int) -> AdapterTarget:
+    """The adapter of a matrix.
+
+    Raises:
+        UsageError: its rows are no whole number of groups.
+    """
+    n_out, n_in = _oriented(role, info)
+    if n_in % group:
+        raise UsageError(
+            f"{role.tensor} has rows of {n_in} elements, no whole number of groups of {group}, which --method qa-lora "
+            f"pools over: choose another --group-size, or leave it out with --exclude '{role.module}'."
+        )
+    return AdapterTarget(role.module or "", role.kind, n_out, n_in, min(rank, n_in // group), group)
 
 
 def _matrix(

@@ -23,7 +23,8 @@ BLOCK_SIZES = (32, 64, 128, 256)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")
 SCALES = ("auto", "absmax", "minmax", "mse")
-METHODS = ("loftq", "qlora")
+METHODS = ("loftq", "qlora", "qa-lora")
+INITS = ("svd", "zero")
 FORMAT_NAMES = ("auto", "packed", "bnb", "gptq", "gptq-v2", "compressed-tensors", "gguf", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
@@ -121,6 +122,7 @@ class Recipe:
     rank_budget: float | None = None
     iters: int = 5
     method: str = "loftq"
+    init: str = "svd"
     data_type: str = "auto"
     block_size: int = 64
     group_size: int | None = None
@@ -171,7 +173,12 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
-        return self.method == "qlora" or self.iters == 0
+        return self.method == "qlora" or self.iters == 0 or self.init == "zero"
+
+    @property
+    def pooling(self) -> int:
+        """Inputs pooled before an adapter sees them (QA-LoRA): its group; 1 for none."""
+        return self.group_size or 1 if self.method == "qa-lora" else 1
 
     @property
     def scaling(self) -> float:
@@ -246,6 +253,7 @@ def _check(recipe: Recipe) -> None:
     choices = {
         "block_size": BLOCK_SIZES,
         "method": METHODS,
+        "init": INITS,
         "data_type": DATA_TYPE_CHOICES,
         "scale": SCALES,
         "format": FORMAT_NAMES,

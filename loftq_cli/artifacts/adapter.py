@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.formats.base import OutputTensor
+from loftq_cli.numerics.qalora import peft_constant, pooled, widened
 
 FOLDER = "loftq_init"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
@@ -22,13 +23,22 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """One adapted matrix: W [out, in] gets lora_b [out, rank] @ lora_a [rank, in]."""
+    """One adapted matrix: W [out, in] gets lora_b [out, rank] @ lora_a [rank, in].
+
+    Attributes:
+        group: inputs that are pooled before A sees them, so that A is [rank, in / group] (QA-LoRA); 1 for none.
+    """
 
     module: str
     kind: str
     out_features: int
     in_features: int
     rank: int
+    group: int = 1
+
+    def constant(self, scaling: float) -> float:
+        """What PEFT multiplies BA by."""
+        return scaling if self.group == 1 else scaling * peft_constant(self.in_features, self.group)
 
 
 def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
@@ -40,25 +50,32 @@ def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
             OutputTensor(f"{prefix}.lora_embedding_B", torch.float32, (target.in_features, target.rank)),
         )
     return (
-        OutputTensor(f"{prefix}.lora_A.weight", torch.float32, (target.rank, target.in_features)),
+        OutputTensor(f"{prefix}.lora_A.weight", torch.float32, (target.rank, target.in_features // target.group)),
         OutputTensor(f"{prefix}.lora_B.weight", torch.float32, (target.out_features, target.rank)),
     )
 
 
 def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scaling: float) -> dict[str, Tensor]:
-    """The tensors by name. PEFT multiplies BA by `scaling`, so B is divided by it."""
+    """The tensors by name. PEFT multiplies BA by a constant, so B is divided by it.
+
+    Args:
+        lora_a: float32 [rank, in], equal within groups where inputs are pooled; lora_b: float32 [out, rank].
+    """
     first, second = adapter_tensors(target)
-    lora_b = lora_b if scaling == 1.0 else lora_b / scaling
+    constant = target.constant(scaling)
+    lora_b = lora_b if constant == 1.0 else lora_b / constant
+    lora_a = lora_a if target.group == 1 else pooled(lora_a, target.group)
     if target.kind == "embedding":
         return {first.name: lora_b.T.contiguous(), second.name: lora_a.T.contiguous()}
     return {first.name: lora_a.contiguous(), second.name: lora_b.contiguous()}
 
 
 def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """scaling · BA as PEFT applies it, float32 [out, in]."""
+    """What PEFT adds to the weight, float32 [out, in]."""
     first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
     product = first.T @ second.T if target.kind == "embedding" else second @ first
-    return product * scaling
+    product = product * target.constant(scaling)
+    return product if target.group == 1 else widened(product, target.group)
 
 
 def adapter_config(
@@ -90,7 +107,15 @@ def adapter_config(
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
+        **_pooling({target.group for target in targets}),
     }
+
+
+def _pooling(groups: set[int]) -> dict[str, Any]:
+    """PEFT's own fields for QA-LoRA."""
+    assert len(groups) == 1, "PEFT has one group size for all"
+    (group,) = groups
+    return {} if group == 1 else {"use_qalora": True, "qalora_group_size": group}
 
 
 def _target_modules(targets: list[str], linear_modules: Sequence[str]) -> list[str] | str:

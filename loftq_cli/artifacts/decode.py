@@ -44,7 +44,7 @@ def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tens
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
     from safetensors import safe_open
 
-    target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank)
+    target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank, manifest.pooling)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
         tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
     return adapter.decode_adapter(target, tensors, manifest.scaling)

@@ -242,9 +242,20 @@ Method = Annotated[
     _option(
         "method",
         "--method",
-        "loftq alternates; qlora quantizes plainly and starts the adapter at zero.",
+        "loftq alternates; qlora quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input "
+        "over integer groups (--group-size), so that it merges into their zeros.",
         _LOFTQ,
         choices=r.METHODS,
+    ),
+]
+Init = Annotated[
+    Optional[str],
+    _option(
+        "init",
+        "--init",
+        "Start of the adapter: the low-rank part of the error, or zero over a plainly quantized backbone.",
+        _LOFTQ,
+        choices=r.INITS,
     ),
 ]
 Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]

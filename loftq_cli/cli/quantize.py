@@ -38,6 +38,7 @@ def quantize_command(
     dequantize: o.Dequantize = None,
     dtype: o.Dtype = None,
     method: o.Method = None,
+    init: o.Init = None,
     rank: o.Rank = None,
     rank_budget: o.RankBudget = None,
     iters: o.Iters = None,

@@ -15,7 +15,8 @@ from loftq_cli.artifacts.summary import matrix_record
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.qalora import PooledStep
 from loftq_cli.numerics.start import zero_start
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
@@ -72,8 +73,10 @@ def _quantize(
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or rank == 0:
-        return plain_start(weight, quantizer, rank=rank, generator=generator)
-    step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+        return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling)
+    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    if recipe.pooling > 1:
+        step = PooledStep(rank, recipe.pooling, generator)
     return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last)
 
 
@@ -82,7 +85,9 @@ def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator
     adapter = {}
     if unit.target is not None:
         target = unit.target
-        start = zero_start(target.out_features, target.in_features, target.rank, generator=generator)
+        start = zero_start(
+            target.out_features, target.in_features, target.rank, generator=generator, group=target.group
+        )
         adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
     return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
 
