@@ -14,7 +14,7 @@ import importlib.util
 import json
 import math
 import os
-import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import loftq_cli
 from loftq_cli.artifacts.manifest import Manifest
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "bench"))
+from machine import describe_machine  # noqa: E402
+
 SHARED = Path(os.environ.get("LOFTQ_SHARED", HERE.parents[2] / "shared"))
 RANK, WINDOW = 8, 256
 MEANS = (2.33, 2.5, 2.67, 3)
@@ -43,8 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         windows = {name: cut(path, arguments.llama, arguments.windows) for name, path in texts.items()}
         result = {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-            f"torch {torch.__version__}",
+            "machine": describe_machine(),
             "rank": RANK,
             "windows": f"{arguments.windows} random ones of {WINDOW} tokens; domain: {arguments.domain_name}",
             "full_precision": perplexities(arguments.llama, windows),
@@ -131,7 +133,8 @@ def table(result: dict[str, Any]) -> str:
         "# Mixed precision: the least error under a budget, beside the paper's first-layers recipe",
         "",
         "Made by `scripts/study/mixed_precision.py`. Equal bytes: optimal got the paper's file size as `--target-size`.",
-        f"LoftQ, nf, block 64, T 5, rank {result['rank']}; {result['machine']}.",
+        f"LoftQ, nf, block 64, T 5, rank {result['rank']}; {result['machine']['cpu']}, {result['machine']['threads']} threads, "
+        f"torch {result['machine']['torch']}.",
         f"Perplexity of the start (nothing fine-tuned): {result['windows']}. Full precision: "
         + ", ".join(f"{name} {value}" for name, value in result["full_precision"].items())
         + ". The objective is the mean relative squared error, weighted by size; 'plain' without the adapter.",
