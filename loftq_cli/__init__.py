@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.decode import decode as decode
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
+    from loftq_cli.engine.merge import merge as merge
     from loftq_cli.errors import LoftqError as LoftqError
     from loftq_cli.planner import Plan as Plan
     from loftq_cli.recipe import Recipe as Recipe
@@ -32,6 +33,7 @@ _HOMES = {
     "Recipe": "loftq_cli.recipe",
     "decode": "loftq_cli.artifacts.decode",
     "load": "loftq_cli.runtime.load",
+    "merge": "loftq_cli.engine.merge",
     "plan": "loftq_cli.api",
     "quantize": "loftq_cli.api",
     "read_manifest": "loftq_cli.artifacts.manifest",

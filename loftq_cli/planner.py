@@ -303,7 +303,7 @@ def _texts(
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
     if index:
         size = sum(unit.backbone_bytes for unit in units)
-        texts[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": index})
+        texts[INDEX] = index_text(size, index)
     targets = [unit.target for unit in units if unit.target is not None]
     if targets:
         texts[adapter.CONFIG] = _json(
@@ -318,6 +318,11 @@ def _texts(
             )
         )
     return texts
+
+
+def index_text(size: int, index: Mapping[str, str]) -> bytes:
+    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
+    return _json({"metadata": {"total_size": size}, "weight_map": index})
 
 
 def _json(content: object) -> bytes:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loftq_cli.cli.inspect import inspect_command
+from loftq_cli.cli.merge import merge_command
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.quantize import quantize_command
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
+app.command("merge", rich_help_panel="Convert")(merge_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
 
 

@@ -56,3 +56,19 @@ def peft_constant(in_features: int, group: int) -> float:
 def widened(product: Tensor, group: int) -> Tensor:
     """C [out, in / group] → C ⊗ 1 [out, in]."""
     return product.repeat_interleave(group, dim=1)
+
+
+def lost_in_integer_zeros(compact: Tensor, quantized: Tensor) -> float:
+    """Share of an update that rounding it to whole zero points loses: ‖C - s · round(C / s)‖ / ‖C‖.
+
+    Args:
+        compact: C [out, in / group].
+        quantized: Q [out, in]; a group's step s is the smallest distance between its values.
+    """
+    values = quantized.unflatten(1, (compact.shape[1], -1)).sort(dim=-1).values
+    gaps = values.diff(dim=-1)
+    floor = 1e-3 * (values[..., -1:] - values[..., :1])  # below, rounding of equal codes
+    step = torch.where(gaps > floor, gaps, torch.inf).amin(-1)
+    moved = torch.where(step.isinf(), 0.0, torch.round(compact / step) * step)
+    norm = torch.linalg.vector_norm(compact)
+    return float(torch.linalg.vector_norm(compact - moved) / norm) if norm else 0.0
