@@ -21,7 +21,16 @@ from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import (
+    DTYPE_NAMES,
+    DTYPES,
+    GridRequest,
+    MatrixKind,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+)
 from loftq_cli.modules import ModuleMap, TensorRole, map_modules
 from loftq_cli.numerics.affine import ScaleRule
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
@@ -152,13 +161,29 @@ def make_plan(
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
+    request = Request(modules.task_type, recipe.dequantize)
+    _refuse_together(units, recipe, request)
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, weight_index = _lay_out_files(units, recipe, identity)
-    texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
+    texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
     side = checkpoint.side_files()
     return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
+
+
+def _refuse_together(units: Sequence[Unit], recipe: Recipe, request: Request) -> None:
+    """What the container cannot hold as a whole, or nothing left that it can."""
+    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+    reason = get_format(recipe.format).refuse(matrices, request)
+    if reason is not None:
+        raise UsageError(f"this model does not fit --format {recipe.format}: {reason}.")
+    if not matrices:
+        reasons = {unit.reason for unit in units if unit.target is not None}
+        raise UsageError(
+            f"this model has nothing that fits --format {recipe.format} ({'; '.join(sorted(reasons))}): use --format "
+            "packed or --format dense."
+        )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -253,6 +278,7 @@ def _matrix(
         symmetric=recipe.symmetric,
         scale_rule=cast("ScaleRule", recipe.scale),
         double_quant=recipe.double_quant,
+        module=role.module or "",
     )
     grid = get_format(recipe.format).grid(request)
     if not isinstance(grid, Refusal):
@@ -288,6 +314,7 @@ def _texts(
     checkpoint: Checkpoint,
     modules: ModuleMap,
     units: Sequence[Unit],
+    request: Request,
     dtype: torch.dtype,
     output: Path,
     index: Mapping[str, str],
@@ -297,7 +324,7 @@ def _texts(
     dense_linears = [module for module in modules.linear_modules if module not in packed]
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = DTYPE_NAMES[dtype]
-    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype)
+    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype, request)
     if quantization is not None:
         config["quantization_config"] = quantization
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}

@@ -84,6 +84,7 @@ class GridRequest:
         dtype: the model's.
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
+        module: path in the transformers model.
     """
 
     kind: MatrixKind
@@ -96,6 +97,28 @@ class GridRequest:
     symmetric: bool | None = None
     scale_rule: ScaleRule = "mse"
     double_quant: bool = False
+    module: str = ""
+
+    @property
+    def group_divides(self) -> bool:
+        """Whether rows are a whole number of groups."""
+        return self.block_size == 0 or self.in_features % self.block_size == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of the whole output, before the container has its say.
+
+    Attributes:
+        task_type: PEFT's name of what the model does, None where it has none.
+        dequantize: let the loader unpack while loading, where it can.
+    """
+
+    task_type: str | None
+    dequantize: bool = True
+
+
+ANY_REQUEST = Request(None)
 
 
 @dataclass(frozen=True)
@@ -136,6 +159,9 @@ class Format(Protocol):
 
     name: str
 
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        """Why these matrices cannot be in one checkpoint, as a sentence's end that names a format that can."""
+
     def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
 
@@ -149,7 +175,11 @@ class Format(Protocol):
         """Q as the container's loader computes it: float32 [out, in]. `read` gives an output tensor by name."""
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> Mapping[str, Any] | None:
         """`quantization_config` of config.json (None: plain dense weights). `dense_linears` are the module paths of
         linear layers that stay in full precision."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import GridRequest, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import ANY_REQUEST, GridRequest, OutputTensor, QuantizedMatrix, Refusal, Request
 from loftq_cli.formats.packed import PackedFormat
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
@@ -21,6 +21,9 @@ class DenseFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "dense"
+
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         return PackedFormat().grid(request)
@@ -38,6 +41,10 @@ class DenseFormat:
         return dense.T.contiguous() if matrix.kind == "conv1d" else dense
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> None:
         return None

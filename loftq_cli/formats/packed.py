@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from loftq_cli.formats.base import (
+    ANY_REQUEST,
     DTYPE_NAMES,
     GridRequest,
     OutputTensor,
     QuantizedMatrix,
     Refusal,
+    Request,
     blocks_of,
     groups_of,
 )
@@ -46,6 +48,9 @@ class PackedFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "packed"
+
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         dtype = request.dtype
@@ -90,7 +95,11 @@ class PackedFormat:
         return dequantize(QuantizedGroups(codes, numbers[0], zeros), matrix.grid)
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
         groups: dict[Grid, list[str]] = {}
         for matrix in matrices:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, quantize_scales
 
 Layout = Literal["rows", "flat"]
 
@@ -32,6 +33,7 @@ class BlockGrid:
             row-major flattened matrix and only the very last one may be shorter (bitsandbytes).
         scale_dtype: dtype absmax is rounded to, before any code is chosen.
         value_dtype: dtype the loader rounds `level * absmax` to (the product is taken in float32).
+        nested: absmax itself is quantized to 8 bits (double quantization), before any code is chosen.
     """
 
     codebook: Codebook
@@ -39,6 +41,7 @@ class BlockGrid:
     layout: Layout
     scale_dtype: torch.dtype
     value_dtype: torch.dtype
+    nested: bool = False
 
     @property
     def bits(self) -> int:
@@ -52,8 +55,11 @@ class BlockGrid:
 
     def information_bits(self, out_features: int, in_features: int) -> int:
         """Bits that codes and scales carry, however a container stores them."""
-        scales = self.n_blocks(out_features, in_features) * self.scale_dtype.itemsize * 8
-        return out_features * in_features * self.bits + scales
+        n_blocks = self.n_blocks(out_features, in_features)
+        scale_bits = self.scale_dtype.itemsize * 8 * n_blocks
+        if self.nested:
+            scale_bits = 8 * n_blocks + 32 * -(-n_blocks // NESTED_BLOCK) + 32
+        return out_features * in_features * self.bits + scale_bits
 
     def n_blocks(self, out_features: int, in_features: int) -> int:
         """How many absmax values a matrix of this shape has."""
@@ -68,10 +74,14 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
-    """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype."""
+    """Codes uint8 [out, in]; absmax float32 [n_blocks] as the loader has it, holding values of the grid's scale dtype.
+
+    `nested`: what is stored instead of absmax, where that is quantized too.
+    """
 
     codes: Tensor
     absmax: Tensor
+    nested: NestedScales | None = None
 
 
 def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
@@ -85,11 +95,13 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
     """
     blocks = _to_blocks(x, grid)  # [n_blocks, block_size]
     absmax = round_to(blocks.abs().amax(dim=1), grid.scale_dtype)
+    nested = quantize_scales(absmax) if grid.nested else None
+    absmax = absmax if nested is None else nested.dequantized()
     scaled = blocks * absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal().unsqueeze(1)
     if grid.layout == "flat" and x.numel() % grid.block_size and absmax[-1] >= _SMALLEST_ABSMAX:
         scaled[-1] = blocks[-1] / absmax[-1]
     codes = torch.bucketize(scaled.clamp_(-1.0, 1.0), midpoints(grid.levels(x.device)), out_int32=True)
-    return QuantizedBlocks(codes=_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax=absmax)
+    return QuantizedBlocks(_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax, nested)
 
 
 def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:

@@ -24,6 +24,13 @@ FINGERPRINT = "loftq_fingerprint"
 _PACKED_SCALES = tuple(f".{name}" for name in SCALE_NAMES)
 _SCALES = (*_PACKED_SCALES, ".weight.absmax")
 
+# What reads a checkpoint of a quant_method: modules and the extra they come with.
+_LOADERS = {
+    "bitsandbytes": (("bitsandbytes", "bnb"),),
+    "gptq": (("optimum", "gptq"), ("gptqmodel", "gptq")),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+}
+
 # What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _PLACEMENT_OPTIONS = ("device_map", "max_memory")
@@ -61,6 +68,8 @@ def load(
     _check_request(Path(path), adapter is True)
     config = _read_config(name, source, options)
     home = _adapter_home(name, adapter, source)
+    if home is not None:
+        options = {**_trainable_kernel(config), **options}
     model = _load_backbone(_model_class(config, auto_class), name, options)
     if home is None:
         return model
@@ -109,9 +118,18 @@ def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
-    if _quant_method(config) == "bitsandbytes":
-        _require("bitsandbytes", "bnb", "read this checkpoint")
+    for module, extra in _LOADERS.get(_quant_method(config) or "", ()):
+        _require(module, extra, "read this checkpoint")
     return config
+
+
+def _trainable_kernel(config: PretrainedConfig) -> dict[str, Any]:
+    """GPTQ's fastest kernel is for inference only; an adapter needs one with gradients."""
+    if _quant_method(config) != "gptq":
+        return {}
+    from transformers import GPTQConfig
+
+    return {"quantization_config": GPTQConfig(bits=_quantization(config)["bits"], backend="auto_trainable")}
 
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -167,10 +185,13 @@ def _model_class(config: PretrainedConfig, wanted: Any) -> Any:
 
 
 def _quant_method(config: PretrainedConfig) -> str | None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    return quantization.get("quant_method") if isinstance(quantization, dict) else str(quantization.quant_method)
+    found = _quantization(config).get("quant_method")
+    return None if found is None else str(getattr(found, "value", found))
+
+
+def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, Mapping) else found.to_dict()
 
 
 def _require(module: str, extra: str, purpose: str) -> None:
