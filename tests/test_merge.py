@@ -236,3 +236,16 @@ def test_the_command(qalora: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
     assert values["way"] == "zeros" and values["worst_error"] < 1e-6
     assert json.loads((tmp_path / "out" / "loftq_merge.json").read_text())["fingerprint"] == values["fingerprint"]
     assert loftq("inspect", tmp_path / "out").stdout.count("q_proj") == 2
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+def test_integer_zero_points_are_refused_with_the_measured_loss(name: str, random_llama: Path, tmp_path: Path) -> None:
+    recipe = {"bits": 4, "method": "qa-lora", "group_size": 32, "rank": 2, "iters": 1, "format": name}
+    made = loftq_cli.quantize(random_llama, output=tmp_path / "out", **recipe)
+    assert made.matrices and {record.affine["zero"] for record in made.matrices if record.affine} == {"integer"}
+    adapter = tmp_path / "out" / "loftq_init"
+    for to in ("auto", "zeros"):
+        said = sentence(loftq("merge", tmp_path / "out", adapter, "--to", to, "-o", tmp_path / "merged", code=2))
+        assert f"zero points of {name} are whole numbers, so 100% of this adapter's update" in said
+    report = loftq_cli.merge(tmp_path / "out", adapter, output=tmp_path / "merged", to="dense")
+    assert report.way == "dense" and len(report.errors) == len(made.matrices)
