@@ -149,3 +149,42 @@ def test_zero_start(random_llama: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(recipe: dict, said: str, random_llama: Path) -> None:
     with pytest.raises(UsageError, match=said):
         loftq_cli.plan(random_llama, bits=2, method="qa-lora", **recipe)
+
+
+def test_gptq_backbone_trains_through_pefts_own_layer(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's `GPTQLoraLinear` with `use_qalora`, through PEFT's own loading, nothing of ours in between."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel, which reads GPTQ checkpoints, is not installed")
+    pytest.importorskip("optimum", reason="optimum, through which transformers reads GPTQ checkpoints, is missing")
+    from peft import PeftModel
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # its kernels would be compiled
+    out = tmp_path / "out"
+    recipe = {"bits": 4, "method": "qa-lora", "group_size": GROUP, "rank": 2, "alpha": 6.0, "iters": 2}
+    manifest = loftq_cli.quantize(random_llama, output=out, format="gptq-v2", **recipe)
+    backbone = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=GPTQConfig(bits=4, backend="auto_trainable"), dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(backbone, out, subfolder="loftq_init", is_trainable=True)
+    record = manifest.matrices[0]
+    layer = model.base_model.model.get_submodule(record.module)
+    assert isinstance(layer, GPTQLoraLinear) and record.residual < record.plain_residual
+    x = torch.randn(3, record.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        added = layer(x) - layer.base_layer(x)
+    assert torch.allclose(added, x @ decode_product(out, manifest, record).T, atol=1e-5)
+    ids = torch.arange(16).reshape(1, 16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    ours = loftq_cli.load(out).base_model.model.get_submodule(record.module)
+    assert isinstance(ours, GPTQLoraLinear), "our loader leaves these layers to PEFT"
