@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics import affine
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero, dequantize
-from loftq_cli.numerics.affine_fit import AffineQuantizer, quantize
-from loftq_cli.numerics.loftq import exact_step, loftq
+from loftq_cli.numerics.affine_fit import AffineQuantizer
+from loftq_cli.numerics.loftq import QuantizeStep, exact_step, loftq
 
 BITS = (2, 3, 4, 8)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -40,6 +41,13 @@ def weights(rows: int = 24, columns: int = 256) -> Tensor:
     x[6] *= 1e-5
     x[7, 5] = 3.0
     return x
+
+
+def quantize(x: Tensor, on: AffineGrid) -> QuantizedGroups:
+    """By whatever quantizer is fastest here; the compiled one equals its twin, below."""
+    found = block_quantizer(on, "cpu").quantize_residual(x, x).quantized
+    assert isinstance(found, QuantizedGroups)
+    return found
 
 
 def group_errors(x: Tensor, q: QuantizedGroups, on: AffineGrid) -> Tensor:
@@ -126,7 +134,8 @@ def test_mse_at_two_bits_is_near_the_best_scale_there_is(kind: str) -> None:
 def test_fitted_step_never_loses_to_the_scales_it_started_from(bits: int, kind: str) -> None:
     x = weights()
     on = grid(bits, kind, scale_rule="minmax")
-    quantizer = AffineQuantizer(on)
+    quantizer = block_quantizer(on, "cpu")
+    assert hasattr(quantizer, "quantize_fitted")
     first = quantizer.quantize_residual(x, x)
     target = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 0.003
     refined = quantizer.quantize_fitted(x, target, previous=first)
@@ -146,11 +155,48 @@ def test_fitted_step_never_loses_to_the_scales_it_started_from(bits: int, kind: 
     assert group_errors(target, searched.quantized, on).sum() < start.sum()
 
 
-def test_a_matrix_is_quantized_row_by_row_whatever_the_panels() -> None:
-    on = grid(3, "zero point")
-    x = torch.randn(3000, 128, generator=torch.Generator().manual_seed(2))
-    whole, tail = quantize(x, on), quantize(x[2990:], on)
-    assert torch.equal(whole.codes[2990:], tail.codes) and torch.equal(whole.scales[2990:], tail.scales)
+def same(first: QuantizeStep, second: QuantizeStep) -> bool:
+    one, two = first.quantized, second.quantized
+    assert isinstance(one, QuantizedGroups) and isinstance(two, QuantizedGroups)
+    zeros = one.zeros is two.zeros is None or torch.equal(one.zeros, two.zeros)
+    codes = torch.equal(one.codes, two.codes) and torch.equal(first.residual, second.residual)
+    return zeros and codes and torch.equal(one.scales, two.scales)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_compiled_quantizer_gives_the_bits_of_its_twin(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are no whole number of lanes, short last groups, whole rows; in panels of a few rows."""
+    compiled = pytest.importorskip("loftq_cli.kernels.cpu_groups").CompiledAffineQuantizer
+    monkeypatch.setattr(affine, "_PANEL_CPU", 2048)
+    for (columns, group_size, dtype), rule in zip(
+        ((100, 64, BF16), (96, 32, F16), (70, 0, F32)), ("mse", "minmax", "absmax")
+    ):
+        on = grid(bits, kind, group_size, dtype, scale_rule=rule)
+        x = weights(columns=columns)
+        plain, fast = AffineQuantizer(on).quantize_residual(x, x), compiled(on).quantize_residual(x, x)
+        assert same(plain, fast)
+        assert fast.norm == pytest.approx(float(plain.residual.double().norm()), rel=1e-9)
+        target = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 0.003
+        again = compiled(on).quantize_fitted(x, target, previous=fast)
+        assert same(AffineQuantizer(on).quantize_fitted(x, target, previous=plain), again)
+
+
+def test_compiled_quantizer_makes_its_target_by_itself_on_any_number_of_threads() -> None:
+    compiled = pytest.importorskip("loftq_cli.kernels.cpu_groups").CompiledAffineQuantizer(grid(3, "zero point"))
+    generator = torch.Generator().manual_seed(3)
+    x, b, a = (torch.randn(shape, generator=generator) * 0.1 for shape in ((200, 96), (200, 4), (4, 96)))
+    first = compiled.quantize_residual(x, x)
+    wanted = compiled.quantize_residual(x, x - b @ a)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert same(compiled.quantize_corrected(x, b, a), wanted)
+        scratch = compiled.quantize_corrected(x, b, a, scratch=first)
+        assert same(scratch, wanted) and scratch.residual is first.residual
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,8 +16,8 @@ from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix, Refusal
-from loftq_cli.numerics.affine_fit import quantize
-from loftq_cli.numerics.grids import dequantize
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
 MODULE = "model.layers.0.mlp.up_proj"
 BITS = (2, 3, 4, 8)
@@ -42,6 +42,10 @@ def held(name: str, shape: tuple[int, int], bits: int, **more) -> QuantizedMatri
     item = matrix(name, shape, bits, **more)
     assert isinstance(item, QuantizedMatrix), item
     return item
+
+
+def quantize(x: Tensor, grid: Grid) -> Quantized:
+    return block_quantizer(grid, "cpu").quantize_residual(x, x).quantized
 
 
 def weights(*shape: int) -> Tensor:
@@ -191,6 +195,40 @@ def test_gptqmodel_loads_gptq_exactly(
         def weight_of(path: str) -> Tensor:
             layer = base.get_submodule(path).base_layer  # noqa: B023
             return layer.dequantize_weight().T.to(rounded).float()  # noqa: B023
+
+        check_exact(out, manifest, weight_of)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_transformers_loads_double_quantization_exactly(
+    bits: int, dtype: str, llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    out = tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        llamas[dtype], output=out, bits=bits, format="bnb", double_quant=True, rank=4, iters=2
+    )
+    base = loftq_cli.load(out, trainable=True).base_model.model
+
+    def weight_of(path: str) -> Tensor:
+        weight = base.get_submodule(path).base_layer.weight
+        return functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+    check_exact(out, manifest, weight_of)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_and_dense_integers_load_exactly(bits: int, dtype: str, llamas: dict[str, Path], tmp_path: Path) -> None:
+    for name, symmetric in itertools.product(("packed", "dense"), (True, False)):
+        out = tmp_path / f"{name}{symmetric}"
+        manifest = convert(llamas[dtype], out, bits=bits, format=name, data_type="int", symmetric=symmetric)
+        base = loftq_cli.load(out, trainable=True).base_model.model
+
+        def weight_of(path: str) -> Tensor:
+            layer = base.get_submodule(path).base_layer  # noqa: B023
+            return layer.dequantized_weight().float() if name == "packed" else layer.weight.float()  # noqa: B023
 
         check_exact(out, manifest, weight_of)
 

@@ -116,7 +116,7 @@ def test_bfloat16_copy_of_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "loftq_cli.kernels.cpu", None)  # what a missing numba looks like
-    kernels._compiled_quantizer.cache_clear()
+    kernels._compiled_quantizers.cache_clear()
     try:
         with pytest.warns(UserWarning, match="plain torch takes over"):
             assert isinstance(block_quantizer(grid(2), "cpu"), BlockQuantizer)
@@ -124,7 +124,7 @@ def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch
             warnings.simplefilter("error")
             assert isinstance(block_quantizer(grid(4), "cpu"), BlockQuantizer)
     finally:
-        kernels._compiled_quantizer.cache_clear()
+        kernels._compiled_quantizers.cache_clear()
 
 
 @pytest.mark.parametrize("writable", [True, False])

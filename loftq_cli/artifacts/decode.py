@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
 from loftq_cli.numerics.affine import AffineGrid
-from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.blocks import BlockGrid, Layout
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.grids import Grid
 
@@ -70,7 +70,8 @@ def _grid(record: MatrixRecord) -> Grid:
     scale_dtype, value_dtype = DTYPES[record.scale_dtype], DTYPES[record.value_dtype]
     if record.affine is None:
         book = codebook(record.data_type, record.bits)
-        return BlockGrid(book, record.block_size, record.layout, scale_dtype, value_dtype)  # type: ignore[arg-type]
+        layout = cast("Layout", record.layout)
+        return BlockGrid(book, record.block_size, layout, scale_dtype, value_dtype, record.nested)
     return AffineGrid(
         record.bits,
         record.block_size,

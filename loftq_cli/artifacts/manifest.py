@@ -23,6 +23,7 @@ class MatrixRecord:
         shape: [out, in] as the layer computes, whatever the orientation on disk.
         block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
         affine: what an integer grid has besides (`numerics.affine.AffineGrid`); None for codebooks.
+        nested: absmax is quantized too (`--double-quant`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
     """
@@ -46,6 +47,7 @@ class MatrixRecord:
     backbone_bytes: int
     adapter_bytes: int
     affine: Mapping[str, Any] | None = None
+    nested: bool = False
 
 
 @dataclass(frozen=True)

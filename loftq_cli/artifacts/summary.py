@@ -204,6 +204,7 @@ def matrix_record(
         backbone_bytes=unit.backbone_bytes,
         adapter_bytes=unit.adapter_bytes,
         affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
+        nested=isinstance(grid, BlockGrid) and grid.nested,
     )
 
 

@@ -53,6 +53,8 @@ class CompressedTensorsFormat:
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
+        if request.double_quant:
+            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
         if request.data_type != "int":
             return Refusal(f"it holds integers, no '{request.data_type}' levels: {_INSTEAD}", fatal=True)
         if request.kind == "embedding":

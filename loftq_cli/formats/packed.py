@@ -53,6 +53,8 @@ class PackedFormat:
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
+        if request.double_quant:
+            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
         dtype = request.dtype
         if request.data_type == "int":
             zero: Zero = "none" if request.symmetric else "float"

@@ -20,6 +20,8 @@ Zero = Literal["none", "integer", "float"]
 ScaleRule = Literal["absmax", "minmax", "mse"]
 SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
 
+_SMALLEST_SCALE = 1e-37  # below, the reciprocal overflows float32
+
 # Elements worked on at a time: the temporaries of one step fit the cache, and memory stays bounded.
 _PANEL_CPU, _PANEL_GPU = 2**18, 2**24
 
@@ -150,10 +152,15 @@ def affine_of(quantized: QuantizedGroups, grid: AffineGrid, part: Part) -> Affin
 def assign(x: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
     """The nearest codes, as float32 [rows, groups, width]; a tie takes the even one. A scale of 0 gives the code whose
     value is the group's point."""
-    inverse = torch.where(affine.scale == 0, 0.0, affine.scale.reciprocal()).unsqueeze(-1)
+    inverse = reciprocal(affine.scale).unsqueeze(-1)
     shifted = x - affine.offset.unsqueeze(-1) if grid.zero == "float" else x
     codes = (shifted * inverse).add_(affine.point.unsqueeze(-1))
     return codes.round_().clamp_(0, grid.top)
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where that would overflow."""
+    return torch.where(scale.abs() < _SMALLEST_SCALE, 0.0, scale.reciprocal())
 
 
 def values(codes: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:

@@ -28,6 +28,7 @@ from loftq_cli.numerics.affine import (
     assign,
     dequantize,
     parts,
+    reciprocal,
     values,
 )
 from loftq_cli.numerics.blocks import round_to
@@ -38,7 +39,7 @@ REFITS = 4  # alternations of codes and scale after the search; later ones gain 
 
 # Shares of the min-max range that are tried. With few codes the best range leaves outliers out.
 _LEAST_SHARE = {2: 0.2, 3: 0.25, 4: 0.35, 8: 0.8}
-_N_SHARES = {"float": 16, "integer": 12, "none": 12}
+_N_SHARES = {"float": 12, "integer": 8, "none": 8}  # more gain less than 0.2 %
 
 
 def shares(grid: AffineGrid) -> tuple[float, ...]:
@@ -127,8 +128,7 @@ def _spanning(low: Tensor, high: Tensor, grid: AffineGrid, *, absolute: bool) ->
 
 def _point(low: Tensor, scale: Tensor, grid: AffineGrid) -> Tensor:
     """The zero point that puts code 0 at `low`."""
-    inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
-    return (-low * inverse).round_().clamp_(grid.least_zero, grid.top)
+    return (-low * reciprocal(scale)).round_().clamp_(grid.least_zero, grid.top)
 
 
 def _search(x: Tensor, low: Tensor, high: Tensor, grid: AffineGrid) -> Affine:
