@@ -43,9 +43,9 @@ def quantize(
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, mix="",
             target_size=None, weigh="relative", rank=16, rank_budget=None, iters=5, method="loftq", init="svd",
-            data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None, double_quant=False, format="auto",
-            dequantize=True, rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep", alpha=None,
-            keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
+            data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None, double_quant=False,
+            format="auto", dequantize=True, rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep",
+            alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import loftq, sentence
 from torch import Tensor
 
 import loftq_cli
-from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.numerics.qalora import lost_in_integer_zeros
-from test_cli import loftq, sentence
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -218,7 +217,9 @@ def test_what_cannot_be_merged_is_refused(
     save_file({n.replace("layers.1", "layers.9"): t for n, t in tensors.items()}, renamed / "adapter_model.safetensors")
     refused("no matrix of", other, renamed, code=1)
     cut = edited(lora, tmp_path / "cut")
-    save_file({n: t[:, 1:].clone() if "lora_A" in n else t for n, t in tensors.items()}, cut / "adapter_model.safetensors")
+    save_file(
+        {n: t[:, 1:].clone() if "lora_A" in n else t for n, t in tensors.items()}, cut / "adapter_model.safetensors"
+    )
     refused("is the adapter of this model", other, cut, code=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import loftq, sentence
 
 import loftq_cli
 from loftq_cli.api import default_output
@@ -15,7 +16,6 @@ from loftq_cli.cli.plan import mean_bits, output_sizes, widths
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.planner import Plan
 from loftq_cli.recipe import Recipe, exact_rule, make_recipe, parse_rule
-from test_cli import loftq, sentence
 
 
 @pytest.fixture(autouse=True)

@@ -99,9 +99,11 @@ def card_of(manifest: Manifest, report: MergeReport) -> bytes:
     how = {
         "dense": f"The adapter was added to the dequantized backbone; weights are {report.dtype}.",
         "zeros": "The QA-LoRA adapter was added to the groups' zeros; codes, scales and bits are the backbone's.",
-        "requantize": "The adapter was added to the dequantized backbone, and the sum quantized again on the same grid.",
+        "requantize": "The adapter was added to the dequantized backbone, and the sum quantized again on its grid.",
     }[report.way]
-    runtime = "import loftq_cli.runtime  # teaches transformers the packed layers\n" if report.format == "packed" else ""
+    runtime = (
+        "import loftq_cli.runtime  # teaches transformers the packed layers\n" if report.format == "packed" else ""
+    )
     loader = "AutoModelForCausalLM" if manifest.task_type == "CAUSAL_LM" else manifest.architecture or "AutoModel"
     return f"""---
 library_name: transformers

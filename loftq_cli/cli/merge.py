@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, print_json, results
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.merged import MergeReport
 
+_LINE_EVERY = 5.0  # seconds
 _WAYS = ("auto", "dense", "zeros", "requantize")
 
 
@@ -62,12 +64,26 @@ def merge_command(
             dtype=dtype or "auto",
             max_shard_size=max_shard_size or "5GB",
             overwrite=overwrite,
+            progress=_Ticker(silent=quiet or json),
         )
         if json:
             values = dataclasses.asdict(report)
             print_json({**values, "mean_error": report.mean_error, "worst_error": report.worst_error})
         elif not quiet:
             _print_report(report)
+
+
+class _Ticker:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent, self._last = silent, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._silent and now - self._last >= _LINE_EVERY:
+            self._last = now
+            messages().print(f"merging tensor {done + 1} of {total}")
 
 
 def _print_report(report: MergeReport) -> None:

@@ -156,7 +156,9 @@ def _print_allocation(console: Console, plan: Plan) -> None:
         console.print(f"\n[bold]{plan.recipe.mix}[/] mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code")
     if plan.recipe.rank_budget is not None:
         ranks = [unit.target.rank for unit in plan.matrices if unit.target]
-        console.print(f"ranks from {min(ranks)} to {max(ranks)}; as many parameters as rank {plan.recipe.rank_budget:g}")
+        console.print(
+            f"ranks from {min(ranks)} to {max(ranks)}; as many parameters as rank {plan.recipe.rank_budget:g}"
+        )
 
 
 def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:

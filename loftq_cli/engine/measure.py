@@ -23,6 +23,7 @@ from loftq_cli.formats.base import QuantizedMatrix
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.lowrank import frobenius, krylov_low_rank
 
+_DEPTH = 2  # of the Krylov space: ranks are compared by it, and its small error is alike in all matrices
 _FIGURES = 7  # significant digits kept: fewer than float32 sums vouch for on any device
 
 
@@ -113,7 +114,7 @@ class Measurements:
             found = krylov_low_rank(
                 self._left(matrix, weight),
                 min(rank, *matrix.shape),
-                previous=None,
+                depth=_DEPTH,
                 generator=torch.Generator().manual_seed(0),
             )
             self._known[key] = [_rounded(float(value) / norm if norm else 0.0) for value in found.s]

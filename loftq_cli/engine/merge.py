@@ -131,7 +131,9 @@ def _places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, str]:
         near = [m for m in shapes if m == path or m.endswith(f".{path}") or path.endswith(f".{m}")]
         found = path if path in shapes else near[0] if len(near) == 1 else None
         if found is None:
-            raise LoftqError(f"the adapter changes {path}, which is no matrix of {manifest.output}: is it of this model?")
+            raise LoftqError(
+                f"the adapter changes {path}, which is no matrix of {manifest.output}: is it of this model?"
+            )
         n_out, n_in = shapes[found]
         if trained.shape(path) != (n_out, n_in // trained.group):
             raise LoftqError(
@@ -168,7 +170,7 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
     pieces = list(_pieces(job))
     files, index = _lay_out(pieces, max_bytes, identity)
     errors: dict[str, float] = {}
-    writer = ShardWriter(lambda name: locate(output, name), files)
+    writer = ShardWriter(lambda name: locate(output, name), tuple(files))
     writer.prepare()
     try:
         for i, piece in enumerate(pieces):
@@ -198,13 +200,13 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
 def _pieces(job: Merge) -> Iterator[Piece]:
     """The backbone's tensors in their order; those of one matrix come together, where its first one is."""
     owners: dict[str, MatrixRecord] = {}
-    for record in job.manifest.matrices:
-        for tensor in get_format(job.manifest.format).tensors(quantized_matrix(record)):
-            owners[tensor.name] = record
-    kept = {record.tensor: record for record in job.manifest.kept}
+    for one in job.manifest.matrices:
+        for tensor in get_format(job.manifest.format).tensors(quantized_matrix(one)):
+            owners[tensor.name] = one
+    kept = {one.tensor: one for one in job.manifest.kept}
     seen = set()
     for name, info in job.checkpoint.tensors.items():
-        record = owners.get(name)
+        record: MatrixRecord | None = owners.get(name)
         if record is None:
             module = kept[name].module if name in kept else None
             module = module if module in job.places else None
@@ -299,5 +301,3 @@ def _finish(job: Merge, output: Path, report: MergeReport, weights: list[str], i
         write_file(output, MANIFEST, merged.manifest_of(job.manifest, report, files))
         names.append(MANIFEST)
     publish(output, names)
-
-

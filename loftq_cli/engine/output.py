@@ -93,7 +93,9 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
     fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
     if not fields:
         return "another source or loftq version"
-    return ", ".join(f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields)
+    return ", ".join(
+        f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields
+    )
 
 
 def _short(value: object) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -145,7 +146,8 @@ def _slope(item: Choices, a: int, b: int) -> float:
 
 
 def _steps(i: int, item: Choices, hull: list[int]) -> list[_Step]:
-    return [_Step(i, b, item.sizes[b] - item.sizes[a], item.costs[a] - item.costs[b]) for a, b in zip(hull, hull[1:])]
+    sizes, costs = item.sizes, item.costs
+    return [_Step(i, b, sizes[b] - sizes[a], costs[a] - costs[b]) for a, b in pairwise(hull)]
 
 
 def _sum(items: Sequence[Choices], taken: Sequence[int]) -> Allocation:

@@ -163,7 +163,7 @@ def plain_start(
     """QLoRA: plain quantization and PEFT's default start, A Kaiming-uniform and B zero (arXiv 2305.14314); over inputs
     pooled in groups of `group`."""
     step = quantizer.quantize_residual(weight, weight)
-    start = zero_start(*weight.shape, rank, generator=generator, group=group)
+    start = zero_start(weight.shape[0], weight.shape[1], rank, generator=generator, group=group)
     plain = _relative(frobenius(step.residual), frobenius(weight))
     return LoftQResult(step.quantized, start.lora_a.to(weight.device), start.lora_b.to(weight.device), plain, (), 0)
 

