@@ -15,7 +15,7 @@ from loftq_cli.formats.base import OutputTensor
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file: `header` is everything before the data; `starts` are absolute byte positions by name."""
+    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name."""
 
     name: str
     header: bytes
@@ -24,7 +24,8 @@ class TensorFile:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        ends = (self.starts[tensor.name] + tensor.nbytes for tensor in self.tensors)
+        return max(ends, default=len(self.header))
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:

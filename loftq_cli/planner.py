@@ -160,25 +160,30 @@ def make_plan(
     notes = [*modules.notes, *_filter_notes(recipe, modules)]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
-    units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
-    request = Request(modules.task_type, recipe.dequantize)
-    _refuse_together(units, recipe, request)
+    request = Request(modules.task_type, recipe.dequantize, checkpoint.config)
+    _refuse_together((), recipe, request)
+    units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype, request) for role in modules.roles)
+    _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
+    _refuse_nothing(units, recipe)
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
-    files, weight_index = _lay_out_files(units, recipe, identity)
+    files, weight_index = _lay_out_files(units, recipe, identity, request)
     texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
     side = checkpoint.side_files()
     return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
 
 
-def _refuse_together(units: Sequence[Unit], recipe: Recipe, request: Request) -> None:
-    """What the container cannot hold as a whole, or nothing left that it can."""
-    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+def _refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
+    """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
     reason = get_format(recipe.format).refuse(matrices, request)
     if reason is not None:
         raise UsageError(f"this model does not fit --format {recipe.format}: {reason}.")
-    if not matrices:
+
+
+def _refuse_nothing(units: Sequence[Unit], recipe: Recipe) -> None:
+    """A container that holds none of the matrices that were asked for."""
+    if not any(unit.matrix is not None for unit in units):
         reasons = {unit.reason for unit in units if unit.target is not None}
         raise UsageError(
             f"this model has nothing that fits --format {recipe.format} ({'; '.join(sorted(reasons))}): use --format "
@@ -234,16 +239,19 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str,
     return most if most in DTYPE_NAMES else torch.float32
 
 
-def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> Unit:
-    info = checkpoint.tensors[role.tensor]
+def _unit(
+    role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype, request: Request
+) -> Unit:
+    info, container = checkpoint.tensors[role.tensor], get_format(recipe.format)
     target = None
     if decision.rank:
         target = _target(role, info, decision.rank, recipe.pooling)
     matrix = _matrix(role, info, decision, recipe, dtype) if decision.bits else Refusal(decision.reason, fatal=False)
     if isinstance(matrix, QuantizedMatrix):
-        return Unit(info, role.module, role.kind, matrix, "", target, get_format(recipe.format).tensors(matrix))
+        matrix = container.place(matrix, request)
+        return Unit(info, role.module, role.kind, matrix, "", target, container.tensors(matrix))
     cast_to = dtype if recipe.dtype != "auto" and info.dtype.is_floating_point else info.dtype
-    copied = OutputTensor(info.name, cast_to, info.shape)
+    copied = container.copied(OutputTensor(info.name, cast_to, info.shape))
     # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
     return Unit(info, role.module, role.kind, None, matrix.reason, target, (copied,))
 
@@ -295,18 +303,22 @@ def _oriented(role: TensorRole, info: TensorInfo) -> tuple[int, int]:
 
 
 def _lay_out_files(
-    units: Sequence[Unit], recipe: Recipe, fingerprint: str
+    units: Sequence[Unit], recipe: Recipe, fingerprint: str, request: Request
 ) -> tuple[tuple[TensorFile, ...], dict[str, str]]:
     """The files, and the index's tensor → shard map (empty for a single shard)."""
     metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
+    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+    backbone = [tensor for unit in units for tensor in unit.backbone]
+    adapters = [tensor for unit in units for tensor in unit.adapter]
+    adapter_files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
+    single = get_format(recipe.format).container(backbone, matrices, request, fingerprint)
+    if single is not None:
+        return (single, *adapter_files), {}
     shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
     names = shard_names(len(shards))
     files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
     index = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
-    adapters = [tensor for unit in units for tensor in unit.adapter]
-    if adapters:
-        files.append(lay_out(adapter.WEIGHTS, adapters, metadata))
-    return tuple(files), index if len(shards) > 1 else {}
+    return (*files, *adapter_files), index if len(shards) > 1 else {}
 
 
 def _texts(

@@ -8,11 +8,18 @@ from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats.capabilities import capability
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
 from loftq_cli.planner import Plan
 from loftq_cli.recipe import recipe_fields
 
 _WORST = 5
-_TAGS = {"bnb": "bitsandbytes", "gptq": "gptq", "gptq-v2": "gptq", "compressed-tensors": "compressed-tensors"}
+_TAGS = {
+    "bnb": "bitsandbytes",
+    "gptq": "gptq",
+    "gptq-v2": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "gguf": "gguf",
+}
 _OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 
 
@@ -82,6 +89,8 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
             f'kernel = GPTQConfig(bits={bits}, backend="auto_trainable")  # others are for inference only',
             f"backbone = {loader}.from_pretrained(path, quantization_config=kernel)",
         ]
+    elif manifest.format == "gguf":
+        lines.append(f'backbone = {loader}.from_pretrained(path, gguf_file="{GGUF_FILE}", dtype="{manifest.dtype}")')
     else:
         lines.append(f"backbone = {loader}.from_pretrained(path)")
     if manifest.format == "bnb":

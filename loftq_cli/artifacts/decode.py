@@ -10,6 +10,7 @@ from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
 from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid, Layout
 from loftq_cli.numerics.codebooks import codebook
@@ -52,7 +53,7 @@ def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tens
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     """The matrix with its grid, as the plan had it."""
-    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, _grid(record))  # type: ignore[arg-type]
+    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, _grid(record), record.heads)  # type: ignore[arg-type]
 
 
 def affine_values(grid: AffineGrid) -> dict[str, object]:
@@ -88,7 +89,17 @@ def _grid(record: MatrixRecord) -> Grid:
 def _read(path: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
+    if (path / GGUF_FILE).exists():
+        return _read_gguf(path / GGUF_FILE, name)
     index = path / _INDEX
     file = json.loads(index.read_bytes())["weight_map"][name] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
         return handle.get_tensor(name)
+
+
+def _read_gguf(file: Path, name: str) -> Tensor:
+    import torch
+    from gguf import GGUFReader
+
+    found = next(tensor for tensor in GGUFReader(file).tensors if tensor.name == name)
+    return torch.from_numpy(found.data.copy())

@@ -24,6 +24,7 @@ class MatrixRecord:
         block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
         affine: what an integer grid has besides (`numerics.affine.AffineGrid`); None for codebooks.
         nested: absmax is quantized too (`--double-quant`).
+        heads: attention heads whose rows the container reorders (`formats.base.QuantizedMatrix`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
     """
@@ -48,6 +49,7 @@ class MatrixRecord:
     adapter_bytes: int
     affine: Mapping[str, Any] | None = None
     nested: bool = False
+    heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,7 @@ def matrix_record(
         adapter_bytes=unit.adapter_bytes,
         affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
         nested=isinstance(grid, BlockGrid) and grid.nested,
+        heads=matrix.heads,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids import Grid, Quantized
+
+if TYPE_CHECKING:
+    from loftq_cli.files import TensorFile
 
 MatrixKind = Literal["linear", "conv1d", "head", "embedding"]
 
@@ -47,6 +50,7 @@ class QuantizedMatrix:
         kind: `conv1d` is stored [in, out] in the source; everything else [out, in]. An embedding's table [vocabulary,
             width] counts as out_features = vocabulary, in_features = width.
         grid: the container's own grid for it.
+        heads: attention heads whose rotary halves the container stores interleaved; 0 where rows keep their order.
     """
 
     tensor: str
@@ -55,6 +59,7 @@ class QuantizedMatrix:
     out_features: int
     in_features: int
     grid: Grid
+    heads: int = 0
 
     @property
     def prefix(self) -> str:
@@ -112,10 +117,12 @@ class Request:
     Attributes:
         task_type: PEFT's name of what the model does, None where it has none.
         dequantize: let the loader unpack while loading, where it can.
+        config: the model's config.json.
     """
 
     task_type: str | None
     dequantize: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 ANY_REQUEST = Request(None)
@@ -160,7 +167,19 @@ class Format(Protocol):
     name: str
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        """Why these matrices cannot be in one checkpoint, as a sentence's end that names a format that can."""
+        """Why the model, or these matrices in one checkpoint, do not fit, as a sentence's end that names a format that
+        can. Asked first without matrices."""
+
+    def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
+        """The matrix with what the container makes of its place in the model."""
+
+    def copied(self, tensor: OutputTensor) -> OutputTensor:
+        """What becomes of a tensor that is not quantized; of the same shape."""
+
+    def container(
+        self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
+    ) -> TensorFile | None:
+        """The one file that holds everything, or None for safetensors shards."""
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
@@ -183,3 +202,21 @@ class Format(Protocol):
     ) -> Mapping[str, Any] | None:
         """`quantization_config` of config.json (None: plain dense weights). `dense_linears` are the module paths of
         linear layers that stay in full precision."""
+
+
+class FormatDefaults:
+    """What most containers do: refuse nothing as a whole, keep names and order, live in safetensors shards."""
+
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        return None
+
+    def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
+        return matrix
+
+    def copied(self, tensor: OutputTensor) -> OutputTensor:
+        return tensor
+
+    def container(
+        self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
+    ) -> TensorFile | None:
+        return None

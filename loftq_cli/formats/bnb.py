@@ -19,6 +19,7 @@ from torch import Tensor
 from loftq_cli.formats.base import (
     ANY_REQUEST,
     DTYPE_NAMES,
+    FormatDefaults,
     GridRequest,
     OutputTensor,
     QuantizedMatrix,
@@ -61,13 +62,10 @@ def safe_block_size(block_size: int, in_features: int) -> int | None:
     return None
 
 
-class BnbFormat:
+class BnbFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "bnb"
-
-    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        return None
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         if request.data_type == "int":

@@ -42,13 +42,15 @@ _PACKED_EXACT = "test_quantize.py::test_small_llama"
 _CT = "test_integer_formats.py::test_transformers_loads_compressed_tensors_exactly"
 _GPTQ = "test_integer_formats.py::test_gptqmodel_loads_gptq_exactly"
 
+_GGUF = "test_gguf.py::test_transformers_and_gguf_load_exactly"
+
 CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "packed",
         (2, 3, 4, 8),
         "any codebook, integers with float zeros; mixed",
         Claim("yes", _PACKED_EXACT),
-        Claim("yes, at the stored bits", "test_runtime.py::test_adapter_gradients_equal_the_dense_twin"),
+        Claim("yes, at the stored bits", "test_runtime.py::test_forward_and_gradients_equal_the_dense_layer"),
         Claim("transformers with `loftq_cli.runtime`", _PACKED_EXACT),
         ("loftq-cli[train]",),
     ),
@@ -87,6 +89,15 @@ CAPABILITIES: tuple[Capability, ...] = (
         Claim("yes, unpacked", _CT),
         Claim("vLLM, symmetric: 4 and 8 bits; 2 and 3 in new versions", UPSTREAM),
         ("peft", "compressed-tensors"),
+    ),
+    Capability(
+        "gguf",
+        (4, 8),
+        "Q4_0, Q4_1 (`--asymmetric`), Q8_0; Llama, Qwen2, Qwen3",
+        Claim("yes", _GGUF),
+        Claim("yes, unpacked", _GGUF),
+        Claim("transformers; vLLM", UPSTREAM),
+        ("peft", "gguf"),
     ),
     Capability(
         "dense",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loftq_cli.formats.base import (
     ANY_REQUEST,
+    FormatDefaults,
     GridRequest,
     OutputTensor,
     QuantizedMatrix,
@@ -39,7 +40,7 @@ from loftq_cli.numerics.packing import pack_words, unpack_words
 _INSTEAD = "use --format packed or --format dense"
 
 
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "compressed-tensors"

@@ -12,18 +12,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import ANY_REQUEST, GridRequest, OutputTensor, QuantizedMatrix, Refusal, Request
+from loftq_cli.formats.base import (
+    ANY_REQUEST,
+    FormatDefaults,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+)
 from loftq_cli.formats.packed import PackedFormat
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
 
-class DenseFormat:
+class DenseFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "dense"
-
-    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         return PackedFormat().grid(request)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loftq_cli.formats.base import (
     ANY_REQUEST,
+    FormatDefaults,
     GridRequest,
     OutputTensor,
     QuantizedMatrix,
@@ -43,7 +44,7 @@ _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.la
 _IN_BLOCK = re.compile(rf"(?:{'|'.join(re.escape(path) for path in _BLOCKS)})\.\d+\.(.+)")
 
 
-class GptqFormat:
+class GptqFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     def __init__(self, name: str, checkpoint_format: str, stored_less: int) -> None:

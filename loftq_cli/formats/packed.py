@@ -25,6 +25,7 @@ from torch import Tensor
 from loftq_cli.formats.base import (
     ANY_REQUEST,
     DTYPE_NAMES,
+    FormatDefaults,
     GridRequest,
     OutputTensor,
     QuantizedMatrix,
@@ -44,13 +45,10 @@ CONFIG_VERSION = 2  # 2 brought integers; codebooks are still written as 1
 SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros")
 
 
-class PackedFormat:
+class PackedFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "packed"
-
-    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if request.double_quant:

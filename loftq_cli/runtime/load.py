@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.artifacts.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
 from loftq_cli.formats.packed import SCALE_NAMES
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path
@@ -70,6 +71,8 @@ def load(
     home = _adapter_home(name, adapter, source)
     if home is not None:
         options = {**_trainable_kernel(config), **options}
+    if (Path(path) / GGUF_FILE).is_file():
+        options = {"gguf_file": GGUF_FILE, "dtype": config.dtype, **options}
     model = _load_backbone(_model_class(config, auto_class), name, options)
     if home is None:
         return model

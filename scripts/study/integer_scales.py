@@ -2,8 +2,8 @@
 
     python scripts/study/integer_scales.py NAME=DIR [NAME=DIR ...]
 
-Converts each checkpoint with every recipe below (group 64, rank 16, T = 5) and writes mean residuals, plain and with the
-adapter, to results/integer_scales.json and .md.
+Converts each checkpoint with every recipe below (group 64, rank 16, T = 5) and writes mean residuals, plain and with
+the adapter, to results/integer_scales.json and .md.
 """
 
 from __future__ import annotations
