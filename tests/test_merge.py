@@ -206,7 +206,7 @@ def test_what_cannot_be_merged_is_refused(
         assert not (out / "config.json").exists()
 
     refused("not constant within groups", other, lora, "--to", "zeros")
-    refused("--to cannot be 'gguf'", other, lora, "--to", "gguf")
+    refused("--to cannot be 'awq'", other, lora, "--to", "awq")
     refused("holds no adapter_config.json", other, random_llama, code=1)
     refused("holds no loftq.json", random_llama, lora, code=1)
     refused("is of PEFT's type IA3", other, edited(lora, tmp_path / "ia3", peft_type="IA3"), code=1)
@@ -250,3 +250,26 @@ def test_integer_zero_points_are_refused_with_the_measured_loss(name: str, rando
         assert f"zero points of {name} are whole numbers, so 100% of this adapter's update" in said
     report = loftq_cli.merge(tmp_path / "out", adapter, output=tmp_path / "merged", to="dense")
     assert report.way == "dense" and len(report.errors) == len(made.matrices)
+
+
+def test_qalora_merges_into_gguf(random_llama: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf, which reads GGUF files, is not installed")
+    from transformers import AutoModelForCausalLM
+
+    recipe = {"bits": 4, "method": "qa-lora", "group_size": 32, "rank": 2, "iters": 1}
+    loftq_cli.quantize(random_llama, output=tmp_path / "out", **recipe)
+    expected = train(tmp_path / "out", tmp_path / "trained")
+    report = loftq_cli.merge(tmp_path / "out", tmp_path / "trained", output=tmp_path / "merged", to="gguf")
+    assert report.way == report.format == "gguf" and report.worst_error < 1e-3, "float16 scales and zeros"
+    reader = gguf.GGUFReader(tmp_path / "merged" / "model.gguf")
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if "attn_q" in tensor.name or "ffn" in tensor.name}
+    assert kinds <= {"Q4_1", "F32"} and "Q4_1" in kinds
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", gguf_file="model.gguf", dtype=torch.float32)
+    found, start = logits(model), logits(loftq_cli.load(tmp_path / "out", adapter=False))
+    assert (found - expected).norm() < 0.05 * (start - expected).norm(), "the update is there, but for its rounding"
+    exact = loftq_cli.merge(tmp_path / "out", tmp_path / "trained", output=tmp_path / "zeros")
+    assert exact.worst_error < 1e-6 < report.worst_error
+    with pytest.raises(UsageError, match="4-bit integers in groups of 32"):
+        two = {**recipe, "bits": 2}
+        loftq_cli.quantize(random_llama, output=tmp_path / "two", **two)
+        loftq_cli.merge(tmp_path / "two", tmp_path / "two" / "loftq_init", output=tmp_path / "never", to="gguf")

@@ -20,7 +20,7 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        way: `dense`, `zeros` or `requantize`.
+        way: `dense`, `zeros`, `gguf` or `requantize`.
         dtype: of the model.
         fingerprint: of backbone, adapter and way together.
         errors: of every changed matrix, ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F: what rounding, or quantizing anew, cost.
@@ -59,7 +59,7 @@ def record_of(report: MergeReport) -> bytes:
 def config_of(source: Path, report: MergeReport) -> bytes:
     """config.json: the source's, without its quantization where the result is dense."""
     config = json.loads((source / "config.json").read_bytes())
-    if report.way == "dense":
+    if report.way in ("dense", "gguf"):
         config.pop("quantization_config", None)
         config["dtype"] = report.dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -99,11 +99,13 @@ def card_of(manifest: Manifest, report: MergeReport) -> bytes:
     how = {
         "dense": f"The adapter was added to the dequantized backbone; weights are {report.dtype}.",
         "zeros": "The QA-LoRA adapter was added to the groups' zeros; codes, scales and bits are the backbone's.",
+        "gguf": "The QA-LoRA adapter was added to the groups' zeros, and both are float16 in this Q4_1 file.",
         "requantize": "The adapter was added to the dequantized backbone, and the sum quantized again on its grid.",
     }[report.way]
     runtime = (
         "import loftq_cli.runtime  # teaches transformers the packed layers\n" if report.format == "packed" else ""
     )
+    option = ', gguf_file="model.gguf"' if report.way == "gguf" else ""
     loader = "AutoModelForCausalLM" if manifest.task_type == "CAUSAL_LM" else manifest.architecture or "AutoModel"
     return f"""---
 library_name: transformers
@@ -120,6 +122,6 @@ Relative error against backbone + adapter, {len(report.errors)} matrices: mean {
 ```python
 {runtime}from transformers import {loader}
 
-model = {loader}.from_pretrained({json.dumps(report.output, ensure_ascii=False)})
+model = {loader}.from_pretrained({json.dumps(report.output, ensure_ascii=False)}{option})
 ```
 """.encode()

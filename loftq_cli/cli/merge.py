@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.merged import MergeReport
 
 _LINE_EVERY = 5.0  # seconds
-_WAYS = ("auto", "dense", "zeros", "requantize")
+_WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
 
 
 def merge_command(
@@ -32,8 +32,8 @@ def merge_command(
         str,
         typer.Option(
             "--to",
-            help="dense weights, a QA-LoRA adapter into the groups' zeros, or quantized again; auto takes zeros where "
-            "exact, else dense.",
+            help="dense weights; a QA-LoRA adapter into the groups' zeros, packed or as GGUF Q4_1; or quantized again. "
+            "auto takes zeros where exact, else dense.",
             metavar="|".join(_WAYS),
             autocompletion=lambda incomplete: [way for way in _WAYS if way.startswith(incomplete)],
             rich_help_panel="Output",
@@ -91,6 +91,7 @@ def _print_report(report: MergeReport) -> None:
     how = {
         "dense": f"dense {report.dtype} weights",
         "zeros": f"{report.format}, the update in the groups' zeros, same bits",
+        "gguf": "GGUF Q4_1, the update in the groups' zeros, same codes",
         "requantize": f"{report.format}, quantized again",
     }[report.way]
     console.print(f"{len(report.errors)} matrices merged: {how}, {gigabytes(report.backbone_bytes)}", soft_wrap=True)

@@ -1,10 +1,11 @@
 """`loftq merge`: fold a trained adapter into the backbone, one matrix at a time.
 
-Three ways:
+Four ways:
 
 * `dense`: W = Q + ΔW in the model's dtype, for any container and any LoRA or QA-LoRA adapter.
 * `zeros`: QA-LoRA over integers with float zeros (`packed`). ΔW is constant within groups, so it is added to the
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
+* `gguf`: the same into a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
 * `requantize`: W = Q + ΔW is quantized anew on the container's own grid; what that costs is measured.
 """
 
@@ -27,6 +28,7 @@ from loftq_cli.artifacts.trained import WEIGHTS, TrainedAdapter, read_adapter
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
+from loftq_cli.engine.merge_gguf import blocks_of_record, copied, into_gguf, lay_out_gguf
 from loftq_cli.engine.merge_way import choose_way
 from loftq_cli.engine.output import STATE, hash_file, locate, partial_folder, publish, write_file
 from loftq_cli.engine.writer import ShardWriter
@@ -90,7 +92,7 @@ def merge(
     Args:
         directory: a finished output of `quantize`.
         adapter: a folder that PEFT's `save_pretrained` wrote.
-        to: `dense`, `zeros` or `requantize`; `auto` takes `zeros` where that is exact, else `dense`.
+        to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` where that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
         progress: called with how many tensors are done, of how many.
 
@@ -102,6 +104,8 @@ def merge(
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
     manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
+    if manifest.format == "gguf":
+        choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
     checkpoint = open_safetensors(source)
     try:
         places = _places(trained, manifest)
@@ -168,7 +172,7 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
     adapter_sha = hash_file(job.trained.folder / WEIGHTS).sha256
     identity = merged.fingerprint(job.manifest, adapter_sha, job.way, str(job.dtype))
     pieces = list(_pieces(job))
-    files, index = _lay_out(pieces, max_bytes, identity)
+    files, index = lay_out_gguf(job, pieces, identity) if job.way == "gguf" else _lay_out(pieces, max_bytes, identity)
     errors: dict[str, float] = {}
     writer = ShardWriter(lambda name: locate(output, name), tuple(files))
     writer.prepare()
@@ -185,7 +189,7 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
     report = MergeReport(
         output=str(output),
         way=job.way,
-        format="dense" if dense else job.manifest.format,
+        format={"dense": "dense", "gguf": "gguf"}.get(job.way, job.manifest.format),
         dtype=str(job.dtype).removeprefix("torch.") if dense else job.manifest.dtype,
         fingerprint=identity,
         source_fingerprint=job.manifest.fingerprint,
@@ -213,12 +217,14 @@ def _pieces(job: Merge) -> Iterator[Piece]:
             cast = job.cast and job.way == "dense" and info.dtype.is_floating_point
             dtype = job.dtype if cast else info.dtype
             turned = name in kept and kept[name].kind == "conv1d"
-            yield Piece(None, (name,), (OutputTensor(name, dtype, info.shape),), module, turned)
+            output = OutputTensor(name, dtype, info.shape)
+            yield Piece(None, (name,), (copied(output) if job.way == "gguf" else output,), module, turned)
         elif record.tensor not in seen:
             seen.add(record.tensor)
             inputs = get_format(job.manifest.format).tensors(quantized_matrix(record))
             shape = record.shape[::-1] if record.kind == "conv1d" else record.shape
             outputs = (OutputTensor(record.tensor, job.dtype, shape),) if job.way == "dense" else inputs
+            outputs = blocks_of_record(job, record) if job.way == "gguf" else outputs
             module = record.module if record.module in job.places else None
             yield Piece(record, tuple(tensor.name for tensor in inputs), outputs, module)
 
@@ -244,6 +250,8 @@ def _merged(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
         exact = weight.float() + (update.T if piece.turned else update)
         stored = exact.to(output.dtype)
         return {output.name: stored}, _relative(exact, stored.float())
+    if job.way == "gguf":
+        return into_gguf(job, piece)
     if piece.module is None and job.way != "dense":
         return {name: read(name) for name in piece.inputs}, 0.0
     if job.way == "zeros":
@@ -296,7 +304,7 @@ def _finish(job: Merge, output: Path, report: MergeReport, weights: list[str], i
     for name, content in texts.items():
         write_file(output, name, content)
     names = [*weights, *texts]
-    if job.way != "dense":
+    if job.way in ("zeros", "requantize"):
         files = {name: hash_file(locate(output, name)) for name in names}
         write_file(output, MANIFEST, merged.manifest_of(job.manifest, report, files))
         names.append(MANIFEST)

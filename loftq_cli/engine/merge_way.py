@@ -13,7 +13,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.numerics.qalora import lost_in_integer_zeros
 
-WAYS = ("auto", "dense", "zeros", "requantize")
+WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
 _MEASURED = 3  # matrices are enough to say how much of an update integer zeros lose
 
 
@@ -24,7 +24,7 @@ def choose_way(
     places: Mapping[str, str],
     read: Callable[[str], Tensor],
 ) -> str:
-    """`dense`, `zeros` or `requantize`.
+    """`dense`, `zeros`, `gguf` or `requantize`.
 
     Args:
         places: module of the backbone → module in the adapter.
@@ -37,6 +37,11 @@ def choose_way(
         raise UsageError(f"--to cannot be '{wanted}': choose one of {', '.join(WAYS)}.")
     if wanted == "requantize" and manifest.format == "dense":
         raise UsageError("--to requantize needs a quantized backbone, and this one is dense: use --to dense.")
+    if manifest.format == "gguf":
+        raise UsageError(
+            "a GGUF backbone is for serving: train on --format packed --bits 4 --method qa-lora --group-size 32, and "
+            "merge that with --to gguf."
+        )
     if wanted in ("dense", "requantize"):
         return wanted
     changed = [record for record in manifest.matrices if record.module in places]
@@ -44,9 +49,12 @@ def choose_way(
         if wanted == "auto":
             return "dense"
         raise UsageError(
-            "--to zeros is for QA-LoRA adapters: a LoRA update is not constant within groups, so use --to dense or "
+            f"--to {wanted} is for QA-LoRA adapters: a LoRA update is not constant within groups, so use --to dense or "
             "--to requantize."
         )
+    if wanted == "gguf":
+        _refuse_gguf(manifest, trained)
+        return wanted
     kinds = {None if record.affine is None else record.affine["zero"] for record in changed}
     if kinds == {"float"} and manifest.format == "packed" and _groups_fit(trained, changed):
         return "zeros"
@@ -58,6 +66,22 @@ def choose_way(
             "--to dense."
         )
     return "dense"
+
+
+def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
+    """Q4_1 holds 4-bit codes in groups of 32 with a float16 scale and a float16 zero."""
+    shapes = {
+        (record.bits, record.block_size, None if record.affine is None else record.affine["zero"])
+        for record in manifest.matrices
+    }
+    if manifest.format != "packed" or shapes != {(4, 32, "float")} or trained.group % 32:
+        raise UsageError(
+            "--to gguf needs a packed backbone of 4-bit integers in groups of 32 (--bits 4 --method qa-lora "
+            "--group-size 32): use --to zeros or --to dense."
+        )
+    dense = next((record.tensor for record in manifest.kept if record.kind == "linear"), None)
+    if dense is not None:  # rows of some are reordered in GGUF, which is done to quantized ones alone
+        raise UsageError(f"--to gguf needs every linear layer quantized, and {dense} is not: use --to zeros.")
 
 
 def _groups_fit(trained: TrainedAdapter, changed: list[MatrixRecord]) -> bool:

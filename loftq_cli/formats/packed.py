@@ -86,13 +86,17 @@ class PackedFormat(FormatDefaults):
         return {weight.name: pack_rows(quantized.codes, matrix.grid.bits), **stored}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
+        return dequantize(self.unpack(matrix, read), matrix.grid)
+
+    def unpack(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Quantized:
+        """Codes, scales and zeros as `encode` was given them."""
         weight, *others = self.tensors(matrix)
         codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
         numbers = [read(tensor.name).float() for tensor in others]
         if isinstance(matrix.grid, BlockGrid):
-            return dequantize(QuantizedBlocks(codes, numbers[0].reshape(-1)), matrix.grid)
+            return QuantizedBlocks(codes, numbers[0].reshape(-1))
         zeros = numbers[1] if len(numbers) > 1 else None
-        return dequantize(QuantizedGroups(codes, numbers[0], zeros), matrix.grid)
+        return QuantizedGroups(codes, numbers[0], zeros)
 
     def quantization_config(
         self,
