@@ -18,9 +18,10 @@ from loftq_cli.artifacts.adapter import WEIGHTS
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.measure import Curve, Measurements, Probe
 from loftq_cli.errors import UsageError
+from loftq_cli.formats.base import Request
 from loftq_cli.modules import ModuleMap
 from loftq_cli.numerics.allocation import Choices, RankChoice, allocate, allocate_ranks
-from loftq_cli.planner import Plan, Unit, make_plan
+from loftq_cli.planner import Plan, Unit, make_plan, refuse_together
 from loftq_cli.recipe import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size
 
 _TOLERANCE = 0.005  # of the budget: how far the result may stay from it without a word
@@ -133,6 +134,7 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap) -> Field:
     if not plans:
         assert refused is not None
         raise refused
+    _refuse_mixture(dataclasses.replace(recipe, format=form), plans, checkpoint, modules)
     widths: dict[str, dict[int, Unit]] = {}
     for plan in plans.values():
         for unit in plan.matrices:
@@ -143,6 +145,18 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap) -> Field:
     other = sum(unit.backbone_bytes for unit in widest.units if unit.tensor not in widths)
     headers = sum(len(file.header) for file in widest.files if file.name != WEIGHTS)
     return Field(candidates, other + headers)
+
+
+def _refuse_mixture(recipe: Recipe, plans: Mapping[int, Plan], checkpoint: Checkpoint, modules: ModuleMap) -> None:
+    """Ask the container about two widths at once before anything is measured.
+
+    Raises:
+        UsageError: it holds one width only.
+    """
+    if len(plans) > 1:
+        both = [plan.matrices[0].matrix for plan in (plans[min(plans)], plans[max(plans)])]
+        request = Request(modules.task_type, recipe.dequantize, checkpoint.config)
+        refuse_together([matrix for matrix in both if matrix is not None], recipe, request)
 
 
 def _rank_given(recipe: Recipe, widths: Mapping[int, Unit]) -> bool:

@@ -161,9 +161,9 @@ def make_plan(
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
     request = Request(modules.task_type, recipe.dequantize, checkpoint.config)
-    _refuse_together((), recipe, request)
+    refuse_together((), recipe, request)
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype, request) for role in modules.roles)
-    _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
+    refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
     _refuse_nothing(units, recipe)
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
@@ -174,7 +174,7 @@ def make_plan(
     return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
 
 
-def _refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
+def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
     """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
     reason = get_format(recipe.format).refuse(matrices, request)
     if reason is not None:

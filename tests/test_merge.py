@@ -13,6 +13,7 @@ from test_cli import loftq, sentence
 from torch import Tensor
 
 import loftq_cli
+from loftq_cli.errors import UsageError
 from loftq_cli.numerics.qalora import lost_in_integer_zeros
 
 IDS = torch.arange(24).reshape(2, 12)

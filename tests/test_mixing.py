@@ -195,6 +195,7 @@ def test_only_widths_that_the_container_holds(llama: Path) -> None:
         ({"weigh": "both", "bits": 2.5}, "--weigh"),
         ({"target_size": "large"}, "no size"),
         ({"bits": 2.5, "format": "bnb", "data_type": "uniform"}, "use --format packed"),
+        ({"bits": 2.5, "format": "gptq", "group_size": 32}, "one bit width"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: dict, said: str | None, llama: Path) -> None:

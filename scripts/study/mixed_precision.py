@@ -140,7 +140,7 @@ def table(result: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in result["full_precision"].items())
         + ". The objective is the mean relative squared error, weighted by size; 'plain' without the adapter.",
         "",
-        "| model | asked | mix | mean bits | widths | backbone bytes | objective plain | objective | domain | WikiText |",
+        "| model | asked | mix | mean | widths | backbone bytes | objective plain | objective | domain | WikiText |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in ("small Llama", "MiniLM"):
