@@ -48,7 +48,7 @@ class Unit:
     Attributes:
         matrix: None where the tensor is copied; `reason` then says why.
         target: the adapter it gets, if any.
-        backbone, adapter: its output tensors.
+        backbone, adapter: its output tensors; `copies` are those of the adapter for other readers than PEFT.
     """
 
     source: TensorInfo
@@ -58,6 +58,7 @@ class Unit:
     reason: str
     target: AdapterTarget | None
     backbone: tuple[OutputTensor, ...]
+    copies: tuple[OutputTensor, ...] = ()
 
     @property
     def tensor(self) -> str:
@@ -65,7 +66,7 @@ class Unit:
 
     @property
     def adapter(self) -> tuple[OutputTensor, ...]:
-        return () if self.target is None else adapter.adapter_tensors(self.target)
+        return () if self.target is None else (*adapter.adapter_tensors(self.target), *self.copies)
 
     @property
     def adapter_bytes(self) -> int:
@@ -160,7 +161,9 @@ def make_plan(
     notes = [*modules.notes, *_filter_notes(recipe, modules)]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
-    request = Request(modules.task_type, recipe.dequantize, checkpoint.config)
+    side = checkpoint.side_files()
+    tokenizer = next((file.read for file in side if file.name == "tokenizer.json"), None)
+    request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
     refuse_together((), recipe, request)
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype, request) for role in modules.roles)
     refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
@@ -170,7 +173,6 @@ def make_plan(
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, weight_index = _lay_out_files(units, recipe, identity, request)
     texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
-    side = checkpoint.side_files()
     return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
 
 
@@ -249,7 +251,8 @@ def _unit(
     matrix = _matrix(role, info, decision, recipe, dtype) if decision.bits else Refusal(decision.reason, fatal=False)
     if isinstance(matrix, QuantizedMatrix):
         matrix = container.place(matrix, request)
-        return Unit(info, role.module, role.kind, matrix, "", target, container.tensors(matrix))
+        copies = () if target is None else container.adapter_copies(matrix, target.rank)
+        return Unit(info, role.module, role.kind, matrix, "", target, container.tensors(matrix), copies)
     cast_to = dtype if recipe.dtype != "auto" and info.dtype.is_floating_point else info.dtype
     copied = container.copied(OutputTensor(info.name, cast_to, info.shape))
     # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
@@ -286,6 +289,7 @@ def _matrix(
         symmetric=recipe.symmetric,
         scale_rule=cast("ScaleRule", recipe.scale),
         double_quant=recipe.double_quant,
+        unrounded=recipe.pooling > 1,
         module=role.module or "",
     )
     grid = get_format(recipe.format).grid(request)
@@ -309,9 +313,9 @@ def _lay_out_files(
     metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
     matrices = [unit.matrix for unit in units if unit.matrix is not None]
     backbone = [tensor for unit in units for tensor in unit.backbone]
-    adapters = [tensor for unit in units for tensor in unit.adapter]
-    adapter_files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
-    single = get_format(recipe.format).container(backbone, matrices, request, fingerprint)
+    container = get_format(recipe.format)
+    adapter_files = _adapter_files(units, recipe, metadata, request)
+    single = container.container(backbone, matrices, request, fingerprint)
     if single is not None:
         return (single, *adapter_files), {}
     shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
@@ -319,6 +323,16 @@ def _lay_out_files(
     files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
     index = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
     return (*files, *adapter_files), index if len(shards) > 1 else {}
+
+
+def _adapter_files(
+    units: Sequence[Unit], recipe: Recipe, metadata: Mapping[str, str], request: Request
+) -> list[TensorFile]:
+    adapters = [tensor for unit in units if unit.target for tensor in adapter.adapter_tensors(unit.target)]
+    files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
+    copies = [tensor for unit in units for tensor in unit.copies]
+    other = get_format(recipe.format).copies_container(copies, request, recipe.rank) if copies else None
+    return files if other is None else [*files, other]
 
 
 def _texts(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import loftq_cli
-from loftq_cli.artifacts.decode import decode_matrix
+from loftq_cli.artifacts.decode import decode_matrix, decode_product
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix
-from loftq_cli.formats.gguf import FILE, tensor_name
+from loftq_cli.formats.gguf import FILE, LORA_FILE, tensor_name
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.grids import dequantize
 
@@ -22,7 +24,7 @@ KINDS = {"Q4_0": (4, True), "Q4_1": (4, False), "Q8_0": (8, True)}
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
-def make_model(kind: str, dtype: torch.dtype, folder: Path) -> Path:
+def make_model(kind: str, dtype: torch.dtype, folder: Path, *, vocab_size: int = 128) -> Path:
     import transformers
 
     torch.manual_seed(0)
@@ -32,7 +34,7 @@ def make_model(kind: str, dtype: torch.dtype, folder: Path) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 128,
+        "vocab_size": vocab_size,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     }
@@ -99,6 +101,31 @@ def test_transformers_and_gguf_load_exactly(kind: str, dtype: str, tmp_path: Pat
         assert bare.config.rope_parameters["rope_theta"] == base.config.rope_parameters["rope_theta"]
 
 
+def test_the_lora_file_is_the_adapter_once_more(tmp_path: Path) -> None:
+    """What llama.cpp adds, alpha / rank · B A in ggml's row order, is what PEFT adds."""
+    source, out = make_model("Llama", torch.float32, tmp_path / "source"), tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        source, output=out, bits=4, format="gguf", rank=4, iters=2, alpha=6.0, rule=["q_proj=4:8", "down=skip"]
+    )
+    reader = gguf.GGUFReader(out / LORA_FILE)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter",
+        "lora",
+        "llama",
+    )
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 2 * len(manifest.matrices) == 24
+    for record in manifest.matrices:
+        a, b = (tensors[f"{tensor_name(record.tensor)}.lora_{side}"] for side in "ab")
+        product = fields["adapter.lora.alpha"] / record.rank * b @ a
+        if record.heads:
+            halves = product.reshape(record.heads, -1, 2, record.shape[1]).transpose(1, 2)
+            product = halves.reshape(record.shape)
+        assert b.shape[1] == record.rank
+        assert torch.allclose(product, decode_product(out, manifest, record), atol=1e-6), record.module
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
@@ -117,3 +144,50 @@ def test_what_gguf_cannot_hold_is_refused(recipe: dict, words: str, random_llama
 def test_models_gguf_is_not_written_for_are_refused(minilm: Path) -> None:
     with pytest.raises(UsageError, match=r"not for 'bert'.*--format packed"):
         loftq_cli.plan(minilm, bits=4, format="gguf")
+
+
+def tokenizer_file(kind: str, size: int, path: Path) -> None:
+    """A small BPE tokenizer trained on this file, byte-level as GPT-2's or with byte tokens as SentencePiece's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    text = [Path(__file__).read_text()]
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special, alphabet = ["<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))], []
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_file_holds_the_vocabulary(kind: str, tmp_path: Path) -> None:
+    """transformers rebuilds the tokenizer from the GGUF file alone, with the same ids."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = make_model("Llama", torch.float32, tmp_path / "source", vocab_size=600)
+    tokenizer_file(kind, 590, source)
+    loftq_cli.quantize(source, output=tmp_path / "out", bits=4, format="gguf", rank=4, iters=1)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "out" / FILE, alone / FILE)
+    fields = gguf.GGUFReader(alone / FILE).fields
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 600
+    if kind == "byte-level":
+        assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    theirs = AutoTokenizer.from_pretrained(alone, gguf_file=FILE)
+    ours = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
+    for text in ("def test(path): return None", "Größe: 12 €\n\tx = 3"):
+        wanted = ours(text, add_special_tokens=False).input_ids
+        assert theirs(text, add_special_tokens=False).input_ids == wanted

@@ -96,6 +96,19 @@ def test_dense(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Non
         assert loftq_cli.merge(backbone, adapter, output=tmp_path / "auto").way == "dense"
 
 
+def test_a_bfloat16_model_merges_exactly_too(small_llama: Path, tmp_path: Path) -> None:
+    recipe = {"bits": 4, "method": "qa-lora", "group_size": 32, "rank": 4, "iters": 1, "include": ("*.layers.0.*",)}
+    manifest = loftq_cli.quantize(small_llama, output=tmp_path / "out", **recipe)
+    assert manifest.dtype == "bfloat16"
+    report = loftq_cli.merge(tmp_path / "out", tmp_path / "out" / "loftq_init", output=tmp_path / "merged")
+    assert report.way == "zeros" and 0 < report.worst_error < 1e-6
+    both = loftq_cli.load(tmp_path / "out", dtype=torch.float32)
+    merged = loftq_cli.load(tmp_path / "merged", adapter=False, dtype=torch.float32)
+    assert (logits(both) - logits(merged)).abs().max() < 1e-5
+    layer = loftq_cli.load(tmp_path / "merged", adapter=False).model.layers[0].mlp.up_proj
+    assert torch.equal(loftq_cli.decode(tmp_path / "merged", "model.layers.0.mlp.up_proj"), layer.dequantized_weight())
+
+
 def test_requantize_says_what_it_costs(loftq_model: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
     backbone, adapter, _ = loftq_model
     report = loftq_cli.merge(backbone, adapter, output=tmp_path / "merged", to="requantize")

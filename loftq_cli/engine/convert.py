@@ -49,7 +49,11 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
     if unit.target is not None:
-        adapter = encode_adapter(unit.target, result.lora_a.cpu(), result.lora_b.cpu(), recipe.scaling)
+        lora_a, lora_b = result.lora_a.cpu(), result.lora_b.cpu()
+        adapter = encode_adapter(unit.target, lora_a, lora_b, recipe.scaling)
+        # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
+        share = unit.target.rank / recipe.rank
+        adapter |= get_format(recipe.format).encode_copies(unit.matrix, lora_a, lora_b * share)
     record = matrix_record(
         unit,
         plain_residual=_rounded(result.plain_residual),

@@ -72,7 +72,10 @@ def into_gguf(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
 
 def _request(job: Merge) -> Request:
     config = json.loads((job.source / "config.json").read_bytes())
-    return Request(job.manifest.task_type, config=config)
+    tokenizer = job.source / "tokenizer.json"
+    return Request(
+        job.manifest.task_type, config=config, tokenizer=tokenizer.read_bytes if tokenizer.is_file() else None
+    )
 
 
 def _blocks(job: Merge, record: MatrixRecord) -> QuantizedMatrix:

@@ -90,6 +90,7 @@ class GridRequest:
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
         module: path in the transformers model.
+        unrounded: keep values in float32 where the container can, so that an adapter can be added to the zeros exactly.
     """
 
     kind: MatrixKind
@@ -103,6 +104,7 @@ class GridRequest:
     scale_rule: ScaleRule = "mse"
     double_quant: bool = False
     module: str = ""
+    unrounded: bool = False
 
     @property
     def group_divides(self) -> bool:
@@ -118,11 +120,13 @@ class Request:
         task_type: PEFT's name of what the model does, None where it has none.
         dequantize: let the loader unpack while loading, where it can.
         config: the model's config.json.
+        tokenizer: reads its tokenizer.json; None where it has none.
     """
 
     task_type: str | None
     dequantize: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[[], bytes] | None = None
 
 
 ANY_REQUEST = Request(None)
@@ -181,6 +185,15 @@ class Format(Protocol):
     ) -> TensorFile | None:
         """The one file that holds everything, or None for safetensors shards."""
 
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        """A and B once more, for readers that know nothing of PEFT."""
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        """The bytes of `adapter_copies`, by name. A [r, in] and B [out, r] as PEFT has them."""
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
+        """The file of all adapter copies."""
+
     def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
 
@@ -219,4 +232,13 @@ class FormatDefaults:
     def container(
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
     ) -> TensorFile | None:
+        return None
+
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        return ()
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
         return None

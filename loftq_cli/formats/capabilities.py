@@ -96,7 +96,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "Q4_0, Q4_1 (`--asymmetric`), Q8_0; Llama, Qwen2, Qwen3",
         Claim("yes", _GGUF),
         Claim("yes, unpacked", _GGUF),
-        Claim("transformers; vLLM", UPSTREAM),
+        Claim("llama.cpp", UPSTREAM),
         ("peft", "gguf"),
     ),
     Capability(

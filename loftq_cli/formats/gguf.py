@@ -11,6 +11,7 @@ A row is a sequence of blocks of 32 weights:
 Byte j of the 4-bit codes holds weight j in its low half and weight j + 16 in its high half. Values are float32. Vectors
 are stored in float32, other tensors as they are. Names are those of the gguf package; rows of Llama's queries and keys
 are reordered, because ggml rotates neighbouring elements where transformers rotates halves.
+`loftq_init/adapter.gguf` is the adapter once more, for llama.cpp.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
-from loftq_cli.formats.gguf_file import GgmlType, file_layout, model_values
+from loftq_cli.formats.gguf_file import GgmlType, adapter_values, file_layout, model_values
+from loftq_cli.formats.gguf_vocabulary import vocabulary_values
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
-FILE = "model.gguf"
+FILE, LORA_FILE = "model.gguf", "loftq_init/adapter.gguf"
 _INSTEAD = "use --format packed or --format dense"
 _BLOCK = 32
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -104,8 +106,25 @@ class GgufFormat(FormatDefaults):
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
     ) -> TensorFile:
         types = {tensor_name(matrix.tensor): (_type(matrix), matrix.shape) for matrix in matrices}
-        values = model_values(request.config, next(iter(types.values()))[0], fingerprint)
+        values: dict[str, Any] = {**model_values(request.config, next(iter(types.values()))[0], fingerprint)}
+        if request.tokenizer is not None:
+            values |= vocabulary_values(request.tokenizer(), request.config)
         return file_layout(FILE, tensors, types, values)
+
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        name = tensor_name(matrix.tensor)
+        return (
+            OutputTensor(f"{name}.lora_a", torch.float32, (rank, matrix.in_features)),
+            OutputTensor(f"{name}.lora_b", torch.float32, (matrix.out_features, rank)),
+        )
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        first, second = self.adapter_copies(matrix, lora_a.shape[0])
+        return {first.name: lora_a, second.name: lora_b[_file_rows(matrix, lora_b.device)].contiguous()}
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
+        arch = str(request.config["model_type"])
+        return file_layout(LORA_FILE, tensors, {}, adapter_values(arch, alpha))
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         width = matrix.in_features // _BLOCK * _type(matrix).block_bytes

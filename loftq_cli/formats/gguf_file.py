@@ -66,11 +66,22 @@ def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) ->
     }
 
 
+def adapter_values(architecture: str, alpha: float) -> dict[str, int | float | str]:
+    """The key-values of a LoRA file; `alpha` is divided by each adapter's rank, as in PEFT."""
+    return {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "general.alignment": _ALIGNMENT,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+
+
 def file_layout(
     name: str,
     tensors: Sequence[OutputTensor],
     quantized: Mapping[str, tuple[GgmlType, tuple[int, int]]],
-    values: Mapping[str, int | float | str],
+    values: Mapping[str, Any],
 ) -> TensorFile:
     """The file's header, and every tensor's place.
 
@@ -97,8 +108,15 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _value(value: int | float | str) -> bytes:
-    """A key's value with its type: uint32 is 4, float32 is 6, a string 8."""
+def _value(value: Any) -> bytes:
+    """A key's value with its type: uint32 is 4, int32 in lists 5, float32 6, a string 8, a list 9."""
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    if value and isinstance(value[0], str):
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
+    code, letter = (6, "f") if value and isinstance(value[0], float) else (5, "i")
+    return struct.pack(f"<IIQ{len(value)}{letter}", 9, code, len(value), *value)

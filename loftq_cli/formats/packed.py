@@ -9,7 +9,8 @@ For a linear layer at on-disk path P:
 | `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
 | `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
 
-Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
+QA-LoRA's integers are not rounded to the model's dtype (`value_dtype`: float32), so that their zeros take up an adapter
+exactly. Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
 Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
 bits, sizes and module paths stand in config.json; JSON's shortest decimals give float32 back exactly.
 """
@@ -57,7 +58,8 @@ class PackedFormat(FormatDefaults):
         if request.data_type == "int":
             zero: Zero = "none" if request.symmetric else "float"
             rule = request.scale_rule
-            return AffineGrid(request.bits, request.block_size, zero, dtype, dtype, scale_rule=rule)
+            value_dtype = torch.float32 if request.unrounded else dtype
+            return AffineGrid(request.bits, request.block_size, zero, dtype, value_dtype, scale_rule=rule)
         book = codebook(request.data_type, request.bits)
         return BlockGrid(book, request.block_size, "rows", scale_dtype=dtype, value_dtype=dtype)
 
@@ -113,11 +115,11 @@ class PackedFormat(FormatDefaults):
             "quant_method": QUANT_METHOD,
             "version": 2 if integers else 1,
             "dtype": DTYPE_NAMES[dtype],
-            "groups": [{**_grid_values(grid), "modules": modules} for grid, modules in groups.items()],
+            "groups": [{**_grid_values(grid, dtype), "modules": modules} for grid, modules in groups.items()],
         }
 
 
-def _grid_values(grid: Grid) -> dict[str, Any]:
+def _grid_values(grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
     if isinstance(grid, BlockGrid):
         return {
             "bits": grid.bits,
@@ -133,4 +135,5 @@ def _grid_values(grid: Grid) -> dict[str, Any]:
         "group_size": grid.group_size,
         "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
         "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+        **({} if grid.value_dtype == dtype else {"value_dtype": DTYPE_NAMES[grid.value_dtype]}),
     }
