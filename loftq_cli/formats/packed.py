@@ -9,8 +9,9 @@ For a linear layer at on-disk path P:
 | `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
 | `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
 
-QA-LoRA's integers are not rounded to the model's dtype (`value_dtype`: float32), so that their zeros take up an adapter
-exactly. Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
+Integers under QA-LoRA are not rounded to the model's dtype (`value_dtype`: float32): their zeros take up an adapter.
+
+Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
 Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
 bits, sizes and module paths stand in config.json; JSON's shortest decimals give float32 back exactly.
 """
