@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.engine.merge import merge as merge
+    from loftq_cli.engine.verify import Verification as Verification
+    from loftq_cli.engine.verify import verify as verify
     from loftq_cli.errors import LoftqError as LoftqError
     from loftq_cli.planner import Plan as Plan
     from loftq_cli.recipe import Recipe as Recipe
@@ -31,12 +33,14 @@ _HOMES = {
     "Manifest": "loftq_cli.artifacts.manifest",
     "Plan": "loftq_cli.planner",
     "Recipe": "loftq_cli.recipe",
+    "Verification": "loftq_cli.engine.verify",
     "decode": "loftq_cli.artifacts.decode",
     "load": "loftq_cli.runtime.load",
     "merge": "loftq_cli.engine.merge",
     "plan": "loftq_cli.api",
     "quantize": "loftq_cli.api",
     "read_manifest": "loftq_cli.artifacts.manifest",
+    "verify": "loftq_cli.engine.verify",
 }
 __all__ = ["__version__", *_HOMES]
 

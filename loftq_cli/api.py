@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ def quantize(
             target_size=None, weigh="relative", rank=16, rank_budget=None, iters=5, method="loftq", init="svd",
             data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None, double_quant=False,
             format="auto", dequantize=True, rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep",
-            alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
+            allow_nonfinite=False, alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
+            max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -55,6 +56,7 @@ def quantize(
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.finite import find_nonfinite
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
 
@@ -62,7 +64,10 @@ def quantize(
     chosen = choose_device(device)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
         reporter = reporter or Reporter()
-        made = _plan(resolved, checkpoint, output, chosen, reporter.measuring)
+        nonfinite = None
+        if resolved.allow_nonfinite:
+            nonfinite = find_nonfinite(_unmixed_plan(resolved, checkpoint, output), checkpoint, reporter)
+        made = _plan(resolved, checkpoint, output, chosen, reporter.measuring, nonfinite)
         return run_plan(
             made,
             checkpoint,
@@ -134,6 +139,7 @@ def _plan(
     output: str | Path | None,
     device: torch.device,
     measuring: Callable[[int, int], None],
+    nonfinite: Mapping[str, str] | None = None,
 ) -> Plan:
     import dataclasses
 
@@ -143,6 +149,15 @@ def _plan(
 
     target = Path(output).expanduser() if output else default_output(recipe)
     modules = find_modules(checkpoint)
-    mixed = mix(recipe, checkpoint, modules, device, measuring)
-    made = make_plan(mixed.recipe, checkpoint, target.resolve(), __version__, modules)
+    mixed = mix(recipe, checkpoint, modules, device, measuring, nonfinite)
+    made = make_plan(mixed.recipe, checkpoint, target.resolve(), __version__, nonfinite, modules)
     return dataclasses.replace(made, notes=(*made.notes, *mixed.notes))
+
+
+def _unmixed_plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+    """The matrices of a conversion, before bits and ranks are allocated."""
+    from loftq_cli import __version__
+    from loftq_cli.planner import make_plan
+
+    target = Path(output).expanduser() if output else default_output(recipe)
+    return make_plan(recipe.unmixed(), checkpoint, target.resolve(), __version__)

@@ -93,6 +93,7 @@ def mix(
     modules: ModuleMap,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    nonfinite: Mapping[str, str] | None = None,
 ) -> Mixed:
     """Allocate what the recipe leaves to a budget. Reads weights, one matrix at a time, only where it has to.
 
@@ -102,7 +103,7 @@ def mix(
     """
     if not recipe.allocates:
         return Mixed(recipe)
-    field = _field(recipe, checkpoint, modules)
+    field = _field(recipe, checkpoint, modules, nonfinite)
     ranks_open = recipe.rank_budget is not None and not all(c.rank_given for c in field.candidates)
     if field.settled and not ranks_open:
         return Mixed(recipe, _notes(recipe, field))
@@ -115,7 +116,7 @@ def mix(
     return Mixed(_with_rules(recipe, field, ranks), _notes(recipe, field))
 
 
-def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap) -> Field:
+def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite: Mapping[str, str] | None) -> Field:
     """Plan the model once at every width; what the container refuses at a width is no choice.
 
     Raises:
@@ -128,7 +129,7 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap) -> Field:
     for width in sorted(allowed):
         uniform = dataclasses.replace(recipe, bits=width, mix="", target_size=None, rank_budget=None, format=form)
         try:
-            plans[width] = make_plan(uniform, checkpoint, Path(), "", modules)
+            plans[width] = make_plan(uniform, checkpoint, Path(), "", nonfinite, modules)
         except UsageError as error:
             refused = error
     if not plans:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import module_exceptions as rules
 from loftq_cli.errors import LoftqError
-from loftq_cli.module_build import RuntimeName, build_on_meta, runtime_names
+from loftq_cli.module_build import RuntimeName, build_on_meta, named_class, runtime_names
 from loftq_cli.module_exceptions import Tower
 from loftq_cli.module_view import ModelView
 
@@ -87,7 +87,7 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         LoftqError: a tensor's shape contradicts the config.
     """
-    model, notes = build_on_meta(config)
+    model, notes = build_on_meta(config, len(shapes))
     if model is None:
         return _map_by_name(config, shapes, notes)
     names, more_notes = runtime_names(model, list(shapes))
@@ -240,8 +240,7 @@ def _class_names(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
 
 def _map_by_name(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], notes: list[str]) -> ModuleMap:
     """The map without a model class: large 2-D `*.weight` tensors are linear unless their names say otherwise."""
-    named = next(iter(config.get("architectures") or ()), None)
-    causal = isinstance(named, str) and named.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = (named_class(config) or "").endswith(("ForCausalLM", "LMHeadModel"))
     roles = tuple(_role_by_name(tensor, tuple(shape)) for tensor, shape in shapes.items())
     # Whatever has two dimensions may be a Linear in the model that nobody here has seen.
     maybe = (r.module for r in roles if r.module and len(shapes[r.tensor]) == 2 and r.keep not in rules.TABLES)

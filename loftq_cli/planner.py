@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
 from loftq_cli.checkpoint import Checkpoint, SideFile, TensorInfo
-from loftq_cli.checkpoint.base import fingerprint
+from loftq_cli.checkpoint.base import fingerprint, name_order
 from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
@@ -83,7 +84,9 @@ class Plan:
 
     Attributes:
         recipe: the user's, with `format: auto` resolved.
-        fingerprint: of recipe and source; stands in the backbone's and the adapter's metadata.
+        fingerprint: of recipe and model, the same for every kind of source; stands in the backbone's and the adapter's
+            metadata.
+        units: in the order of their tensors' names.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
     """
 
@@ -146,19 +149,36 @@ def find_modules(checkpoint: Checkpoint) -> ModuleMap:
 
 
 def make_plan(
-    recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str, modules: ModuleMap | None = None
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    version: str,
+    nonfinite: Mapping[str, str] | None = None,
+    modules: ModuleMap | None = None,
 ) -> Plan:
-    """Decide everything that can be decided from headers; `modules` where they have been found already.
+    """Decide everything that can be decided from headers.
+
+    Args:
+        nonfinite: matrices that hold NaN or infinity, by tensor, with the reason to leave them alone; None where no
+            weight was read.
+        modules: where they have been found already.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
         LoftqError: the checkpoint cannot be converted.
     """
     modules = modules or find_modules(checkpoint)
+    _refuse_unsound(checkpoint, modules, recipe)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
+    decisions |= {name: Decision(0, 0, reason) for name, reason in (nonfinite or {}).items()}
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
-    notes = [*modules.notes, *_filter_notes(recipe, modules)]
+    notes = [
+        *modules.notes,
+        *_missing_notes(modules),
+        *_filter_notes(recipe, modules),
+        *_nonfinite_notes(recipe, nonfinite),
+    ]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
     side = checkpoint.side_files()
@@ -205,15 +225,33 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     )
 
 
+def _refuse_unsound(checkpoint: Checkpoint, modules: ModuleMap, recipe: Recipe) -> None:
+    """Without a model class matrices are chosen by name only where the user chooses them; and a model of which layers
+    are missing is damaged. Heads and poolers may be missing: transformers starts them anew."""
+    if modules.architecture is None and not recipe.include:
+        raise LoftqError(
+            f"{checkpoint.path}: {modules.notes[0].split(': matrices were chosen')[0]}; check config.json or upgrade "
+            "transformers, or give --include '*' to choose matrices by name and shape."
+        )
+    lost = [name for name in modules.missing if re.search(r"\.\d+\.", name)]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise LoftqError(
+            f"{checkpoint.path} lacks {lost[0]}{more}, which {modules.architecture} built from config.json has: finish "
+            "the download, or check that config.json belongs to these weights."
+        )
+
+
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
-    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out."""
+    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out. The
+    rest stands in the order of names, however the source has it."""
     first: dict[object, str] = {}
     for name, info in checkpoint.tensors.items():
         first.setdefault((info.file, info.start, info.shape, info.dtype) if info.nbytes else name, name)
     unique = set(first.values())
     tied = {role.tensor for role in modules.roles if (role.keep or "").startswith("tied to ")}
-    roles = tuple(role for role in modules.roles if role.tensor in unique or role.tensor not in tied)
-    return dataclasses.replace(modules, roles=roles)
+    roles = [role for role in modules.roles if role.tensor in unique or role.tensor not in tied]
+    return dataclasses.replace(modules, roles=tuple(sorted(roles, key=lambda role: name_order(role.tensor))))
 
 
 def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
@@ -222,8 +260,20 @@ def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
     return checkpoint.fingerprint if len(used) == len(checkpoint.tensors) else fingerprint(checkpoint.config, used)
 
 
+def _missing_notes(modules: ModuleMap) -> list[str]:
+    return [f"the checkpoint has no {name}: transformers will start it at random." for name in modules.missing]
+
+
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
     return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+
+
+def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:
+    if nonfinite:
+        return [f"{name} {reason} and stays in full precision." for name, reason in nonfinite.items()]
+    if recipe.allow_nonfinite and nonfinite is None:
+        return ["no weight was read: a matrix that holds NaN or infinity will stay in full precision."]
+    return []
 
 
 def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str, Decision]) -> torch.dtype:

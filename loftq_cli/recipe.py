@@ -32,6 +32,7 @@ DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
+_MAX_YAML, _DEEPEST = 1_000_000, 100
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -75,8 +76,8 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"'{text}' is no rule: write REGEX=SPEC, SPEC being bits, bits:rank, skip or dense.")
     if spec in ("skip", "dense"):
         return Rule(pattern, keep=spec)
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", spec)
-    if match is None or int(match[1]) not in BITS or match[2] == "0":
+    match = re.fullmatch(r"(\d)(?::(\d{1,9}))?", spec, re.ASCII)
+    if match is None or int(match[1]) not in BITS or (match[2] and int(match[2]) == 0):
         raise UsageError(f"'{spec}' in the rule '{text}' is no SPEC: write 2, 3, 4 or 8, bits:rank, skip or dense.")
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
@@ -92,7 +93,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         UsageError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"'{text}' is no size: write a number with KB, MB, GB, KiB, MiB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -136,6 +137,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embeddings: str = "keep"
     lm_head: str = "keep"
+    allow_nonfinite: bool = False
     alpha: float | None = None
     keep_last: bool = False
     svd: str = "fast"
@@ -148,11 +150,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("rule", "include", "exclude"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = (value,) if isinstance(value, str) else () if value is None else value
+            value = tuple(value) if isinstance(value, (list, tuple)) else (None,)
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        _check_text(self)
         if isinstance(self.bits, float) and self.bits.is_integer():
             object.__setattr__(self, "bits", int(self.bits))
         if not self.mix and (self.target_size is not None or isinstance(self.bits, float)):
@@ -164,6 +168,10 @@ class Recipe:
     def allocates(self) -> bool:
         """Whether widths or ranks are chosen matrix by matrix under a budget."""
         return bool(self.mix) or self.rank_budget is not None
+
+    def unmixed(self) -> Recipe:
+        """The same without a budget: every matrix at the base width and rank, but for rules."""
+        return dataclasses.replace(self, bits=self.base_bits, mix="", target_size=None, rank_budget=None)
 
     @property
     def base_bits(self) -> int:
@@ -191,8 +199,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model`, a mere path or name, does not count."""
-        values = {name: value for name, value in self.as_dict().items() if name != "model"}
+        """One hash of the recipe and the source's own fingerprint. What only names the source does not count: the same
+        model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "revision")}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -231,14 +240,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(path, text)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of values such as 2001-99-99 and !!bool x
+        raise UsageError(f"a value in {path} makes no sense ({' '.join(str(error).split())}): correct it.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _check_yaml(path: Path, text: str) -> None:
+    """The parser's time grows with the square of the depth, and its own refusals come late."""
+    depth = deepest = 0
+    for character in text if len(text) <= _MAX_YAML else "":
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if len(text) > _MAX_YAML or deepest > _DEEPEST or "- " * _DEEPEST in text or "? " * _DEEPEST in text:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.")
 
 
 def write_yaml(recipe: Recipe) -> str:
@@ -246,6 +271,14 @@ def write_yaml(recipe: Recipe) -> str:
     import yaml
 
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _check_text(recipe: Recipe) -> None:
+    """YAML can hold halves of characters and zeros, which neither files nor paths can."""
+    for name, value in recipe.as_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (text.encode("utf-8", "replace").decode() != text or "\0" in text):
+                raise UsageError(f"{name} holds a character that is none: correct {text!r:.80}.")
 
 
 def _check(recipe: Recipe) -> None:
@@ -266,27 +299,31 @@ def _check(recipe: Recipe) -> None:
     }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
-        if value not in allowed or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
             listed = ", ".join(str(item) for item in allowed)
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
     for name, least in (("rank", 1), ("iters", 0), ("seed", 0)):
         value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
-    for name in ("keep_last", "double_quant", "dequantize"):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")
+    for name in ("keep_last", "double_quant", "dequantize", "allow_nonfinite"):
         if not isinstance(getattr(recipe, name), bool):
-            raise UsageError(f"{name} cannot be {getattr(recipe, name)!r}: give true or false.")
+            raise UsageError(f"{name} cannot be {_shown(getattr(recipe, name))}: give true or false.")
     if recipe.symmetric is not None and not isinstance(recipe.symmetric, bool):
-        raise UsageError(f"symmetric cannot be {recipe.symmetric!r}: give true or false, or leave it out.")
-    if recipe.group_size is not None and (recipe.group_size not in GROUP_SIZES or isinstance(recipe.group_size, bool)):
+        raise UsageError(f"symmetric cannot be {_shown(recipe.symmetric)}: give true or false, or leave it out.")
+    group = recipe.group_size
+    if group is not None and (group not in GROUP_SIZES or not isinstance(group, int) or isinstance(group, bool)):
         listed = ", ".join(str(item) for item in GROUP_SIZES)
-        raise UsageError(f"--group-size cannot be {recipe.group_size!r}: choose one of {listed} (-1 is a whole row).")
-    if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
+        raise UsageError(f"--group-size cannot be {_shown(group)}: choose one of {listed} (-1 is a whole row).")
+    alpha = 1.0 if recipe.alpha is None else recipe.alpha
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
         raise UsageError(
-            f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
+            f"--alpha cannot be {_shown(recipe.alpha)}: give a positive number, or leave it out for alpha = rank."
         )
     if recipe.revision is not None and (not isinstance(recipe.revision, str) or not recipe.revision):
-        raise UsageError(f"--revision cannot be {recipe.revision!r}: give a branch, a tag or a commit, as a string.")
+        raise UsageError(
+            f"--revision cannot be {_shown(recipe.revision)}: give a branch, a tag or a commit, as a string."
+        )
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
 
@@ -294,17 +331,30 @@ def _check(recipe: Recipe) -> None:
 def _check_budget(recipe: Recipe) -> None:
     """Bits, and what chooses them matrix by matrix."""
     bits, mix = recipe.bits, recipe.mix
+    if not isinstance(mix, str) or (mix and mix not in MIXES):
+        raise UsageError(f"--mix cannot be {_shown(mix)}: choose one of {', '.join(MIXES)}.")
     number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
     if not number or not (BITS[0] <= bits <= BITS[-1] if mix else bits in BITS):
         listed = ", ".join(str(width) for width in BITS)
-        raise UsageError(f"--bits cannot be {bits!r}: choose one of {listed}, or a mean between them with --mix.")
-    if mix and mix not in MIXES:
-        raise UsageError(f"--mix cannot be {mix!r}: choose one of {', '.join(MIXES)}.")
+        raise UsageError(f"--bits cannot be {_shown(bits)}: choose one of {listed}, or a mean between them with --mix.")
     if mix == "paper" and recipe.target_size is None and bits > PAPER_WIDTHS[0]:
         raise UsageError(f"--mix paper gives 4 and 2 bits, so --bits {bits:g} is no mean of it: give 2 to 4.")
     if recipe.target_size is not None:
+        if not isinstance(recipe.target_size, (str, int)) or isinstance(recipe.target_size, bool):
+            raise UsageError(f"--target-size cannot be {_shown(recipe.target_size)}: give a size such as 6GB.")
         object.__setattr__(recipe, "target_size", str(recipe.target_size))
         parse_size(recipe.target_size)
     budget = recipe.rank_budget
-    if budget is not None and not (isinstance(budget, (int, float)) and 1 <= budget < float("inf")):
-        raise UsageError(f"--rank-budget cannot be {budget!r}: give a mean rank from 1 on.")
+    if budget is None:
+        return
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 1 <= budget < 2**31:
+        raise UsageError(f"--rank-budget cannot be {_shown(budget)}: give a mean rank from 1 on.")
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; a YAML file can hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -70,12 +70,18 @@ def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scalin
     return {first.name: lora_a.contiguous(), second.name: lora_b.contiguous()}
 
 
+def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in], float32, whose product is what PEFT adds to the weight."""
+    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
+    b, a = (first.T, second.T) if target.kind == "embedding" else (second, first)
+    constant = target.constant(scaling)
+    return b if constant == 1.0 else b * constant, a if target.group == 1 else widened(a, target.group)
+
+
 def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
     """What PEFT adds to the weight, float32 [out, in]."""
-    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
-    product = first.T @ second.T if target.kind == "embedding" else second @ first
-    product = product * target.constant(scaling)
-    return product if target.group == 1 else widened(product, target.group)
+    b, a = decode_factors(target, tensors, scaling)
+    return b @ a
 
 
 def adapter_config(

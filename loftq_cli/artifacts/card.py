@@ -56,7 +56,7 @@ The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matric
 
 {_worst(manifest)}
 
-Every matrix stands in `loftq.json`.
+{_nonfinite(manifest)}Every matrix stands in `loftq.json`.
 
 ## How it was made
 
@@ -208,6 +208,13 @@ def _worst(manifest: Manifest) -> str:
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
+
+
+def _nonfinite(manifest: Manifest) -> str:
+    """Matrices that were left alone because of what they hold (--allow-nonfinite)."""
+    kept = [record for record in manifest.kept if record.reason.startswith("holds ")]
+    rows = "\n".join(f"- `{record.module}` {record.reason}" for record in kept)
+    return f"Kept in full precision, because they hold NaN or infinity:\n\n{rows}\n\n" if kept else ""
 
 
 def _command(plan: Plan) -> str:

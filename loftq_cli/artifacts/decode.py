@@ -38,17 +38,23 @@ def decode(path: str | Path, matrix: str) -> Tensor:
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """Like `decode`, for a record at hand."""
-    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: _read(path, name))
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    b, a = read_factors(path, manifest, record)
+    return b @ a
+
+
+def read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, whose product PEFT adds to the weight."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank, manifest.pooling)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
         tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
-    return adapter.decode_adapter(target, tensors, manifest.scaling)
+    return adapter.decode_factors(target, tensors, manifest.scaling)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -86,7 +92,8 @@ def _grid(record: MatrixRecord) -> Grid:
     )
 
 
-def _read(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of the backbone by its name."""
     from safetensors import safe_open
 
     if (path / GGUF_FILE).exists():

@@ -1,18 +1,34 @@
-"""`loftq.json`: what was done to every matrix, what every file must hash to, and the totals."""
+"""`loftq.json`: what was done to every matrix, what every file must hash to, and the totals.
+
+The manifest vouches for itself too: `digest` is the sha256 of the file with zeros in the digest's own place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import ExitCode, LoftqError
 
 NAME = "loftq.json"
 MANIFEST_VERSION = 1
+UNSEALED = "0" * 64
+# Strings hold no line feeds in JSON, so that this can only be the field itself.
+_DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ class Manifest:
 
     Attributes:
         source, source_revision: the id of a model on the Hub and its commit; or a directory and None.
+        digest: of the file itself (`seal`).
     """
 
     manifest_version: int
@@ -119,6 +136,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     matrices: tuple[MatrixRecord, ...]
     kept: tuple[KeptRecord, ...]
+    digest: str = UNSEALED
 
     @property
     def pooling(self) -> int:
@@ -154,6 +172,17 @@ def render(manifest: Manifest) -> bytes:
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
 
 
+def seal(content: bytes) -> bytes:
+    """The rendered manifest with its digest in place, in the same number of bytes; sealing twice does no harm."""
+    blank = _DIGEST.sub(UNSEALED.encode(), content)
+    return _DIGEST.sub(hashlib.sha256(blank).hexdigest().encode(), blank)
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the file is, to the last bit, what `seal` gave."""
+    return _DIGEST.search(content) is not None and seal(content) == content
+
+
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a finished output directory.
 
@@ -162,36 +191,72 @@ def read_manifest(directory: Path | str) -> Manifest:
     """
     path = Path(directory) / NAME
     try:
-        values = json.loads(path.read_bytes())
+        return parse_manifest(path, path.read_bytes())
+    except FileNotFoundError:
+        raise _missing(Path(directory)) from None
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
+
+
+def parse_manifest(path: Path, content: bytes) -> Manifest:
+    """A manifest from the content of its file; `path` is for messages.
+
+    Raises:
+        LoftqError: it is damaged, or a newer loftq wrote it.
+    """
+    try:
+        values = json.loads(content)
         if values["manifest_version"] > MANIFEST_VERSION:
             raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
         return _parse(values)
-    except FileNotFoundError:
-        raise LoftqError(_missing(Path(directory))) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
 
 
-def _missing(directory: Path) -> str:
+def _missing(directory: Path) -> LoftqError:
     if not directory.is_dir():
-        return f"there is no directory {directory}: give the output of `loftq quantize`."
+        return LoftqError(f"there is no directory {directory}: give the output of `loftq quantize`.")
     if (directory / ".loftq").is_dir():
-        return f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on."
-    return f"{directory} holds no {NAME}: give the output of `loftq quantize`."
+        return unfinished(directory)
+    return LoftqError(f"{directory} holds no {NAME}: give the output of `loftq quantize`.")
+
+
+def unfinished(directory: Path) -> LoftqError:
+    """What to say of a directory whose conversion has not come to its end."""
+    return LoftqError(
+        f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on.",
+        exit_code=ExitCode.INCOMPLETE,
+    )
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    values["totals"] = Totals(**values["totals"])
+    values["totals"] = Totals(**_checked(Totals, values["totals"]))
     values["notes"] = tuple(values["notes"])
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+    values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
     values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(KeptRecord(**{**record, "shape": tuple(record["shape"])}) for record in values["kept"])
-    return Manifest(**values)
+    values["kept"] = tuple(
+        KeptRecord(**{**_checked(KeptRecord, record), "shape": tuple(record["shape"])}) for record in values["kept"]
+    )
+    return Manifest(**_checked(Manifest, values))
 
 
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
+    record = _checked(MatrixRecord, record)
     return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, once its plain fields are of the types that `cls` says.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for field in dataclasses.fields(cls):
+        kinds = _PLAIN.get(str(field.type))
+        if kinds is not None and type(values.get(field.name)) not in kinds:
+            raise TypeError(f"{field.name} is {values.get(field.name)!r:.80}")
+    return values
 
 
 def _dump(value: object) -> str:

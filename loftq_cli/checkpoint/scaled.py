@@ -69,6 +69,9 @@ class ScaledCheckpoint:
     def side_files(self) -> tuple[SideFile, ...]:
         return self.inner.side_files()
 
+    def cancel(self) -> None:
+        self.inner.cancel()
+
     def close(self) -> None:
         self.inner.close()
 

@@ -10,6 +10,7 @@ from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.merge import merge_command
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.quantize import quantize_command
+from loftq_cli.cli.verify import verify_command
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -28,6 +29,7 @@ app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
 app.command("merge", rich_help_panel="Convert")(merge_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
+app.command("verify", rich_help_panel="Look")(verify_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -110,6 +110,17 @@ LmHead = Annotated[
     Optional[str],
     _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
 ]
+AllowNonfinite = Annotated[
+    Optional[bool],
+    _option(
+        "allow_nonfinite",
+        "--allow-nonfinite",
+        "Leave a matrix that holds NaN or infinity in full precision instead of stopping; every matrix is read once "
+        "more beforehand.",
+        _WHAT,
+        show="",
+    ),
+]
 MetaVersion = Annotated[
     Optional[str],
     _option(

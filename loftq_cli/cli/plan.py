@@ -28,6 +28,7 @@ def plan_command(
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     mix: o.Mix = None,

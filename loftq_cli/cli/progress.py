@@ -44,6 +44,10 @@ class _Counting(Reporter):
             self._said = now
             self.console.print(f"measuring matrix {done + 1} of {total} for the budget")
 
+    def checking(self, plan: Plan) -> None:
+        count = len(plan.matrices)
+        self.console.print(f"looking for NaN and infinity: {count} matrices are read once more (--allow-nonfinite)")
+
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         self.started = time.monotonic()
         self.total = sum(unit.source.nbytes for unit in plan.matrices)

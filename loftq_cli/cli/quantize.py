@@ -23,6 +23,7 @@ def quantize_command(
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     mix: o.Mix = None,

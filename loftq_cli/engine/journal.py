@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,18 @@ class Journal:
     def read_header(self) -> Header | None:
         """The conversion that this journal belongs to; None where there is none yet."""
         for line in self._lines():
-            return Header(line["fingerprint"], line["recipe"]) if "recipe" in line else None
+            known = isinstance(line.get("recipe"), dict)
+            return Header(str(line.get("fingerprint")), line["recipe"]) if known else None
         return None
 
     def entries(self) -> dict[str, Entry]:
         """Finished units by tensor name."""
         found = {}
         for line in self._lines():
-            if "tensor" in line:
-                record = parse_matrix_record(line["record"]) if line["record"] else None
-                found[line["tensor"]] = Entry(line["tensor"], line["sha256"], record)
+            if isinstance(line.get("tensor"), str):
+                with suppress(KeyError, TypeError):  # a damaged line: its unit is done again
+                    record = parse_matrix_record(line["record"]) if line["record"] else None
+                    found[line["tensor"]] = Entry(line["tensor"], line["sha256"], record)
         return found
 
     def begin(self, header: Header) -> None:

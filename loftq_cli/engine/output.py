@@ -59,7 +59,7 @@ def claim(plan: Plan, overwrite: bool) -> None:
 def _take_over(plan: Plan, overwrite: bool) -> None:
     output = plan.output
     header = journal_of(output).read_header()
-    if header is not None and header.fingerprint == plan.fingerprint:
+    if header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan):
         return
     if (output / MANIFEST).exists() and header is None:
         _replace_finished(plan, overwrite)
@@ -71,6 +71,11 @@ def _take_over(plan: Plan, overwrite: bool) -> None:
     elif header is None and any(path.name != STATE for path in output.iterdir()):
         raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
     shutil.rmtree(output / STATE, ignore_errors=True)
+
+
+def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
+    """Another commit may hold other weights under the same names."""
+    return recipe.get("revision") == plan.recipe.revision
 
 
 def _replace_finished(plan: Plan, overwrite: bool) -> None:

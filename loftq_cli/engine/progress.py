@@ -14,6 +14,9 @@ class Reporter:
     def measuring(self, done: int, total: int) -> None:
         """Matrix `done` of `total` is measured, before there is a plan."""
 
+    def checking(self, plan: Plan) -> None:
+        """Every matrix is read once, to find those with NaN or infinity."""
+
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         """Work begins; `finished` tensors (with their records) were done by an earlier run."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loftq_cli.artifacts.card import render_card
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, render
+from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, parse_manifest, render, seal
 from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
@@ -93,6 +93,7 @@ def _convert_all(run: Run) -> dict[str, MatrixRecord]:
         finished = _verified(plan, writer, journal.entries())
         records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
         todo = [unit for unit in plan.units if unit.tensor not in finished]
+        todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
         run.reporter.start(plan, {name: entry.record for name, entry in finished.items()})
 
         def store(unit: Unit, converted: Converted) -> None:
@@ -139,11 +140,15 @@ def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple
     """Units with their tensors; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as reading:
         ahead = reading.submit(checkpoint.read, units[0].tensor) if units else None
-        for unit, following in zip(units, [*units[1:], None]):
-            assert ahead is not None
-            tensor = ahead.result()
-            ahead = reading.submit(checkpoint.read, following.tensor) if following else None
-            yield unit, tensor
+        try:
+            for unit, following in zip(units, [*units[1:], None]):
+                assert ahead is not None
+                tensor = ahead.result()
+                ahead = reading.submit(checkpoint.read, following.tensor) if following else None
+                yield unit, tensor
+        except BaseException:  # the caller's too: then this generator is closed
+            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+            raise
 
 
 def _verified(plan: Plan, writer: ShardWriter, entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -174,7 +179,9 @@ def _finish(run: Run, records: dict[str, MatrixRecord]) -> Manifest:
     manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, seconds, run.device)
     write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
     manifest = dataclasses.replace(manifest, files={**files, CARD: hash_file(locate(output, CARD))})
-    write_file(output, MANIFEST, pad(render(manifest), sizes.manifest))
+    sealed = seal(pad(render(manifest), sizes.manifest))
+    write_file(output, MANIFEST, sealed)
     publish(output, [*names, CARD, MANIFEST])
+    manifest = parse_manifest(output / MANIFEST, sealed)
     run.reporter.finish(manifest)
     return manifest

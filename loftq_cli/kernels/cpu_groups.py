@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import numba_groups as kernel
-from loftq_cli.kernels.cpu import _KINDS, _outputs, _share
+from loftq_cli.kernels.cpu import _KINDS, _share
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
 from loftq_cli.numerics.affine_fit import REFITS, shares
+from loftq_cli.numerics.grids import Quantized, dequantize
 from loftq_cli.numerics.loftq import QuantizeStep
+from loftq_cli.numerics.lowrank import LowRank
 
 _ROWS = 16  # rows a chunk of work has
 _ZEROS = {"none": kernel.ZERO_NONE, "integer": kernel.ZERO_INTEGER, "float": kernel.ZERO_FLOAT}
@@ -38,13 +40,19 @@ class CompiledAffineQuantizer:
         return self._quantize(weight, target, kernel.RULE_REFINE, start=previous.quantized)
 
     def quantize_corrected(
-        self, weight: Tensor, lora_b: Tensor, lora_a: Tensor, *, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA by the grid's own rule. The residual of `scratch`, an earlier step, is overwritten."""
-        residual, half = _outputs(weight, scratch)
-        torch.mm(lora_b, lora_a, out=residual)  # the kernel reads each group of it before it overwrites it
+        """Quantize W - BA by the grid's own rule; in float32 whatever `half` allows. The residual of `scratch`, an
+        earlier step, is overwritten."""
         rule = _RULES[self.grid.scale_rule]
-        return self._quantize(weight, residual, rule, outputs=(residual, half), corrects=True)
+        if found is None:
+            return self._quantize(weight, weight, rule)
+        residual = torch.empty_like(weight) if scratch is None else scratch.residual
+        found.product(out=residual)  # the kernel reads each group of it before it overwrites it
+        return self._quantize(weight, residual, rule, residual=residual, corrects=True)
+
+    def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
+        return weight - dequantize(quantized, self.grid)
 
     def _quantize(
         self,
@@ -53,18 +61,18 @@ class CompiledAffineQuantizer:
         rule: int,
         *,
         start: QuantizedGroups | None = None,
-        outputs: tuple[Tensor, Tensor | None] | None = None,
+        residual: Tensor | None = None,
         corrects: bool = False,
     ) -> QuantizeStep:
         grid, (n_out, n_in) = self.grid, weight.shape
-        residual, half = outputs or _outputs(weight, None)
+        residual = torch.empty_like(weight) if residual is None else residual
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         scales = torch.empty(n_out, grid.n_blocks(1, n_in)) if start is None else start.scales.clone()
         zeros = None if grid.zero == "none" else torch.empty_like(scales)
         if start is not None and start.zeros is not None:
             zeros = start.zeros.clone()
         sums = np.zeros(n_out)
-        bits = np.empty((0, 0), np.uint16) if half is None else half.view(torch.uint16).numpy()
+        bits = np.empty((0, 0), np.uint16)
         numbers = [tensor.contiguous().numpy() for tensor in (weight, product, codes, scales)]
         offsets = np.empty((0, 0), np.float32) if zeros is None else zeros.numpy()
         arrays = (*numbers, offsets, residual.numpy(), bits, sums, np.array(shares(grid), np.float32))
@@ -76,4 +84,4 @@ class CompiledAffineQuantizer:
             kernel.quantize_rows(*arrays, *settings, corrects, first * _ROWS, min(last * _ROWS, n_out))
 
         _share(work, -(-n_out // _ROWS))
-        return QuantizeStep(QuantizedGroups(codes, scales, zeros), residual, math.sqrt(sums.sum()), half)
+        return QuantizeStep(QuantizedGroups(codes, scales, zeros), residual, math.sqrt(sums.sum()))
