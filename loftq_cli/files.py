@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
-from loftq_cli.formats.base import OutputTensor
+
+if TYPE_CHECKING:
+    from loftq_cli.formats.base import OutputTensor  # whose package imports this module
 
 
 @dataclass(frozen=True)
