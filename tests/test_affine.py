@@ -14,6 +14,7 @@ from loftq_cli.numerics import affine
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero, dequantize
 from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.loftq import QuantizeStep, exact_step, loftq
+from loftq_cli.numerics.lowrank import exact_low_rank
 
 BITS = (2, 3, 4, 8)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -185,15 +186,16 @@ def test_compiled_quantizer_gives_the_bits_of_its_twin(bits: int, kind: str, mon
 def test_compiled_quantizer_makes_its_target_by_itself_on_any_number_of_threads() -> None:
     compiled = pytest.importorskip("loftq_cli.kernels.cpu_groups").CompiledAffineQuantizer(grid(3, "zero point"))
     generator = torch.Generator().manual_seed(3)
-    x, b, a = (torch.randn(shape, generator=generator) * 0.1 for shape in ((200, 96), (200, 4), (4, 96)))
+    x, residual = (torch.randn(200, 96, generator=generator) * 0.1 for _ in range(2))
+    found = exact_low_rank(residual, 4)
     first = compiled.quantize_residual(x, x)
-    wanted = compiled.quantize_residual(x, x - b @ a)
+    wanted = compiled.quantize_residual(x, x - found.product())
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            assert same(compiled.quantize_corrected(x, b, a), wanted)
-        scratch = compiled.quantize_corrected(x, b, a, scratch=first)
+            assert same(compiled.quantize_corrected(x, found), wanted)
+        scratch = compiled.quantize_corrected(x, found, scratch=first)
         assert same(scratch, wanted) and scratch.residual is first.residual
     finally:
         torch.set_num_threads(threads)

@@ -118,7 +118,9 @@ def test_requantize_says_what_it_costs(loftq_model: tuple[Path, Path, Tensor], t
     for record in manifest.matrices:
         w = exact[record.tensor]
         left = float((w - loftq_cli.decode(tmp_path / "merged", record.module)).norm() / w.norm())
-        assert left == pytest.approx(report.errors[record.module], rel=1e-4) and left == pytest.approx(record.residual, rel=1e-5)
+        assert left == pytest.approx(report.errors[record.module], rel=1e-4) and left == pytest.approx(
+            record.residual, rel=1e-5
+        )
     widths = {record.module: record.bits for record in loftq_cli.read_manifest(backbone).matrices}
     assert {record.module: record.bits for record in manifest.matrices} == widths
     assert 0.1 < report.mean_error < 1 and torch.isfinite(plain_logits(tmp_path / "merged")).all()

@@ -62,6 +62,11 @@ def test_the_recorded_residual_is_that_of_the_files(converted: Path, random_llam
         assert record.residual < record.plain_residual
 
 
+def test_verify_recomputes_the_residuals(converted: Path, random_llama: Path) -> None:
+    found = loftq_cli.verify(converted, source=random_llama)
+    assert not found.problems and found.matrices == 14 and found.largest_deviation < 1e-4
+
+
 def test_it_trains_saves_and_loads(converted: Path, tmp_path: Path) -> None:
     model = loftq_cli.load(converted, trainable=True)
     manifest = loftq_cli.read_manifest(converted)
