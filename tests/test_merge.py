@@ -289,3 +289,10 @@ def test_qalora_merges_into_gguf(random_llama: Path, tmp_path: Path) -> None:
         two = {**recipe, "bits": 2}
         loftq_cli.quantize(random_llama, output=tmp_path / "two", **two)
         loftq_cli.merge(tmp_path / "two", tmp_path / "two" / "loftq_init", output=tmp_path / "never", to="gguf")
+
+
+@pytest.mark.parametrize("to", ["zeros", "requantize"])
+def test_what_stays_quantized_verifies(to: str, qalora: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+    backbone, adapter, _ = qalora
+    loftq_cli.merge(backbone, adapter, output=tmp_path / "merged", to=to)
+    assert not loftq_cli.verify(tmp_path / "merged").problems

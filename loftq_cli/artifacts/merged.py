@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, render
+from loftq_cli.artifacts.manifest import FileRecord, Manifest, render, seal
 
 RECORD = "loftq_merge.json"
 CARD = "README.md"
@@ -91,7 +91,7 @@ def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, Fil
         matrices=matrices,
         kept=tuple(dataclasses.replace(record, rank=0) for record in manifest.kept),
     )
-    return render(merged)
+    return seal(render(merged))
 
 
 def card_of(manifest: Manifest, report: MergeReport) -> bytes:
