@@ -158,7 +158,7 @@ def _refuse_experts(candidates: Sequence[Candidate], recipe: Recipe) -> None:
         open_rank = recipe.rank_budget is not None and not candidate.rank_given
         if candidate.unit.kind == "expert" and (len(candidate.widths) > 1 or open_rank):
             raise UsageError(
-                f"the experts of {candidate.unit.module} share one width and one rank, which a budget cannot spread: give "
+                f"the experts of {candidate.unit.module} share a width and a rank, which a budget cannot spread: give "
                 "them both with --rule, such as --rule 'experts=2:16', and the budget goes to the rest."
             )
 

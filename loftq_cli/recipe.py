@@ -49,8 +49,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPE_CHOICES,
     "svd": SVDS,
     "weigh": WEIGHINGS,
-    "init": (*INITS, None),
-    "levels": (*LEVELS, None),
+    "init": INITS,
+    "levels": LEVELS,
     "meta_version": META_VERSIONS,
 }
 LEAST = {"rank": 1, "iters": 0, "seed": 0}
@@ -344,8 +344,9 @@ def _check(recipe: Recipe) -> None:
     _check_budget(recipe)
     for name, allowed in CHOICES.items():
         value = getattr(recipe, name)
-        if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            listed = ", ".join(str(item) for item in allowed if item is not None)
+        absent = value is None and name in ("init", "levels")
+        if not absent and not any(type(value) is type(choice) and value == choice for choice in allowed):
+            listed = ", ".join(str(item) for item in allowed)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
     for name, least in LEAST.items():
         value = getattr(recipe, name)

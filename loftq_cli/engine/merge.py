@@ -107,7 +107,7 @@ def merge(
     stacked = next((record.parameter for record in manifest.matrices if record.parameter), None)
     if stacked is not None:
         raise UsageError(
-            f"{source} has adapters of stacked parameters ({stacked}), which merge file by file cannot take apart: load "
+            f"{source} has adapters of stacked parameters ({stacked}), which merging by file cannot take apart: load "
             "it with loftq_cli.load, then call model.dequantize() and model.merge_and_unload()."
         )
     if manifest.format == "gguf":
@@ -315,3 +315,4 @@ def _finish(job: Merge, output: Path, report: MergeReport, weights: list[str], i
         write_file(output, MANIFEST, merged.manifest_of(job.manifest, report, files))
         names.append(MANIFEST)
     publish(output, names)
+    shutil.rmtree(output / STATE, ignore_errors=True)
