@@ -21,16 +21,20 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.errors import LoftqError as LoftqError
+    from loftq_cli.evaluation import Evaluation as Evaluation
+    from loftq_cli.evaluation import evaluate as evaluate
     from loftq_cli.planner import Plan as Plan
     from loftq_cli.recipe import Recipe as Recipe
     from loftq_cli.runtime.load import load as load
 
 _HOMES = {
+    "Evaluation": "loftq_cli.evaluation",
     "LoftqError": "loftq_cli.errors",
     "Manifest": "loftq_cli.artifacts.manifest",
     "Plan": "loftq_cli.planner",
     "Recipe": "loftq_cli.recipe",
     "decode": "loftq_cli.artifacts.decode",
+    "evaluate": "loftq_cli.evaluation",
     "load": "loftq_cli.runtime.load",
     "plan": "loftq_cli.api",
     "quantize": "loftq_cli.api",

@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from loftq_cli.errors import LoftqError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,6 +32,8 @@ _NOT_STRUCTURE = frozenset(
         "transformers_version",
     }
 )
+
+_NOT_BUILT = "transformers cannot build model type {} from this config.json ({}), so it cannot be run."
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,39 @@ def build_on_meta(config: Mapping[str, Any]) -> tuple[PreTrainedModel | None, li
                 f"({type(error).__name__}: {cause}): matrices were chosen by name and shape"
             )
             return None, notes
+
+
+def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The class that `config` names, in float32 and evaluation mode: parameters on the meta device, buffers real.
+
+    Raises:
+        LoftqError: this transformers cannot build it.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    with _quiet():
+        try:
+            found = _find_class(config, [])
+            if found is not None:
+                cls, built_config = found
+                built_config.dtype = torch.float32
+                with init_empty_weights(include_buffers=False):
+                    model = cls._from_config(built_config).eval()  # type: ignore[no-untyped-call]
+                model.tie_weights()  # the move to the meta device parted what is tied
+                return model
+        except Exception as error:  # a class may fail in any way, or lack a library
+            cause: Exception | str = " ".join(str(error).split())[:200]
+            raise LoftqError(_NOT_BUILT.format(config.get("model_type"), f"{type(error).__name__}: {cause}")) from error
+    raise LoftqError(_NOT_BUILT.format(config.get("model_type"), "it is unknown"))
+
+
+def load_whole(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:
+    """A model with its weights in float32 and evaluation mode, as transformers loads it from a directory."""
+    import torch
+
+    with _quiet(), _no_bars():
+        return model_class.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
@@ -147,6 +185,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar for every model it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[str, RuntimeName], list[str]]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from loftq_cli.cli.eval import eval_command
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.quantize import quantize_command
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
+app.command("eval", rich_help_panel="Look")(eval_command)
 
 
 def _print_version(wanted: bool) -> None:
