@@ -67,7 +67,7 @@ def eval_command(
 
     The source, its plain quantization, the backbone alone and the backbone with its adapter, side by side: perplexity
     of a decoder, loss on masked tokens or on the second half of each window for other language models, error of the
-    hidden states for the rest. Computed in float32, one model after the other with one block's weights in memory at a time.
+    hidden states for the rest. Computed in float32, one model after the other, one block in memory at a time.
 
     Example: loftq eval llama-2bit --text wikitext2-test.txt
     """

@@ -122,12 +122,13 @@ class StreamedModel:
 
     @property
     def _width(self) -> int:
-        config = self.model.config.get_text_config(decoder=True)
-        return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", 1024))
+        config: Any = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "hidden_size", None) or getattr(config, "d_model", 1024)
 
     @property
     def _vocabulary(self) -> int:
-        return int(getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None) or 32_000)
+        config: Any = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "vocab_size", None) or 32_000
 
     def _call(self, module: nn.Module, batch: Batch) -> Any:
         rows, tokens = next(iter(batch.values())).shape
