@@ -128,7 +128,8 @@ class StreamedModel:
     @property
     def _vocabulary(self) -> int:
         config: Any = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "vocab_size", None) or 32_000
+        size: int | None = getattr(config, "vocab_size", None)
+        return size or 32_000
 
     def _call(self, module: nn.Module, batch: Batch) -> Any:
         rows, tokens = next(iter(batch.values())).shape
