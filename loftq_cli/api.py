@@ -42,8 +42,9 @@ def quantize(
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
             iters=5, method="loftq", data_type="nf", block_size=64, format="auto", rule=(), include=(), exclude=(),
-            embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0,
-            max_shard_size="5GB", meta_version="auto".
+            embeddings="keep", lm_head="keep", alpha=None, keep_last=False, svd="fast", dtype="auto",
+            calibrate=None, calibration_tokens=16384, calibrate_kind="diagonal", seed=0, max_shard_size="5GB",
+            meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -52,6 +53,7 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
+    from loftq_cli.calibration import calibrated
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
@@ -59,12 +61,13 @@ def quantize(
     asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
     chosen = choose_device(device)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
-        made = _plan(resolved, checkpoint, output)
+        reporter = reporter or Reporter()
+        made = calibrated(_plan(resolved, checkpoint, output), checkpoint, chosen, reporter)
         return run_plan(
             made,
             checkpoint,
             device=chosen,
-            reporter=reporter or Reporter(),
+            reporter=reporter,
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_size(max_memory),
         )
@@ -120,7 +123,8 @@ def default_output(recipe: Recipe) -> Path:
 
 def _plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
     from loftq_cli import __version__
+    from loftq_cli.calibration import pin_calibration
     from loftq_cli.planner import make_plan
 
     target = Path(output).expanduser() if output else default_output(recipe)
-    return make_plan(recipe, checkpoint, target.resolve(), __version__)
+    return make_plan(pin_calibration(recipe), checkpoint, target.resolve(), __version__)

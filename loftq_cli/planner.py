@@ -73,6 +73,7 @@ class Plan:
         recipe: the user's, with `format: auto` resolved.
         fingerprint: of recipe and source; stands in the backbone's and the adapter's metadata.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
+        moments: second moments of the layers' inputs, where the recipe asks for calibration and they are there.
     """
 
     recipe: Recipe
@@ -86,6 +87,7 @@ class Plan:
     texts: Mapping[str, bytes]
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
+    moments: Path | None = None
 
     @cached_property
     def matrices(self) -> tuple[Unit, ...]:

@@ -23,6 +23,7 @@ EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
+CALIBRATE_KINDS = ("diagonal", "full")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -84,7 +85,8 @@ def parse_size(text: str | int) -> int:
 class Recipe:
     """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
 
-    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory.
+    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory;
+    `calibration_hash` is the sha256 of what `calibrate` names.
     """
 
     model: str
@@ -105,6 +107,10 @@ class Recipe:
     keep_last: bool = False
     svd: str = "fast"
     dtype: str = "auto"
+    calibrate: str | None = None
+    calibration_tokens: int = 16384
+    calibrate_kind: str = "diagonal"
+    calibration_hash: str | None = None
     seed: int = 0
     max_shard_size: str = "5GB"
     meta_version: str = "auto"
@@ -137,8 +143,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model`, a mere path or name, does not count."""
-        values = {name: value for name, value in self.as_dict().items() if name != "model"}
+        """One hash of the recipe and the source's own fingerprint; `model` and `calibrate`, mere paths or names, do not
+        count."""
+        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "calibrate")}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -205,6 +212,7 @@ def _check(recipe: Recipe) -> None:
         "lm_head": LM_HEADS,
         "dtype": DTYPE_CHOICES,
         "svd": SVDS,
+        "calibrate_kind": CALIBRATE_KINDS,
         "meta_version": META_VERSIONS,
     }
     for name, allowed in choices.items():
@@ -212,10 +220,12 @@ def _check(recipe: Recipe) -> None:
         if value not in allowed or isinstance(value, bool):
             listed = ", ".join(str(item) for item in allowed)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
-    for name, least in (("rank", 1), ("iters", 0), ("seed", 0)):
+    for name, least in (("rank", 1), ("iters", 0), ("seed", 0), ("calibration_tokens", 1)):
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(f"--{name} cannot be {value!r}: give a whole number from {least} on.")
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: give a whole number from {least} on.")
+    if recipe.calibrate is not None and recipe.plain:
+        raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
     if not isinstance(recipe.keep_last, bool):
         raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
     if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):

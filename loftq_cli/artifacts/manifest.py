@@ -19,6 +19,9 @@ MANIFEST_VERSION = 1
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
 
+    Where it was calibrated, the weighted ones are ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ the second moment of the
+    layer's inputs (`numerics.weighted`), and the best step is the one with the smallest of these.
+
     Attributes:
         shape: [out, in] as the layer computes, whatever the orientation on disk.
         layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
@@ -44,6 +47,8 @@ class MatrixRecord:
     seconds: float
     backbone_bytes: int
     adapter_bytes: int
+    weighted_plain_residual: float | None = None
+    weighted_residual: float | None = None
 
 
 @dataclass(frozen=True)

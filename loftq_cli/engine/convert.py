@@ -17,6 +17,7 @@ from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.start import zero_start
+from loftq_cli.numerics.weighted import WeightedResult, absmax_of, weighted_loftq, whiten
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
 
@@ -30,11 +31,14 @@ class Converted:
     record: MatrixRecord | None
 
 
-def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) -> Converted:
+def convert(
+    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, moment: Tensor | None = None
+) -> Converted:
     """Quantize or copy one tensor.
 
     Args:
         tensor: as it is on disk, on the CPU.
+        moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
 
     Raises:
         LoftqError: a matrix to quantize holds a NaN or an infinity.
@@ -43,7 +47,7 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    result = _quantize(unit, tensor, recipe, device, generator)
+    result, weighted = _quantize(unit, tensor, recipe, device, generator, moment)
     encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
@@ -56,13 +60,20 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
         residuals=tuple(_rounded(value) for value in result.residuals),
         best=result.best,
         seconds=round(time.perf_counter() - started, 3),
+        weighted_plain_residual=None if weighted is None else _rounded(weighted.plain_residual),
+        weighted_residual=None if weighted is None else _rounded(weighted.residual),
     )
     return Converted(backbone, adapter, record)
 
 
 def _quantize(
-    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, generator: torch.Generator
-) -> LoftQResult:
+    unit: Unit,
+    tensor: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    generator: torch.Generator,
+    moment: Tensor | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
     weight = tensor.to(device).float()
@@ -72,9 +83,19 @@ def _quantize(
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or rank == 0:
-        return plain_start(weight, quantizer, rank=rank, generator=generator)
+        return plain_start(weight, quantizer, rank=rank, generator=generator), None
     step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
-    return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last)
+    if moment is None:
+        return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
+    weighted = weighted_loftq(
+        weight,
+        absmax_of(quantizer),
+        whiten(moment.to(device)),
+        iters=recipe.iters,
+        low_rank=step,
+        keep_last=recipe.keep_last,
+    )
+    return weighted.result, weighted
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:

@@ -58,6 +58,11 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Win
     return Questions("representation error", {"input_ids": windows.ids}, None)
 
 
+def inputs_of(model: PreTrainedModel, windows: Windows) -> Batch:
+    """The windows as a model takes them when nothing is asked."""
+    return _second_half(model, windows).batch if model.config.is_encoder_decoder else {"input_ids": windows.ids}
+
+
 def _class_names(*tables: str) -> set[str]:
     from transformers.models.auto import modeling_auto
 

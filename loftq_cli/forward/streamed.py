@@ -123,7 +123,8 @@ class StreamedModel:
     @property
     def _width(self) -> int:
         config: Any = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "hidden_size", None) or getattr(config, "d_model", 1024)
+        size: int | None = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+        return size or 1024
 
     @property
     def _vocabulary(self) -> int:

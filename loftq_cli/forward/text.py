@@ -186,8 +186,8 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint; errors call its place `named`.
 
     Raises:
         LoftqError: there is none.
@@ -199,5 +199,5 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:160]
         raise LoftqError(
-            f"{path} holds no tokenizer that transformers can load ({cause}): text cannot be read."
+            f"{named or path} holds no tokenizer that transformers can load ({cause}): text cannot be read."
         ) from error
