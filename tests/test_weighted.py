@@ -8,8 +8,8 @@ from torch import Tensor
 
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import BlockQuantizer, exact_step, loftq
-from loftq_cli.numerics.weighted import Whitening, absmax_of, weighted_loftq, weighted_low_rank, whiten
+from loftq_cli.numerics.loftq import BlockQuantizer, exact_step, fast_step, loftq
+from loftq_cli.numerics.weighted import WeightedStep, Whitening, weighted_loftq, whiten
 
 RANK = 5
 
@@ -58,10 +58,10 @@ def test_identity_is_plain_loftq(kind: str, quantizer: BlockQuantizer) -> None:
     s = torch.ones(64) if kind == "diagonal" else torch.eye(64)
     step = exact_step(RANK)
     plain = loftq(weight, quantizer, iters=4, low_rank=step)
-    weighted = weighted_loftq(weight, absmax_of(quantizer), whiten(s, damping=0.0), iters=4, low_rank=step)
+    weighted = weighted_loftq(weight, quantizer, whiten(s, damping=0.0), iters=4, low_rank=step)
     assert weighted.result.best == plain.best
     assert weighted.result.residuals == pytest.approx(plain.residuals, rel=1e-5)
-    assert weighted.residuals == pytest.approx(plain.residuals, rel=1e-5)
+    assert weighted.residual == pytest.approx(plain.residual, rel=1e-5)
     assert weighted.plain_residual == pytest.approx(plain.plain_residual, rel=1e-5)
     assert torch.equal(weighted.result.quantized.codes, plain.quantized.codes)
     torch.testing.assert_close(
@@ -77,7 +77,7 @@ def weighted_error(residual: Tensor, product: Tensor, whitening: Whitening) -> f
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_no_product_of_the_rank_is_better(kind: str, shape: tuple[int, int]) -> None:
     residual, whitening = random(*shape, seed=3), whiten(moment(shape[1], kind), damping=1e-3)
-    found = weighted_low_rank(residual, whitening, exact_step(RANK)).plain
+    found = WeightedStep(whitening, exact_step(RANK))(residual, None)
     best = weighted_error(residual, found.lora_b @ found.lora_a, whitening)
     unweighted = exact_step(RANK)(residual, None)
     assert best < weighted_error(residual, unweighted.lora_b @ unweighted.lora_a, whitening)
@@ -91,7 +91,7 @@ def test_no_product_of_the_rank_is_better(kind: str, shape: tuple[int, int]) -> 
 def test_the_gradient_vanishes(kind: str) -> None:
     residual, whitening = random(20, 16, seed=4).double(), whiten(moment(16, kind), damping=1e-2)
     whitening = Whitening(whitening.root.double())
-    found = weighted_low_rank(residual.float(), Whitening(whitening.root.float()), exact_step(RANK)).plain
+    found = WeightedStep(Whitening(whitening.root.float()), exact_step(RANK))(residual.float(), None)
     b, a = found.lora_b.double().requires_grad_(), found.lora_a.double().requires_grad_()
     error = whitening.apply(residual - b @ a).square().sum()
     error.backward()
@@ -101,16 +101,32 @@ def test_the_gradient_vanishes(kind: str) -> None:
 
 
 def test_factors_are_balanced_like_loftq_s() -> None:
-    found = weighted_low_rank(random(30, 20), whiten(moment(20, "full")), exact_step(RANK)).plain
+    found = WeightedStep(whiten(moment(20, "full")), exact_step(RANK))(random(30, 20), None)
     torch.testing.assert_close(found.lora_b.T @ found.lora_b, found.lora_a @ found.lora_a.T, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
 def test_the_kept_iterate_has_the_smallest_weighted_residual(kind: str, quantizer: BlockQuantizer) -> None:
     weight, whitening = random(48, 64, seed=7) * 0.1, whiten(moment(64, kind))
-    found = weighted_loftq(weight, absmax_of(quantizer), whitening, iters=5, low_rank=exact_step(RANK))
-    assert found.residual == min(found.residuals) < found.plain_residual
+
+    def run(iters: int, keep_last: bool = False):
+        step = exact_step(RANK)
+        return weighted_loftq(weight, quantizer, whitening, iters=iters, low_rank=step, keep_last=keep_last)
+
+    best, last = run(5), [run(iters, keep_last=True) for iters in range(1, 6)]
+    assert best.residual == min(each.residual for each in last) < best.plain_residual
+    assert last[best.result.best - 1].residual == best.residual and last[4].result.best == 5
     plain = loftq(weight, quantizer, iters=5, low_rank=exact_step(RANK))
-    assert found.result.residual > plain.residual  # the price in the plain norm
-    last = weighted_loftq(weight, absmax_of(quantizer), whitening, iters=5, low_rank=exact_step(RANK), keep_last=True)
-    assert last.result.best == 5
+    assert best.result.residual > plain.residual  # the price in the plain norm
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_a_warm_start_changes_nothing_but_the_work(kind: str) -> None:
+    """Krylov, started from the last step's factors, finds what the exact step finds."""
+    weight, whitening = random(600, 560, seed=8) * torch.logspace(0, -2, 560), whiten(moment(560, kind))
+    exact = WeightedStep(whitening, exact_step(RANK))(weight, None)
+    step = WeightedStep(whitening, fast_step(RANK, torch.Generator().manual_seed(0)))
+    cold = step(weight + 0.001 * random(600, 560, seed=9), None)
+    warm = step(weight, cold)
+    errors = [weighted_error(weight, f.lora_b @ f.lora_a, whitening) for f in (exact, warm)]
+    assert errors[0] <= errors[1] * (1 + 1e-6) and errors[1] == pytest.approx(errors[0], rel=1e-3)

@@ -17,7 +17,7 @@ from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.start import zero_start
-from loftq_cli.numerics.weighted import WeightedResult, absmax_of, weighted_loftq, whiten
+from loftq_cli.numerics.weighted import WeightedResult, weighted_loftq, whiten
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
 
@@ -89,7 +89,7 @@ def _quantize(
         return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
     weighted = weighted_loftq(
         weight,
-        absmax_of(quantizer),
+        quantizer,
         whiten(moment.to(device)),
         iters=recipe.iters,
         low_rank=step,

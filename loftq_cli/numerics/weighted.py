@@ -8,13 +8,13 @@ Eckart-Young applies. With S replaced by its diagonal, R is diagonal too (QERA-a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, Quantizer, QuantizeStep
+from loftq_cli.numerics.blocks import QuantizedBlocks
+from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, Quantizer
 from loftq_cli.numerics.lowrank import LowRank, frobenius
 
 DAMPING = 0.01  # share of the mean variance added to every input's, so that inputs hardly seen are not given up (GPTQ)
@@ -64,28 +64,24 @@ def whiten(moment: Tensor, *, damping: float = DAMPING) -> Whitening:
 
 
 @dataclass(frozen=True)
-class WeightedLowRank:
-    """BA that is best under a whitening.
+class WeightedStep:
+    """A `LowRankStep`: SVD_r(E R) R⁻¹ of E = W - Q, as an SVD of its own, so that B and A share its singular values as
+    LoftQ's do.
 
     Attributes:
-        white: the rank-r approximation of the whitened residual.
-        plain: BA itself as an SVD, so that B and A share its singular values as LoftQ's do.
+        inner: how the r directions of E R are found.
     """
 
-    white: LowRank
-    plain: LowRank
+    whitening: Whitening
+    inner: LowRankStep
 
+    def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
+        white = self.inner(self.whitening.apply(residual), None if previous is None else self._whitened(previous))
+        return _product(white.u, self.whitening.undo((white.v * white.s).T))
 
-def weighted_low_rank(
-    residual: Tensor, whitening: Whitening, low_rank: LowRankStep, previous: WeightedLowRank | None = None
-) -> WeightedLowRank:
-    """SVD_r(E R) R⁻¹ of E = W - Q, float32 [out, in].
-
-    Args:
-        low_rank: how to find the r directions; `previous` is where it may start.
-    """
-    white = low_rank(whitening.apply(residual), None if previous is None else previous.white)
-    return WeightedLowRank(white, _product(white.u, whitening.undo((white.v * white.s).T)))
+    def _whitened(self, previous: LowRank) -> LowRank:
+        """Where to start: the row space of an earlier BA R."""
+        return LowRank(previous.u, previous.s, torch.linalg.qr(self.whitening.apply(previous.v.T).T).Q)
 
 
 def _product(u: Tensor, rows: Tensor) -> LowRank:
@@ -101,30 +97,17 @@ class WeightedResult:
 
     Attributes:
         plain_residual: ‖(W − q(W)) R‖ / ‖W R‖.
-        residuals: ‖(W − Q_t − B_t A_t) R‖ / ‖W R‖ after each step; the kept step has the smallest.
+        residual: ‖(W − Q − BA) R‖ / ‖W R‖ of what was kept.
     """
 
     result: LoftQResult
     plain_residual: float
-    residuals: tuple[float, ...]
-
-    @property
-    def residual(self) -> float:
-        """The weighted residual of what was kept."""
-        return self.residuals[self.result.best - 1]
-
-
-Quantize = Callable[[Tensor, Tensor, "QuantizeStep | None"], QuantizeStep]
-
-
-def absmax_of(quantizer: Quantizer) -> Quantize:
-    """Quantization as LoftQ has it, which the weights do not touch."""
-    return lambda weight, target, _previous: quantizer.quantize_residual(weight, target)
+    residual: float
 
 
 def weighted_loftq(
     weight: Tensor,
-    quantize: Quantize,
+    quantizer: Quantizer,
     whitening: Whitening,
     *,
     iters: int,
@@ -137,31 +120,30 @@ def weighted_loftq(
 
     Args:
         weight: float32 [out, in].
-        quantize: (weight, target, previous step) -> the step for the target.
         iters: T >= 1 alternating steps.
+        low_rank: how the directions are found; `WeightedStep` is made from it.
     """
     assert iters >= 1, "T = 0 has no low-rank step to weigh"
     norm, weighted_norm = frobenius(weight), frobenius(whitening.apply(weight))
-    step = quantize(weight, weight, None)
+    weighted_step = WeightedStep(whitening, low_rank)
+    step = quantizer.quantize_residual(weight, weight)
     plain = _relative(step.residual, norm), _relative(whitening.apply(step.residual), weighted_norm)
-    found: WeightedLowRank | None = None
+    found: LowRank | None = None
     residuals: list[float] = []
-    weighted: list[float] = []
-    kept: tuple[int, QuantizeStep, WeightedLowRank] | None = None
+    kept: tuple[float, int, QuantizedBlocks, LowRank] | None = None
     for t in range(1, iters + 1):
         if found is not None:
-            step = quantize(weight, _less(weight, found.plain), step)
-        found = weighted_low_rank(step.residual, whitening, low_rank, found)
-        left = _less(step.residual, found.plain)
+            step = quantizer.quantize_residual(weight, _less(weight, found))
+        found = weighted_step(step.residual, found)
+        left = _less(step.residual, found)
         residuals.append(_relative(left, norm))
-        weighted.append(_relative(whitening.apply(left), weighted_norm))
-        if kept is None or keep_last or weighted[-1] < weighted[kept[0] - 1]:
-            kept = (t, step, found)
+        weighted = _relative(whitening.apply(left), weighted_norm)
+        if kept is None or keep_last or weighted < kept[0]:
+            kept = (weighted, t, step.quantized, found)
     assert kept is not None
-    best, step, found = kept
-    factors = found.plain
-    result = LoftQResult(step.quantized, factors.lora_a, factors.lora_b, plain[0], tuple(residuals), best)
-    return WeightedResult(result, plain[1], tuple(weighted))
+    weighted, best, codes, found = kept
+    result = LoftQResult(codes, found.lora_a, found.lora_b, plain[0], tuple(residuals), best)
+    return WeightedResult(result, plain[1], weighted)
 
 
 def _less(matrix: Tensor, product: LowRank) -> Tensor:
