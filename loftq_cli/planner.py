@@ -142,7 +142,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
     units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
     if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
-        notes.append(f"'{recipe.data_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
+        notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
     files, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
@@ -204,7 +204,8 @@ def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, 
         return recipe.format
     embedding = any(role.kind == "embedding" and decisions[role.tensor].bits for role in modules.roles)
     widths = {decision.bits for decision in decisions.values() if decision.bits}
-    return "bnb" if widths == {4} and recipe.data_type == "nf" and not embedding else "packed"
+    in_nf4 = recipe.codebook_type in ("nf", "nf4-subset")
+    return "bnb" if widths == {4} and in_nf4 and not embedding else "packed"
 
 
 def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> Unit:
@@ -226,7 +227,7 @@ def _matrix(
 ) -> QuantizedMatrix | Refusal:
     """The matrix on the container's grid, or why it stays dense; what the recipe could mend is a usage error."""
     kind, shape = cast("MatrixKind", role.kind), _oriented(role, info)
-    request = GridRequest(kind, *shape, decision.bits, recipe.data_type, recipe.block_size, dtype)
+    request = GridRequest(kind, *shape, decision.bits, recipe.codebook_type, recipe.block_size, dtype)
     grid = get_format(recipe.format).grid(request)
     if not isinstance(grid, Refusal):
         return QuantizedMatrix(role.tensor, role.module or "", kind, *shape, grid)

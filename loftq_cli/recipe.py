@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.numerics.codebooks import DATA_TYPES
+from loftq_cli.numerics.codebooks import DATA_TYPES, LEVELS
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
-METHODS = ("loftq", "qlora")
+METHODS = ("loftq", "refined", "qlora")
+ITERS = {"loftq": 5, "refined": 12, "qlora": 5}  # by method, where none are given
+INITS = ("svd", "zero")
 FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
@@ -93,8 +95,10 @@ class Recipe:
     revision: str | None = None
     bits: int = 4
     rank: int = 16
-    iters: int = 5
+    iters: int = None  # type: ignore[assignment]  # set in __post_init__: it depends on the method
     method: str = "loftq"
+    init: str | None = None
+    levels: str | None = None
     data_type: str = "nf"
     block_size: int = 64
     format: str = "auto"
@@ -124,6 +128,10 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if self.iters is None:
+            object.__setattr__(self, "iters", ITERS.get(self.method, 5))
+        if self.method == "refined" and self.init is None:
+            object.__setattr__(self, "init", "svd")
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
@@ -131,6 +139,11 @@ class Recipe:
     def plain(self) -> bool:
         """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
         return self.method == "qlora" or self.iters == 0
+
+    @property
+    def codebook_type(self) -> str:
+        """The data type, or what `levels` puts in its place."""
+        return self.levels or self.data_type
 
     @property
     def scaling(self) -> float:
@@ -213,12 +226,14 @@ def _check(recipe: Recipe) -> None:
         "dtype": DTYPE_CHOICES,
         "svd": SVDS,
         "calibrate_kind": CALIBRATE_KINDS,
+        "init": (*INITS, None),
+        "levels": (*LEVELS, None),
         "meta_version": META_VERSIONS,
     }
     for name, allowed in choices.items():
         value = getattr(recipe, name)
         if value not in allowed or isinstance(value, bool):
-            listed = ", ".join(str(item) for item in allowed)
+            listed = ", ".join(str(item) for item in allowed if item is not None)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
     for name, least in (("rank", 1), ("iters", 0), ("seed", 0), ("calibration_tokens", 1)):
         value = getattr(recipe, name)
@@ -226,6 +241,15 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: give a whole number from {least} on.")
     if recipe.calibrate is not None and recipe.plain:
         raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
+    for name in ("init", "levels"):
+        if recipe.method != "refined" and getattr(recipe, name) is not None:
+            raise UsageError(
+                f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice."
+            )
+    if recipe.levels and recipe.data_type != "nf":
+        raise UsageError(
+            f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
+        )
     if not isinstance(recipe.keep_last, bool):
         raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
     if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.planner import Plan
-from loftq_cli.recipe import recipe_fields
+from loftq_cli.recipe import Recipe, recipe_fields
 
 _WORST = 5
 
@@ -202,7 +202,7 @@ def _worst(manifest: Manifest) -> str:
 def _command(plan: Plan) -> str:
     """The command with every flag that is not at its default."""
     words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
-    defaults = recipe_fields()
+    defaults = {**Recipe("", method=plan.recipe.method).as_dict(), "method": recipe_fields()["method"]}
     for name, value in plan.recipe.as_dict().items():
         if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue

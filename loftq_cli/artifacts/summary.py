@@ -209,7 +209,8 @@ def matrix_record(
 
 
 def _widest_record(unit: Unit, plan: Plan) -> MatrixRecord:
-    steps = 0 if plan.recipe.plain or unit.target is None else plan.recipe.iters
+    adapted = unit.target is not None or plan.recipe.method == "refined"  # which fits scales without an adapter too
+    steps = plan.recipe.iters if adapted and not plan.recipe.plain else 0
     return matrix_record(
         unit,
         plain_residual=_WIDE_NUMBER,

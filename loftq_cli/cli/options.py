@@ -160,13 +160,40 @@ Method = Annotated[
     _option(
         "method",
         "--method",
-        "loftq alternates; qlora quantizes plainly and starts the adapter at zero.",
+        "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; qlora "
+        "quantizes plainly and starts the adapter at zero.",
         _LOFTQ,
         choices=r.METHODS,
     ),
 ]
 Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
-Iters = Annotated[Optional[int], _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ)]
+Iters = Annotated[
+    Optional[int],
+    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 12"),
+]
+Init = Annotated[
+    Optional[str],
+    _option(
+        "init",
+        "--init",
+        "Where refined starts: the rank-r SVD of the weights, or a zero adapter as LoftQ.",
+        _LOFTQ,
+        choices=r.INITS,
+        show="svd",
+    ),
+]
+Levels = Annotated[
+    Optional[str],
+    _option(
+        "levels",
+        "--levels",
+        "Levels of refined: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or fitted to each "
+        "matrix (packed only).",
+        _LOFTQ,
+        choices=r.LEVELS,
+        show="those of --data-type",
+    ),
+]
 Alpha = Annotated[
     Optional[float],
     _option(

@@ -32,6 +32,8 @@ def quantize_command(
     method: o.Method = None,
     rank: o.Rank = None,
     iters: o.Iters = None,
+    init: o.Init = None,
+    levels: o.Levels = None,
     alpha: o.Alpha = None,
     keep_last: o.KeepLast = None,
     svd: o.Svd = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,9 +16,19 @@ from loftq_cli.artifacts.summary import matrix_record
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.loftq import LoftQResult, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.lowrank import frobenius
+from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
 from loftq_cli.numerics.start import zero_start
-from loftq_cli.numerics.weighted import WeightedResult, weighted_loftq, whiten
+from loftq_cli.numerics.weighted import (
+    WeightedResult,
+    WeightedStep,
+    Whitening,
+    weighted_loftq,
+    weighted_result,
+    whiten,
+)
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
 
@@ -82,20 +93,52 @@ def _quantize(
     _check_finite(unit, weight)
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
-    if recipe.plain or rank == 0:
+    if recipe.plain or (rank == 0 and recipe.method != "refined"):
         return plain_start(weight, quantizer, rank=rank, generator=generator), None
+    whitening = None if moment is None else whiten(moment.to(device))
+    if recipe.method == "refined":
+        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
     step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
-    if moment is None:
+    if whitening is None:
         return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
     weighted = weighted_loftq(
         weight,
         quantizer,
-        whiten(moment.to(device)),
+        whitening,
         iters=recipe.iters,
         low_rank=step,
         keep_last=recipe.keep_last,
     )
     return weighted.result, weighted
+
+
+def _refine(
+    weight: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    grid: BlockGrid,
+    recipe: Recipe,
+    generator: torch.Generator,
+    whitening: Whitening | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
+    """The refined method; without an adapter only the scales (and levels) are fitted."""
+    assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
+    exact = LowRankSteps(exact_step(rank), exact_step(rank))
+    steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
+    if whitening is not None:
+        steps = LowRankSteps(WeightedStep(whitening, steps.step), WeightedStep(whitening, steps.last))
+    found = refined(
+        weight,
+        quantizer,
+        iters=recipe.iters,
+        low_rank=steps if rank else None,
+        init=cast(Init, recipe.init),
+        levels=grid.levels(weight.device) if grid.codebook.fitted else None,
+        keep_last=recipe.keep_last,
+        column_weight=None if whitening is None else whitening.variances,
+        objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
+    )
+    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:

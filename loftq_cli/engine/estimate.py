@@ -27,6 +27,7 @@ from loftq_cli.recipe import Recipe
 _TRIAL_WEIGHTS = 6_000_000  # large enough that the work is in proportion to it, small enough for a second or two
 _DISK_TRIAL = 64 << 20
 _WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
+_REFINED_SET = 8  # further bytes a weight for `refined`: target and feedback in float32
 _SPARE = 120 << 20  # allocator, thread stacks, buffers on their way to the disk
 
 
@@ -40,7 +41,7 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
-    peak = peak_memory(plan.units, device)  # before the trials leave their own memory behind
+    peak = peak_memory(plan.units, device, method=plan.recipe.method)  # before the trials leave their own memory behind
     known = _Trials(device)
     seconds = sum(known.seconds(unit, plan.recipe) * count for unit, count in _distinct(plan.matrices))
     copied = sum(unit.backbone_bytes for unit in plan.kept)
@@ -49,10 +50,12 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     return Estimate(seconds, peak)
 
 
-def peak_memory(units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True) -> int:
+def peak_memory(
+    units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True, method: str = "loftq"
+) -> int:
     """Peak memory of converting `units` one after the other, on a GPU the device's."""
     units = list(units)
-    worst = max((working_set(unit) for unit in units), default=0)
+    worst = max((working_set(unit, method) for unit in units), default=0)
     if device.type != "cpu":
         return worst
     ahead = max((unit.source.nbytes for unit in units), default=0) if read_ahead else 0
@@ -65,11 +68,12 @@ def may_read_ahead(plan: Plan, device: torch.device, limit: int | None) -> bool:
     Raises:
         LoftqError: not even one unit at a time fits.
     """
-    if limit is None or device.type != "cpu" or peak_memory(plan.units, device) <= limit:
+    method = plan.recipe.method
+    if limit is None or device.type != "cpu" or peak_memory(plan.units, device, method=method) <= limit:
         return True
-    least = peak_memory(plan.units, device, read_ahead=False)
+    least = peak_memory(plan.units, device, read_ahead=False, method=method)
     if least > limit:
-        largest = max(plan.units, key=working_set)
+        largest = max(plan.units, key=lambda unit: working_set(unit, method))
         raise LoftqError(
             f"--max-memory {limit / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
             f"about {least / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
@@ -77,11 +81,12 @@ def may_read_ahead(plan: Plan, device: torch.device, limit: int | None) -> bool:
     return False
 
 
-def working_set(unit: Unit) -> int:
+def working_set(unit: Unit, method: str = "loftq") -> int:
     """Bytes one unit needs at its peak: its source tensor and everything computed from it."""
     if unit.matrix is None:
         return 2 * unit.source.nbytes
-    return unit.source.nbytes + _WORKING_SET * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
+    per_weight = _WORKING_SET + (_REFINED_SET if method == "refined" else 0)
+    return unit.source.nbytes + per_weight * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
 
 
 def resident_memory() -> int:
@@ -109,7 +114,7 @@ class _Trials:
         assert unit.matrix is not None
         trial = _trial_shape(*unit.matrix.shape)
         rank = unit.target.rank if unit.target else 0
-        work = [recipe.method, recipe.iters, recipe.svd, recipe.format, rank, str(unit.matrix.grid), trial, unit.kind]
+        work = [recipe.method, recipe.iters, recipe.init, recipe.svd, recipe.format, rank, str(unit.matrix.grid), trial, unit.kind]
         measured = self._once(work, lambda: self._convert(unit, recipe, trial))
         return measured * unit.matrix.weights / (trial[0] * trial[1])
 

@@ -69,9 +69,10 @@ class QuantizedMatrix:
 
     @property
     def information_bits(self) -> int:
-        """Bits the codes and scales carry, however the container stores them."""
+        """Bits that codes, scales and levels of the matrix's own carry, however the container stores them."""
         scales = self.grid.n_blocks(*self.shape) * self.grid.scale_dtype.itemsize * 8
-        return self.weights * self.grid.codebook.bits + scales
+        levels = 32 * len(self.grid.codebook.levels) if self.grid.codebook.fitted else 0
+        return self.weights * self.grid.codebook.bits + scales + levels
 
 
 @dataclass(frozen=True)

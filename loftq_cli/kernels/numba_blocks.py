@@ -164,7 +164,7 @@ def _find(
 def quantize_chunks(
     weight: Any, target: Any, codes: Any, absmax: Any, residual: Any, half: Any, sums: Any,
     middles: Any, levels: Any, row: int, block: int, divides_short: bool, scale_kind: int, value_kind: int,
-    corrects: bool, first: int, last: int,
+    corrects: bool, fitted: bool, first: int, last: int,
 ) -> None:  # fmt: skip
     """Quantize chunks `first`..`last` of the row-major `target`; give `weight` - Q and its squared norm per chunk.
 
@@ -172,6 +172,7 @@ def quantize_chunks(
     is uint16 [n], the residual's bfloat16 bits, or empty. `middles` and `levels` come from `padded`. Blocks start anew
     after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the kinds say what absmax and
     products are rounded to. `corrects`: target holds BA, to be subtracted from weight; it may be residual's memory.
+    `fitted`: absmax holds the scales already; they may be negative.
     """
     value, code, corrected = np.empty(block, np.float32), np.empty(block, np.int32), np.empty(block, np.float32)
     scaled, lanes = np.empty(block, np.float32), np.empty(block, np.float64)
@@ -191,12 +192,13 @@ def quantize_chunks(
             if corrects:
                 _subtract(weight[begin:end], x, corrected)
                 x = corrected[: end - begin]
-            absmax_bits[b] = _largest_bits(x.view(np.int32))
-            if scale_kind != FLOAT32:
-                _round(absmax[b : b + 1], absmax_bits[b : b + 1], scale_kind)
+            if not fitted:
+                absmax_bits[b] = _largest_bits(x.view(np.int32))
+                if scale_kind != FLOAT32:
+                    _round(absmax[b : b + 1], absmax_bits[b : b + 1], scale_kind)
             scale = absmax[b]
-            reciprocal = _F32(1) / max(scale, _SMALLEST_ABSMAX)
-            if divides_short and end - begin < block and scale >= _SMALLEST_ABSMAX:
+            reciprocal = np.copysign(_F32(1) / max(abs(scale), _SMALLEST_ABSMAX), scale)
+            if divides_short and not fitted and end - begin < block and scale >= _SMALLEST_ABSMAX:
                 _divide(x, scale, scaled)
                 x, reciprocal = scaled[: end - begin], _F32(1)
             if table.size:

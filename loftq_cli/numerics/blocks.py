@@ -32,6 +32,7 @@ class BlockGrid:
             row-major flattened matrix and only the very last one may be shorter (bitsandbytes).
         scale_dtype: dtype absmax is rounded to, before any code is chosen.
         value_dtype: dtype the loader rounds `level * absmax` to (the product is taken in float32).
+        signed: whether the container takes negative scales, which turn an asymmetric codebook around.
     """
 
     codebook: Codebook
@@ -39,6 +40,7 @@ class BlockGrid:
     layout: Layout
     scale_dtype: torch.dtype
     value_dtype: torch.dtype
+    signed: bool = False
 
     def n_blocks(self, out_features: int, in_features: int) -> int:
         """How many absmax values a matrix of this shape has."""
@@ -53,10 +55,15 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
-    """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype."""
+    """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype.
+
+    `absmax` is a block's scale: its largest magnitude, or what was fitted instead (`numerics.fitted`). `levels`, float32
+    [2**bits], are the matrix's own where the codebook says `fitted`.
+    """
 
     codes: Tensor
     absmax: Tensor
+    levels: Tensor | None = None
 
 
 def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
@@ -68,7 +75,7 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
     The arithmetic is bitsandbytes': multiply by the reciprocal of absmax (divide in the short last block of the flat
     layout), clamp, compare with the float32 midpoints; a tie takes the lower code.
     """
-    blocks = _to_blocks(x, grid)  # [n_blocks, block_size]
+    blocks = to_blocks(x, grid)  # [n_blocks, block_size]
     absmax = round_to(blocks.abs().amax(dim=1), grid.scale_dtype)
     scaled = blocks * absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal().unsqueeze(1)
     if grid.layout == "flat" and x.numel() % grid.block_size and absmax[-1] >= _SMALLEST_ABSMAX:
@@ -77,10 +84,19 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
     return QuantizedBlocks(codes=_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax=absmax)
 
 
+def assign(x: Tensor, scales: Tensor, grid: BlockGrid, levels: Tensor) -> Tensor:
+    """Codes uint8 [out, in] of the levels nearest to `x` at these scales [n_blocks], which may be negative."""
+    inverse = scales.abs().clamp(min=_SMALLEST_ABSMAX).reciprocal().copysign(scales)
+    scaled = to_blocks(x, grid) * inverse.unsqueeze(1)
+    codes = torch.bucketize(scaled, midpoints(levels), out_int32=True)
+    return _from_blocks(codes.to(torch.uint8), x.shape, grid)
+
+
 def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:
     """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
     shape = quantized.codes.shape
-    values = grid.levels(quantized.codes.device)[_to_blocks(quantized.codes, grid).int()]
+    levels = grid.levels(quantized.codes.device) if quantized.levels is None else quantized.levels
+    values = levels[to_blocks(quantized.codes, grid).int()]
     values = round_to(values.mul_(quantized.absmax.unsqueeze(1)), grid.value_dtype)
     return _from_blocks(values, shape, grid)
 
@@ -98,7 +114,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit).to(dtype).float()
 
 
-def _to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
+def to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
     """[out, in] -> [n_blocks, block_size]; short last blocks are filled up with zeros."""
     if grid.layout == "flat":
         x = x.reshape(1, -1)

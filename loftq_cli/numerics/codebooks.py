@@ -13,6 +13,7 @@ from loftq_cli.errors import UsageError
 
 DataType = Literal["nf", "nf-sym", "uniform"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
+LEVELS = ("nf", "nf4-subset", "fitted")
 
 _NF: dict[int, tuple[float, ...]] = {
     2: (-1.0, 0.0, 0.33791524171829224, 1.0),
@@ -38,13 +39,26 @@ _NF_SYM_POSITIVE: dict[int, tuple[float, ...]] = {
 }  # fmt: skip
 
 
+# The NF4 codes that leave the least squared error at fitted scales, over all subsets with both ends, on Gaussian blocks and
+# on blocks of trained matrices together (scripts/study/subsets.py). Within 1 to 3 % of levels fitted to each matrix.
+_NF4_SUBSET: dict[int, tuple[int, ...]] = {2: (0, 4, 10, 15), 3: (0, 2, 4, 6, 8, 11, 13, 15), 4: tuple(range(16))}
+
+
 @dataclass(frozen=True)
 class Codebook:
-    """The `2**bits` levels of a code, ascending, within [-1, 1]."""
+    """The `2**bits` levels of a code, ascending, within [-1, 1].
+
+    `fitted` levels are only where the fit of a matrix's own starts.
+    """
 
     data_type: str
     bits: int
     levels: tuple[float, ...]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether each matrix has levels of its own."""
+        return self.data_type == "fitted"
 
     def __post_init__(self) -> None:
         assert len(self.levels) == 2**self.bits, "a codebook has one level for each code"
@@ -58,10 +72,13 @@ def codebook(data_type: str, bits: int) -> Codebook:
     absmax grid, ±1 and ±1/3 at 2 bits). NormalFloat was never defined at 8 bits, where evenly spaced levels are as
     good, so 8 bits is `uniform` whatever was asked; the result's `data_type` says so.
 
+    Two more go with fitted scales at 2, 3 or 4 bits: `nf4-subset`, levels of NF4 that are nearly the best there are, so
+    that a bitsandbytes file holds them; and `fitted`, levels of the matrix's own, which start as those.
+
     Raises:
         UsageError: no such codebook.
     """
-    if data_type not in DATA_TYPES:
+    if data_type not in (*DATA_TYPES, *LEVELS):
         raise UsageError(f"there is no data type '{data_type}': choose one of {', '.join(DATA_TYPES)}.")
     if bits not in (2, 3, 4, 8):
         raise UsageError(f"{bits} bits is not a width of '{data_type}': choose 2, 3, 4 or 8.")
@@ -70,5 +87,7 @@ def codebook(data_type: str, bits: int) -> Codebook:
         return Codebook("uniform", bits, tuple((2 * i - top) / top for i in range(top + 1)))
     if data_type == "nf":
         return Codebook("nf", bits, _NF[bits])
+    if data_type in ("nf4-subset", "fitted"):
+        return Codebook(data_type, bits, tuple(_NF[4][code] for code in _NF4_SUBSET[bits]))
     positive = _NF_SYM_POSITIVE[bits]
     return Codebook("nf-sym", bits, tuple(-level for level in reversed(positive)) + positive)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.fitted import fit_levels, fit_scales
 from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, frobenius, krylov_low_rank
 
 _CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
@@ -51,15 +52,62 @@ class FusedQuantizer(Quantizer, Protocol):
         """Quantize W - BA to Q and give W - Q. The residual of `scratch`, an earlier step, is overwritten."""
 
 
+@runtime_checkable
+class FittingQuantizer(Quantizer, Protocol):
+    """A quantizer that can choose its scales (and zeros) for the least squared error on the container's own grid."""
+
+    def quantize_fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        previous: QuantizeStep | None = None,
+        column_weight: Tensor | None = None,
+    ) -> QuantizeStep:
+        """Quantize `target` to Q with fitted scales and give W - Q.
+
+        Args:
+            previous: an earlier step of this matrix, whose scales are the start. The squared error of `target` is never
+                above what its scales give with the nearest codes. Its residual may be overwritten. None searches from
+                scratch.
+            column_weight: float32 [in], positive: the weight of the squared errors of a column; None weighs all alike.
+        """
+
+
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """The plain-torch twin of the compiled quantizer, on any device."""
+    """The plain-torch twin of the compiled quantizer, on any device. `levels` replace the codebook's, where it is a
+    fitted one."""
 
     grid: BlockGrid
+    levels: Tensor | None = None
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         quantized = blocks.quantize(target, self.grid)
         return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
+
+    def quantize_fitted(
+        self,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        previous: QuantizeStep | None = None,
+        column_weight: Tensor | None = None,
+    ) -> QuantizeStep:
+        levels = self.grid.levels(target.device) if self.levels is None else self.levels
+        before = None if previous is None else previous.quantized.absmax
+        scales = fit_scales(target, self.grid, levels, previous=before, column_weight=column_weight)
+        codes = blocks.assign(target, scales, self.grid, levels)
+        quantized = QuantizedBlocks(codes, scales, self.levels)
+        return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
+
+    def with_levels(self, levels: Tensor) -> BlockQuantizer:
+        """The same with other levels, float32 [2**bits], ascending."""
+        return BlockQuantizer(self.grid, levels)
+
+    def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
+        """Better levels for the codes and scales of `step`."""
+        return fit_levels(target, step.quantized, self.grid, column_weight)
 
 
 @dataclass(frozen=True)
@@ -92,18 +140,27 @@ LowRankStep = Callable[[Tensor, "LowRank | None"], LowRank]
 
 @dataclass(frozen=True)
 class FastStep:
-    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`."""
+    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`.
+
+    The depths are those of the Krylov space without and with a previous step; None takes the defaults.
+    """
 
     rank: int
     generator: torch.Generator
+    first_depth: int | None = None
+    later_depth: int | None = None
 
     def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
-        return krylov_low_rank(residual, self.rank, previous=previous, generator=self.generator)
+        return self._krylov(residual, previous)
 
     def of(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
         """The same, with what the quantizer knows about the residual."""
+        return self._krylov(step.residual, previous, half=step.half, norm=step.norm)
+
+    def _krylov(self, residual: Tensor, previous: LowRank | None, **known: Any) -> LowRank:
+        depth = self.first_depth if previous is None else self.later_depth
         return krylov_low_rank(
-            step.residual, self.rank, previous=previous, generator=self.generator, half=step.half, norm=step.norm
+            residual, self.rank, previous=previous, depth=depth, generator=self.generator, **known
         )
 
 

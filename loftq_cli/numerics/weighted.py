@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.blocks import QuantizedBlocks
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, Quantizer
 from loftq_cli.numerics.lowrank import LowRank, frobenius
 
@@ -144,6 +144,16 @@ def weighted_loftq(
     weighted, best, codes, found = kept
     result = LoftQResult(codes, found.lora_a, found.lora_b, plain[0], tuple(residuals), best)
     return WeightedResult(result, plain[1], weighted)
+
+
+def weighted_result(
+    weight: Tensor, found: LoftQResult, grid: BlockGrid, quantizer: Quantizer, whitening: Whitening
+) -> WeightedResult:
+    """What another method than `weighted_loftq` found, with its weighted residuals."""
+    norm = frobenius(whitening.apply(weight))
+    plain = quantizer.quantize_residual(weight, weight).residual
+    left = torch.addmm(weight - dequantize(found.quantized, grid), found.lora_b, found.lora_a, alpha=-1)
+    return WeightedResult(found, _relative(whitening.apply(plain), norm), _relative(whitening.apply(left), norm))
 
 
 def _less(matrix: Tensor, product: LowRank) -> Tensor:

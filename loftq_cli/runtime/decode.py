@@ -27,27 +27,34 @@ _STEP_CPU = 2**22
 _STEP_GPU = 2**25
 
 
-def decode_rows(packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(
+    packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, dtype: torch.dtype, levels: Tensor | None = None
+) -> Tensor:
     """Dense rows of a packed matrix.
 
     Args:
         packed: uint8 [rows, packed_width(columns, bits)].
         absmax: [rows, ceil(columns / block_size)] in the grid's scale dtype.
         dtype: what the values, already rounded to `grid.value_dtype`, are cast to.
+        levels: float32 [2**bits], the matrix's own; None takes the codebook's.
 
     Returns:
         `dtype` [rows, columns].
     """
     rows = packed.shape[0]
     # A compiler traces the function itself and warns about the cache.
-    build = _lookup_table.__wrapped__ if torch.compiler.is_compiling() else _lookup_table
-    table = build(grid.codebook, packed.device)
+    compiling = torch.compiler.is_compiling()
+    if levels is None:
+        table = (_lookup_table.__wrapped__ if compiling else _lookup_table)(grid.codebook, packed.device)
+    else:
+        index = (_code_table.__wrapped__ if compiling else _code_table)(grid.codebook.bits, packed.device)
+        table = _widened(levels.to(packed.device)[index])
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     step = max(1, (_STEP_CPU if packed.device.type == "cpu" else _STEP_GPU) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        levels = _look_up(table, packed[part], grid.codebook.bits)[:, :columns]
-        values = _saturate(_scale(levels, absmax[part].float(), grid.block_size), grid)
+        found = _look_up(table, packed[part], grid.codebook.bits)[:, :columns]
+        values = _saturate(_scale(found, absmax[part].float(), grid.block_size), grid)
         # Copying into `out` is the one rounding where it has the value dtype.
         out[part] = values if dtype == grid.value_dtype else values.to(grid.value_dtype)
     return out
@@ -85,12 +92,24 @@ def _saturate(values: Tensor, grid: BlockGrid) -> Tensor:
 @lru_cache(maxsize=64)
 def _lookup_table(codebook: Codebook, device: torch.device) -> Tensor:
     """Row i: the levels of the codes that the bits of i stand for, as one wide element where the device has those."""
-    bits, index_bits = codebook.bits, _INDEX_BITS[codebook.bits]
     # A cached inference tensor would poison later training.
     with torch.inference_mode(False), torch.no_grad():
+        levels = torch.tensor(codebook.levels, dtype=torch.float32, device=device)
+        return _widened(levels[_code_table.__wrapped__(codebook.bits, device)])
+
+
+@lru_cache(maxsize=64)
+def _code_table(bits: int, device: torch.device) -> Tensor:
+    """Row i: the codes that the bits of i stand for."""
+    index_bits = _INDEX_BITS[bits]
+    with torch.inference_mode(False), torch.no_grad():
         words = torch.arange(2**index_bits, dtype=torch.int32)
-        codes = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, index_bits, bits)], dim=1)
-        table = torch.tensor(codebook.levels, dtype=torch.float32)[codes].contiguous()
-        if device.type in ("cpu", "cuda"):
-            table = table.view(_WIDE[table.shape[1]]).squeeze(1)
-        return table.to(device)
+        codes = [(words >> shift) & (2**bits - 1) for shift in range(0, index_bits, bits)]
+        return torch.stack(codes, dim=1).to(device)
+
+
+def _widened(table: Tensor) -> Tensor:
+    """Rows of float32 as single elements of the device's widest type."""
+    if table.device.type not in ("cpu", "cuda"):
+        return table
+    return table.view(_WIDE[table.shape[1]]).squeeze(1)

@@ -31,6 +31,7 @@ class PackedWeight(nn.Module):
         weight: uint8 parameter [rows, packed_width(columns, bits)], frozen.
         weight_absmax: buffer [rows, ceil(columns / block_size)] in the grid's scale dtype, whatever the model's is. A
             layer tied to another has none and uses the other's.
+        weight_levels: buffer float32 [2**bits] where the codebook is `fitted`, else None; shared like the scales.
         grid: levels, block size, dtypes.
         columns: the dense width.
     """
@@ -50,11 +51,12 @@ class PackedWeight(nn.Module):
         absmax = torch.zeros(rows, grid.n_blocks(1, columns), dtype=grid.scale_dtype, device=device)
         self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
         self.register_buffer("weight_absmax", absmax)
+        self.register_buffer("weight_levels", grid.levels(device or "cpu") if grid.codebook.fitted else None)
 
     def use_scales_of(self, other: PackedWeight) -> None:
         """Become the tied twin of `other`: transformers shares the codes between the two, this shares the scales."""
         self._scales_of = (other,)
-        self._buffers["weight_absmax"] = None
+        self._buffers["weight_absmax"] = self._buffers["weight_levels"] = None
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """Codes and scales, on one device."""
@@ -62,23 +64,30 @@ class PackedWeight(nn.Module):
         absmax: Any = (self._scales_of[0] if self._scales_of else self)._buffers["weight_absmax"]
         return codes, absmax.to(codes.device)
 
+    def own_levels(self) -> Tensor | None:
+        """The levels, where they are not the codebook's."""
+        levels: Any = (self._scales_of[0] if self._scales_of else self)._buffers["weight_levels"]
+        return levels
+
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
         return guard(value) if name == "weight" else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the scales but never cast them: they are part of the stored numbers, not of the compute dtype."""
-        absmax = self._buffers["weight_absmax"]
+        """Move scales and levels but never cast them: they are stored numbers, whatever dtype is computed in."""
+        before = {name: self._buffers[name] for name in ("weight_absmax", "weight_levels")}
         super()._apply(fn, recurse)
-        moved = self._buffers["weight_absmax"]
-        if absmax is not None and moved is not None and moved.dtype != absmax.dtype:
-            self._buffers["weight_absmax"] = absmax.to(moved.device)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
         return self
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense [rows, columns]: exactly `PackedFormat.decode`, in the grid's value dtype or cast to `dtype`."""
         with torch.no_grad():
-            return decode_rows(*self.stored(), self.grid, self.columns, dtype or self.grid.value_dtype)
+            kind = dtype or self.grid.value_dtype
+            return decode_rows(*self.stored(), self.grid, self.columns, kind, self.own_levels())
 
     def extra_repr(self) -> str:
         book = self.grid.codebook
@@ -92,8 +101,8 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, layer: LoftqLinear) -> Tensor:
         ctx.save_for_backward(codes, absmax)
-        ctx.grid, ctx.columns = layer.grid, layer.columns
-        return F.linear(x, decode_rows(codes, absmax, layer.grid, layer.columns, x.dtype), bias)
+        ctx.grid, ctx.columns, ctx.levels = layer.grid, layer.columns, layer.own_levels()
+        return F.linear(x, decode_rows(codes, absmax, layer.grid, layer.columns, x.dtype, ctx.levels), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
@@ -103,7 +112,7 @@ class _PackedLinear(torch.autograd.Function):
         # The dtype was settled in the forward pass.
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                weight = decode_rows(codes, absmax, ctx.grid, ctx.columns, grad.dtype)
+                weight = decode_rows(codes, absmax, ctx.grid, ctx.columns, grad.dtype, ctx.levels)
                 grad_x = (rows @ weight).reshape(*grad.shape[:-1], ctx.columns)
             if ctx.needs_input_grad[3]:
                 grad_bias = rows.sum(0)
@@ -202,7 +211,7 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
         """int [...] -> compute dtype [..., embedding_dim]."""
         flat = ids.reshape(-1)
         codes, absmax = (tensor.index_select(0, flat) for tensor in self.stored())
-        rows = decode_rows(codes, absmax, self.grid, self.columns, self.compute_dtype)
+        rows = decode_rows(codes, absmax, self.grid, self.columns, self.compute_dtype, self.own_levels())
         return rows.reshape(*ids.shape, self.columns)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:

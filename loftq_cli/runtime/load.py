@@ -116,7 +116,7 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
     head that this class does not have are no loss."""
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
-    lost = [key for key in missing if key.endswith(".weight_absmax")]
+    lost = [key for key in missing if key.endswith((".weight_absmax", ".weight_levels"))]
     for key in unexpected:
         if key.endswith(_SCALES):
             module = key.removesuffix(".absmax").removesuffix("_absmax").removesuffix(".weight")

@@ -87,8 +87,8 @@ class LoftqHfQuantizer(HfQuantizer):
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Scales keep the dtype they are stored in, whatever the model is loaded in."""
-        if any(name.endswith("weight_absmax") for name in converter.target_patterns):
+        """Scales and levels keep the dtype they are stored in, whatever the model is loaded in."""
+        if any(name.endswith(("weight_absmax", "weight_levels")) for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
