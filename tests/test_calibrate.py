@@ -143,6 +143,25 @@ def test_a_calibrated_conversion(kind: str, text: Path, tmp_path: Path, own_cach
     assert f"--calibrate {text}" in card and "calibration-hash" not in card
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_calibration_weighs_the_refined_method_too(kind: str, text: Path, tmp_path: Path, own_cache: Path) -> None:
+    source = llama(tmp_path / "llama")
+    options = {"bits": 2, "rank": 8, "method": "refined", "calibration_tokens": 250}
+    found = loftq_cli.quantize(source, output=tmp_path / "a", calibrate=text, calibrate_kind=kind, **options)
+    (kept,) = (own_cache / "loftq" / "moments").glob("*.safetensors")
+    check_records(found, tmp_path / "a", source, kind, kept)
+    plain = loftq_cli.quantize(source, output=tmp_path / "plain", **options)
+    moments, weighted, unweighted = open_moments(kept), 0.0, 0.0
+    weights = load_file(source / "model.safetensors")
+    for record, other in zip(found.matrices, plain.matrices):
+        moment, w = moments.of(record.module, kind), weights[record.tensor]
+        assert moment is not None and record.weighted_residual is not None
+        left = w - decode_matrix(tmp_path / "plain", plain, other) - decode_product(tmp_path / "plain", plain, other)
+        weighted += record.weighted_residual
+        unweighted += float(whiten(moment).apply(left).norm() / whiten(moment).apply(w).norm())
+    assert weighted < unweighted
+
+
 def test_another_text_is_another_conversion(text: Path, tmp_path: Path) -> None:
     source = llama(tmp_path / "llama")
     options = {"bits": 2, "rank": 8, "iters": 1, "calibrate": text, "calibration_tokens": 200}
