@@ -50,9 +50,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     return Estimate(seconds, peak)
 
 
-def peak_memory(
-    units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True, method: str = "loftq"
-) -> int:
+def peak_memory(units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True, method: str = "loftq") -> int:
     """Peak memory of converting `units` one after the other, on a GPU the device's."""
     units = list(units)
     worst = max((working_set(unit, method) for unit in units), default=0)
@@ -114,7 +112,17 @@ class _Trials:
         assert unit.matrix is not None
         trial = _trial_shape(*unit.matrix.shape)
         rank = unit.target.rank if unit.target else 0
-        work = [recipe.method, recipe.iters, recipe.init, recipe.svd, recipe.format, rank, str(unit.matrix.grid), trial, unit.kind]
+        work = [
+            recipe.method,
+            recipe.iters,
+            recipe.init,
+            recipe.svd,
+            recipe.format,
+            rank,
+            str(unit.matrix.grid),
+            trial,
+            unit.kind,
+        ]
         measured = self._once(work, lambda: self._convert(unit, recipe, trial))
         return measured * unit.matrix.weights / (trial[0] * trial[1])
 

@@ -2,12 +2,12 @@
 
 Layout as bitsandbytes' `QuantState.as_dict(packed=True)` writes it. Blocks run over the flattened matrix, two codes a
 byte with the even one in the high nibble. 2-bit NormalFloat levels are four of NF4's sixteen, so a 2-bit backbone is
-carried without loss (at 4-bit storage), and so are the 4 or 8 levels of `nf4-subset`; 3-bit NormalFloat's are not and are
-refused.
+carried without loss (at 4-bit storage), and so are the 4 or 8 levels of `nf4-subset`; 3-bit NormalFloat's are not and
+are refused.
 
-Scales stay positive. A pre-quantized state loads as it is, whatever its scales. Only who dequantizes the backbone and lets
-bitsandbytes quantize it anew gets other numbers where scales were fitted and a block uses neither -1 nor 1: at 3 and 4
-bits some 0.1 % of blocks, none at 2. A scale of at most absmax / 0.8615 (NF4's last threshold) would rule that out.
+Scales stay positive. A pre-quantized state loads as it is, whatever its scales. Only who dequantizes the backbone and
+lets bitsandbytes quantize it anew gets other numbers where scales were fitted and a block uses neither -1 nor 1: at 3
+and 4 bits some 0.1 % of blocks, none at 2. A scale of at most absmax / 0.8615 (NF4's last threshold) would rule it out.
 """
 
 from __future__ import annotations

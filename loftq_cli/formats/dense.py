@@ -2,8 +2,8 @@
 
 The scales are rounded to the model's dtype before codes are chosen, so that the rounded product has the same absmax:
 loading the dense file with bitsandbytes' on-the-fly NF4 (block size 64, no double quantization) gives back the very
-same codes and scales. Where scales are fitted (`refined`) that holds for blocks that use a level of -1 or 1: all at 2 bits,
-all but some 0.1 % at 3 and 4.
+same codes and scales. Where scales are fitted (`refined`) that holds for blocks that use a level of -1 or 1: all at 2
+bits, all but some 0.1 % at 3 and 4.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ For a linear layer at on-disk path P:
 | `P.weight_levels` | float32 | [2**bits], only where each matrix has levels of its own (`fitted`) |
 
 Q = round(level[code] * absmax) with the product in float32 and one rounding to the model's dtype. Levels, bits, block
-size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels are tensors
-instead, since everything in config.json is known before a weight is read.
+size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels are
+tensors instead, since everything in config.json is known before a weight is read.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class CompiledQuantizer:
     ) -> QuantizeStep:
         residual, half = _outputs(weight, previous)
         scales = None if previous is None else previous.quantized.absmax
-        return self._quantize(
-            weight.contiguous(), target.contiguous(), residual, half, fit=_Fit(scales, column_weight)
-        )
+        return self._quantize(weight.contiguous(), target.contiguous(), residual, half, fit=_Fit(scales, column_weight))
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
         """The same with other levels, float32 [2**bits], ascending."""

@@ -176,9 +176,9 @@ def _judge(
     tile: Any, weights: Any, stored: Any, inverse_unit: Any, scale: Any, per_block: Any, per_lane: Any, code: Any,
     middles: Any, levels: Any, value_kind: int, fits: bool, error: Any, xc: Any, cc: Any,
 ) -> None:  # fmt: skip
-    """The true squared error at the scales `stored`, of products as the loader rounds them; `scale` is `stored` in units.
+    """The true squared error at the scales `stored`, of products as the loader rounds them.
 
-    With `fits` also what `_fit` gives there.
+    `scale` becomes `stored` in units. With `fits` also what `_fit` gives there.
     """
     inverse, value, first, second = per_lane[0], per_lane[1], per_lane[2], per_lane[3]
     sums, factor, product, unit = per_lane[4], per_lane[5], per_lane[6], per_lane[7]
@@ -229,9 +229,7 @@ def _load(source: Any, elements: Any, first: int, count: int, row: int, block: i
 
 
 @_inline
-def _load_weights(
-    column_weight: Any, elements: Any, first: int, count: int, row: int, block: int
-) -> None:
+def _load_weights(column_weight: Any, elements: Any, first: int, count: int, row: int, block: int) -> None:
     blocks_per_row = -(-row // block)
     elements[:] = 0
     for i in range(count):

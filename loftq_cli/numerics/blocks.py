@@ -57,8 +57,8 @@ class BlockGrid:
 class QuantizedBlocks:
     """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype.
 
-    `absmax` is a block's scale: its largest magnitude, or what was fitted instead (`numerics.fitted`). `levels`, float32
-    [2**bits], are the matrix's own where the codebook says `fitted`.
+    `absmax` is a block's scale: its largest magnitude, or what was fitted instead (`numerics.fitted`). `levels`,
+    float32 [2**bits], are the matrix's own where the codebook says `fitted`.
     """
 
     codes: Tensor

@@ -1,12 +1,12 @@
 """Block scales that minimise the block's squared error, instead of absmax.
 
 For fixed codes with levels c the error Σ w (x - s c)² of a block is a parabola in its scale s with its minimum at
-s = Σ w x c / Σ w c c, where it is Σ w x x - (Σ w x c)² / Σ w c c. For a fixed scale the nearest levels are best. Fitting
-alternates the two (Lloyd's algorithm with one parameter), so it never raises the error and ends in a local minimum; a
-first search therefore starts from several fractions of absmax and keeps the one whose parabola is lowest.
+s = Σ w x c / Σ w c c, where it is Σ w x x - (Σ w x c)² / Σ w c c. For a fixed scale the nearest levels are best.
+Fitting alternates the two (Lloyd's algorithm with one parameter), so it never raises the error and ends in a local
+minimum; a first search therefore starts from several fractions of absmax and keeps the one whose parabola is lowest.
 
-The scale is rounded to the container's dtype at the end, and from then on errors are true ones, of the rounded products.
-Sums run in the order of the compiled kernel (`kernels.numba_fitted`), which gives the same bits.
+The scale is rounded to the container's dtype at the end, and from then on errors are true ones, of the rounded
+products. Sums run in the order of the compiled kernel (`kernels.numba_fitted`), which gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, to_blocks, midpoints, round_to
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints, round_to, to_blocks
 
 FRACTIONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of absmax: where a first search starts
 SEARCH_REFITS = 3  # fits after the best start is known

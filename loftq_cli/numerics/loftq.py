@@ -159,9 +159,7 @@ class FastStep:
 
     def _krylov(self, residual: Tensor, previous: LowRank | None, **known: Any) -> LowRank:
         depth = self.first_depth if previous is None else self.later_depth
-        return krylov_low_rank(
-            residual, self.rank, previous=previous, depth=depth, generator=self.generator, **known
-        )
+        return krylov_low_rank(residual, self.rank, previous=previous, depth=depth, generator=self.generator, **known)
 
 
 def loftq(

@@ -1,7 +1,7 @@
 """Past LoftQ at the same bits, rank and container: fitted scales, a start from the SVD of W, error feedback.
 
-The objective is LoftQ's, ‖W - Q - BA‖_F over everything stored: codes, block scales, factors and, where the container has
-room, the levels. Three things differ from `numerics.loftq`:
+The objective is LoftQ's, ‖W - Q - BA‖_F over everything stored: codes, block scales, factors and, where the container
+has room, the levels. Three things differ from `numerics.loftq`:
 
 **Scales of least squared error.** LoftQ's step Q = q(W - BA) with absmax scales does not minimise ‖(W - BA) - Q‖, which
 is why its residual can rise. `numerics.fitted` does, block by block: for fixed codes with levels c the best scale is
@@ -10,16 +10,17 @@ codes and scales s the best level is Σ s x / Σ s² over the elements that have
 
 **A start from the rank-r SVD of W**, so that strong directions never reach the quantizer.
 
-**Error feedback.** Plain alternation stalls: BA fits the quantizer's noise, and the next Q reproduces W - BA with the same
-noise. Quantizing W - BA + U instead, U ← γ U + η E with E = W - Q - BA the last residual, pushes every element whose error
-persists over its threshold: damped dual ascent for the constraint W = Q + BA (ADMM's scaled dual variable), which needs a
-Q-step that really minimises. U's share is tapered off and the run ends on a plain step, U = 0.
+**Error feedback.** Plain alternation stalls: BA fits the quantizer's noise, and the next Q reproduces W - BA with the
+same noise. Quantizing W - BA + U instead, U ← γ U + η E with E = W - Q - BA the last residual, pushes every element
+whose error persists over its threshold: damped dual ascent for the constraint W = Q + BA (ADMM's scaled dual variable),
+which needs a Q-step that really minimises. U's share is tapered off and the run ends on a plain step, U = 0.
 
-Convergence. A plain step (U = 0) fits Q to W - BA with the previous scales among the candidates, so ‖W - Q - BA‖ does not
-rise (exactly for float32 values; where the loader rounds products, up to that rounding, since codes are the nearest
+Convergence. A plain step (U = 0) fits Q to W - BA with the previous scales among the candidates, so ‖W - Q - BA‖ does
+not rise (exactly for float32 values; where the loader rounds products, up to that rounding, since codes are the nearest
 unrounded levels); then BA = SVD_r(W - Q) is optimal for that Q (Eckart and Young), so it does not rise either: the
 objective decreases monotonically and is bounded by 0. Steps with feedback have no such guarantee. Therefore the best
-iterate is kept, and where the residual runs away feedback is dropped and plain steps go on from the best one.
+iterate is kept, and where the residual runs away feedback is dropped and plain steps go on from the best one. Updating
+the levels between steps lowers it too, on the blocks that are looked at (`numerics.fitted.fit_levels` samples).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from loftq_cli.numerics.lowrank import LowRank, frobenius
 Init = Literal["svd", "zero"]
 DEFAULT_ITERS = 12
 
-# Measured on trained matrices (scripts/study): U forgets 30 % a step and takes 28 % of the residual. Much more diverges.
+# Measured on trained matrices (scripts/study): U forgets 30 % a step and takes 28 % of the residual; more diverges.
 _KEPT, _ADDED = 0.7, 0.28
 _TAPER = (0.0, 0.3, 0.6)  # U's share in the last, the last but one and the third last step
 _LEVELS_FROZEN = 2  # steps at the end in which levels stay
@@ -133,7 +134,7 @@ class _Iterate:
 
 @dataclass
 class _Run:
-    """One matrix's course: what changes from step to step. Memory of the matrix's size is used again where it can be."""
+    """One matrix's course: what changes from step to step. Memory of the matrix's size is used again."""
 
     weight: Tensor
     quantizer: FittingQuantizer
