@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe import Recipe, make_recipe, parse_size
+from loftq_cli.recipe import Recipe, make_recipe, parse_size, read_places
+
+_NO_RUN = "finished"  # what a launcher's other processes hear where nothing is left to convert
 
 if TYPE_CHECKING:
     import torch
 
     from loftq_cli.artifacts.manifest import Manifest
     from loftq_cli.engine.progress import Reporter
+    from loftq_cli.engine.supervise import Team
+    from loftq_cli.engine.worker import Order
+    from loftq_cli.engine.world import World
     from loftq_cli.planner import Plan
 
 
@@ -22,9 +29,11 @@ def quantize(
     output: str | Path | None = None,
     config: str | Path | None = None,
     device: str = "auto",
+    num_processes: int | None = None,
     max_memory: str | int | None = None,
     stream: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
     reporter: Reporter | None = None,
     **recipe: Any,
 ) -> Manifest:
@@ -33,18 +42,23 @@ def quantize(
     Args:
         model: directory of a checkpoint (safetensors, pytorch_model.bin or Meta's), or a model on the Hub as `org/name`
             or `org/name@revision`; may come from `config`.
-        output: directory to write; by default named after the model, in the working directory.
+        output: directory to write; by default named after the model, in the working directory. May come from `config`.
         config: a YAML recipe; arguments given here win over it.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        device: `auto`, `cpu`, `cuda` (all GPUs, as `auto` where there are any), `cuda:1`.
+        num_processes: workers that share the matrices; by default one for every GPU in use, and one on the CPU. Where
+            a launcher (`accelerate launch`, torchrun, mpirun, srun) has started several processes, they are the workers
+            and share `output`, on one machine or on several; each returns the manifest.
         max_memory: resident memory to stay below, such as `"2GB"`; by default what the largest matrix takes, twice.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
+        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
+            is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
             iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="nf", block_size=64,
-            format="auto", rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep", alpha=None,
-            keep_last=False, svd="fast", dtype="auto", calibrate=None, calibration_tokens=16384,
-            calibrate_kind="diagonal", seed=0, max_shard_size="5GB", meta_version="auto".
+            format="auto", rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep", experts="quantize",
+            allow_nonfinite=False, alpha=None, keep_last=False, svd="fast", dtype="auto", calibrate=None,
+            calibration_tokens=16384, calibrate_kind="diagonal", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -53,24 +67,50 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
-    from loftq_cli.calibration import calibrated
+    from loftq_cli.calibration import calibrated, pin_calibration
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.finished import find_finished
+    from loftq_cli.engine.finite import find_nonfinite
     from loftq_cli.engine.progress import Reporter
     from loftq_cli.engine.run import run_plan
+    from loftq_cli.engine.world import joined_world
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
-    chosen = choose_device(device)
-    with open_source(asked, stream=stream) as (checkpoint, resolved):
-        reporter = reporter or Reporter()
-        made = calibrated(_plan(resolved, checkpoint, output), checkpoint, chosen, reporter)
-        return run_plan(
-            made,
-            checkpoint,
-            device=chosen,
-            reporter=reporter,
-            overwrite=overwrite,
-            max_memory=None if max_memory is None else parse_size(max_memory),
-        )
+    file = Path(config) if config else None
+    asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
+    output, repo = output or places.get("output"), push_to or places.get("push_to")
+    memory = None if max_memory is None else parse_size(max_memory)
+    devices = choose_devices(device, num_processes)
+    reporter = reporter or Reporter()
+    with joined_world() as world:
+        if world is not None and num_processes is not None:
+            raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
+        if world is not None and not world.main:
+            orders = _orders(asked, _output(asked, output), devices, stream, memory, world)
+            return _follow(orders[0], world.hear())
+        repo = _may_push(repo)
+        with open_source(asked, stream=stream) as (checkpoint, resolved):
+            resolved = pin_calibration(resolved)
+            made = _plan(resolved, checkpoint, output)
+            if resolved.allow_nonfinite:
+                made = _plan(resolved, checkpoint, output, find_nonfinite(made, checkpoint, reporter))
+            orders = _orders(resolved, made.output, devices, stream, memory, world)
+            manifest = find_finished(made) if repo and not overwrite else None
+            if manifest is not None and world is not None:
+                world.announce(_NO_RUN)
+            if manifest is None:
+                made = calibrated(made, checkpoint, devices[0], reporter)
+                manifest = run_plan(
+                    made,
+                    checkpoint,
+                    device=devices[0],
+                    reporter=reporter,
+                    overwrite=overwrite,
+                    max_memory=orders[0].max_memory,
+                    team=_team(orders, world),
+                )
+    if repo:
+        _push(made.output, repo)
+    return manifest
 
 
 def plan(
@@ -89,9 +129,41 @@ def plan(
     """
     from loftq_cli.checkpoint import open_source
 
-    asked = make_recipe({"model": model, **recipe}, Path(config) if config else None)
+    file = Path(config) if config else None
+    asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output)
+        return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+
+
+def _follow(order: Order, run_id: str) -> Manifest:
+    """A launcher's other process: its share of the run, or nothing where the main one has found the output finished."""
+    from loftq_cli.artifacts.manifest import read_manifest
+    from loftq_cli.engine.worker import follow
+
+    if run_id == _NO_RUN:
+        return read_manifest(order.output)
+    return follow(dataclasses.replace(order, run_id=run_id))
+
+
+def _may_push(repo: str | None) -> str | None:
+    """What would stop the push is said before hours of work, not after."""
+    if repo:
+        from loftq_cli.hub.push import check_repo, require_login
+
+        check_repo(repo)
+        require_login()
+    return repo
+
+
+def _push(output: Path, repo: str) -> None:
+    from loftq_cli.errors import LoftqError
+    from loftq_cli.hub.push import push
+
+    try:
+        push(output, repo)
+    except LoftqError as error:
+        said = f"{output} is finished, but not on the Hub: {error}"
+        raise LoftqError(said, exit_code=error.exit_code) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -115,16 +187,75 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_devices(name: str, num_processes: int | None) -> tuple[torch.device, ...]:
+    """What each of the workers on this machine computes on.
+
+    Raises:
+        UsageError: no such device, or no such number of workers.
+    """
+    import torch
+
+    if num_processes is not None and num_processes < 1:
+        raise UsageError(f"--num-processes cannot be {num_processes}: give a whole number from 1 on.")
+    device = choose_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return (device,) * (num_processes or 1)
+    gpus = torch.cuda.device_count()
+    return tuple(torch.device("cuda", i % gpus) for i in range(num_processes or gpus))
+
+
 def default_output(recipe: Recipe) -> Path:
     """`Llama-2-13b-loftq-2bit-r64` in the working directory."""
     name = Path(recipe.model).expanduser().resolve().name
     return Path(f"{name}-{recipe.method}-{recipe.bits}bit-r{recipe.rank}")
 
 
-def _plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+def _orders(
+    recipe: Recipe,
+    output: Path,
+    devices: tuple[torch.device, ...],
+    stream: bool,
+    max_memory: int | None,
+    world: World | None,
+) -> list[Order]:
+    """What this machine's workers are to do: all of them, or the one that is this rank of a launcher's world."""
+    import torch
+
+    from loftq_cli.engine.worker import Order
+
+    ranks = range(len(devices)) if world is None else [world.rank]
+    count = len(ranks)
+    return [
+        Order(
+            recipe=recipe.as_dict(),
+            output=str(output),
+            stream=stream,
+            rank=rank,
+            device=str(devices[i if world is None else world.local_rank % len(devices)]),
+            threads=max(1, torch.get_num_threads() // count),
+            max_memory=None if max_memory is None else max_memory // count,
+        )
+        for i, rank in enumerate(ranks)
+    ]
+
+
+def _team(orders: list[Order], world: World | None) -> Team | None:
+    """None for one process alone."""
+    from loftq_cli.engine.supervise import Team
+
+    if world is not None:
+        return Team(orders, world.announce)
+    return Team(orders) if len(orders) > 1 else None
+
+
+def _output(recipe: Recipe, output: str | Path | None) -> Path:
+    return (Path(output).expanduser() if output else default_output(recipe)).resolve()
+
+
+def _plan(
+    recipe: Recipe, checkpoint: Any, output: str | Path | None, nonfinite: Mapping[str, str] | None = None
+) -> Plan:
     from loftq_cli import __version__
-    from loftq_cli.calibration import pin_calibration
     from loftq_cli.planner import make_plan
 
-    target = Path(output).expanduser() if output else default_output(recipe)
-    return make_plan(pin_calibration(recipe), checkpoint, target.resolve(), __version__)
+    return make_plan(recipe, checkpoint, _output(recipe, output), __version__, nonfinite)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.files import cache_folder
 from loftq_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,6 +94,24 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
     return dataclasses.replace(plan, moments=file)
 
 
+def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The plan with its file of second moments, which another process has collected.
+
+    Raises:
+        LoftqError: the file is not there.
+    """
+    recipe = plan.recipe
+    if recipe.calibrate is None:
+        return plan
+    file = Path(recipe.calibrate) if is_moments_file(recipe.calibrate) else moments_file(recipe, checkpoint)
+    if not file.is_file():
+        raise LoftqError(
+            f"{file}, which the main process calibrated, is not on this machine: set XDG_CACHE_HOME to a folder that "
+            "all machines share."
+        )
+    return dataclasses.replace(plan, moments=file)
+
+
 def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """Where the second moments of a source on a text are kept: in the user's cache folder."""
     from loftq_cli import __version__
@@ -113,8 +131,7 @@ def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
         recipe.lm_head,
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "loftq" / "moments" / f"{name}.safetensors"
+    return cache_folder() / "moments" / f"{name}.safetensors"
 
 
 def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, file: Path, reporter: Reporter) -> None:

@@ -16,13 +16,13 @@ from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.artifacts.summary import peak_memory
 from loftq_cli.checkpoint import Checkpoint, open_source
 from loftq_cli.checkpoint.safetensors import open_safetensors
+from loftq_cli.engine.verify import recipe_for
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.forward.objectives import Questions, ask
 from loftq_cli.forward.opening import open_model
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
 from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeights, Weights
-from loftq_cli.recipe import Recipe
 
 _OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity a float can hold
 
@@ -173,10 +173,10 @@ def evaluate(
 @contextmanager
 def _opened_source(manifest: Manifest, source: str | Path | None) -> Iterator[Checkpoint]:
     """The checkpoint the directory was made from."""
-    name, revision = (manifest.source, manifest.source_revision) if source is None else (str(source), None)
-    if source is None and revision is None and not Path(name).is_dir():
+    name = manifest.source if source is None else str(source)
+    if source is None and manifest.source_revision is None and not Path(name).is_dir():
         raise LoftqError(f"the model it was made from, {name}, is not there: name it with --source.")
-    recipe = Recipe(model=name, revision=revision, meta_version=manifest.recipe.get("meta_version", "auto"))
+    recipe = recipe_for(manifest, name, None)
     with open_source(recipe) as (checkpoint, _):
         if checkpoint.fingerprint != manifest.source_fingerprint:
             raise LoftqError(

@@ -6,21 +6,52 @@ Every tensor's place follows from names, dtypes and shapes alone, so that result
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
 from loftq_cli.formats.base import OutputTensor
 
 
+def cache_folder() -> Path:
+    """Where this user's machine keeps what it need not find out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file that one unit writes; `name` is "" where none does and they stay zero."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file: `header` is everything before the data; `starts` are absolute byte positions by name."""
+    """One safetensors file: `header` is everything before the data; `starts` are absolute byte positions by name, of
+    the tensors and of the pieces that units write."""
 
     name: str
     header: bytes
     tensors: tuple[OutputTensor, ...]
+    pieces: tuple[OutputTensor, ...]
     starts: Mapping[str, int]
+
+    def spans(self, tensor: OutputTensor) -> list[Span]:
+        """`tensor`, or the pieces it is written in and what lies between them, in the order of their bytes."""
+        pieces = sorted((self.starts[p.name], p) for p in self.pieces if p.whole and p.whole.name == tensor.name)
+        position, end, found = self.starts[tensor.name], self.starts[tensor.name] + tensor.nbytes, []
+        for start, piece in pieces:
+            if start > position:
+                found.append(Span("", position, start - position))
+            found.append(Span(piece.name, start, piece.nbytes))
+            position = start + piece.nbytes
+        if not pieces:
+            return [Span(tensor.name, position, tensor.nbytes)]
+        return [*found, Span("", position, end - position)] if position < end else found
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +60,9 @@ class TensorFile:
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:
     """Place tensors as the safetensors library does: wide dtypes first (which aligns all), then by name."""
-    ordered = tuple(sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)))
+    given = list(tensors)
+    pieces = tuple(tensor for tensor in given if tensor.whole is not None)
+    ordered = tuple(sorted(wholes(given), key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)))
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for tensor in ordered:
@@ -46,19 +79,30 @@ def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, s
     for tensor in ordered:
         starts[tensor.name] = position
         position += tensor.nbytes
-    return TensorFile(name, header, ordered, starts)
+    starts |= {piece.name: starts[piece.whole.name] + piece.offset for piece in pieces if piece.whole}
+    return TensorFile(name, header, ordered, pieces, starts)
+
+
+def wholes(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    """The tensors that a file shows: each once, whether it comes whole or in pieces."""
+    return list({whole.name: whole for whole in (tensor.whole or tensor for tensor in tensors)}.values())
 
 
 def shard(groups: Iterable[tuple[OutputTensor, ...]], max_bytes: int) -> list[list[OutputTensor]]:
-    """Fill shards in order without parting a group; a group above `max_bytes` gets a shard of its own."""
+    """Fill shards in order without parting a group; a group above `max_bytes` gets a shard of its own. All pieces of a
+    tensor lie where the first one does."""
     shards: list[list[OutputTensor]] = [[]]
+    homes: dict[str, list[OutputTensor]] = {}
     filled = 0
     for group in groups:
-        size = sum(tensor.nbytes for tensor in group)
-        if shards[-1] and filled + size > max_bytes:
+        new = [tensor for tensor in wholes(group) if tensor.name not in homes]
+        size = sum(tensor.nbytes for tensor in new)
+        if new and shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].extend(group)
+        homes |= {tensor.name: shards[-1] for tensor in new}
+        for tensor in group:
+            homes[(tensor.whole or tensor).name].append(tensor)
         filled += size
     return shards
 

@@ -7,7 +7,10 @@ along (`auto_map`) is never imported.
 from __future__ import annotations
 
 import contextlib
+import re
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR
@@ -36,6 +39,13 @@ _NOT_STRUCTURE = frozenset(
 _NOT_BUILT = "transformers cannot build model type {} from this config.json ({}), so it cannot be run."
 
 
+# Numbers of things that are made one by one. A checkpoint may hold many of them in one tensor, but not without end.
+_COUNT = re.compile(
+    r"layers?$|depths?$|blocks?$|(^|_)n_layer|num_(local_)?experts|n_routed_experts|num_codebooks|stages?$"
+)
+_SMALLEST_LIMIT = 3000
+
+
 @dataclass(frozen=True)
 class RuntimeName:
     """Where transformers puts one tensor of the checkpoint.
@@ -45,25 +55,51 @@ class RuntimeName:
         pieces: every parameter the tensor becomes (part of); more than one when a fused matrix is split.
         merged: the tensor is stacked, split or transposed on the way (a `WeightConverter`), so on disk and in the
             model it is not the same matrix.
+        conversion: what is done on the way; None where nothing is.
     """
 
     key: str | None
     pieces: tuple[str, ...]
     merged: bool
+    conversion: Conversion | None = None
 
 
-def build_on_meta(config: Mapping[str, Any]) -> tuple[PreTrainedModel | None, list[str]]:
+@dataclass(frozen=True)
+class Conversion:
+    """One tensor's share in a `WeightConverter`.
+
+    Attributes:
+        operations: transformers' own objects, in order.
+        source, sources: which of how many name patterns the tensor matches (gate and up are two).
+        position: its place among the tensors of that pattern that become one parameter, such as the expert's number.
+    """
+
+    operations: tuple[Any, ...]
+    source: int
+    sources: int
+    position: int
+
+
+def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedModel | None, list[str]]:
     """Builds the class that `config` names, on the meta device.
+
+    Args:
+        tensors: how many the checkpoint has; a model that is much larger is not built to its end.
 
     Returns:
         The model and notes for the user; None in place of the model when this transformers cannot build it.
+
+    Raises:
+        LoftqError: the config describes a model of far more layers than the checkpoint has tensors.
     """
     import torch
     import transformers
 
     model_type = str(config.get("model_type"))
     notes: list[str] = []
-    with _quiet():
+    most = _SMALLEST_LIMIT + 10 * tensors
+    _refuse_endless(config, most)
+    with _quiet(), _at_most(most):
         try:
             found = _find_class(config, notes)
             if found is None:
@@ -75,6 +111,8 @@ def build_on_meta(config: Mapping[str, Any]) -> tuple[PreTrainedModel | None, li
             cls, built_config = found
             with torch.device("meta"):
                 return cls._from_config(built_config), notes  # type: ignore[no-untyped-call]
+        except LoftqError:
+            raise
         except Exception as error:  # a class may fail in any way, or lack a library
             cause = " ".join(str(error).split())[:200]
             notes.append(
@@ -117,11 +155,50 @@ def load_whole(model_class: type[PreTrainedModel], path: Path) -> PreTrainedMode
         return model_class.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def _refuse_endless(config: Mapping[str, Any], most: int) -> None:
+    """Configs make lists as long as the number of layers before any layer is built."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_endless(value, most)
+        elif _COUNT.search(name):
+            counts = value if isinstance(value, list) else [value]
+            worst = max((count for count in counts if isinstance(count, int)), default=0)
+            if worst > most:
+                raise _endless(f"{name} = {worst if worst < 10**20 else '…'}")
+
+
+@contextlib.contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Stop the making of a model with more parameters than that, however its config came to ask for them."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    made, builder = 0, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += threading.get_ident() == builder
+        if made > most:
+            raise _endless(f"more than {most} parameters")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _endless(what: str) -> LoftqError:
+    return LoftqError(
+        f"config.json asks for {what}, of which the checkpoint has too few tensors: check that it belongs to these "
+        "weights."
+    )
+
+
 def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
     """The class to build and its config; None for a model type that transformers does not have."""
     import transformers
 
-    wanted = next(iter(config.get("architectures") or ()), None)
+    wanted = named_class(config)
     cls = _own_class(wanted)
     model_type = config.get("model_type")
     if model_type in transformers.CONFIG_MAPPING:
@@ -136,6 +213,13 @@ def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTr
         if cls is not None and wanted is not None:
             notes.append(f"class {wanted} is unknown to transformers: {cls.__name__} was taken instead")
     return None if cls is None else (cls, built)
+
+
+def named_class(config: Mapping[str, Any]) -> str | None:
+    """The first of `architectures`, which people and programs write in other ways too."""
+    named = config.get("architectures")
+    first = next(iter(named), None) if isinstance(named, list) else named
+    return first if isinstance(first, str) else None
 
 
 def _own_class(name: object) -> type[PreTrainedModel] | None:
@@ -217,7 +301,7 @@ def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[
     except ImportError:
         rename, order = _plain_rename(model, state), str
         notes.append("transformers' conversion mapping was not found: tensors were matched by name only")
-    # Some renamings wait for a first key and rely on transformers' loading order.
+    # Some renamings wait for a first key and rely on transformers' loading order, as does the order of experts.
     return {name: rename(name) for name in sorted(tensors, key=order)}, notes
 
 
@@ -238,6 +322,7 @@ def _transformers_rename(
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
+    seen: Counter[tuple[str, str]] = Counter()
 
     def rename(name: str) -> RuntimeName:
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -247,8 +332,12 @@ def _transformers_rename(
             return RuntimeName(None, (), False)
         if pattern is None:
             return RuntimeName(key, (key,), False)
-        targets = by_pattern[pattern].target_patterns
-        return RuntimeName(key, tuple(key.replace(targets[0], target) for target in targets), True)
+        entry = by_pattern[pattern]
+        targets, sources = entry.target_patterns, entry.source_patterns
+        position = seen[key, pattern]
+        seen[key, pattern] += 1
+        conversion = Conversion(tuple(entry.operations), sources.index(pattern), len(sources), position)
+        return RuntimeName(key, tuple(key.replace(targets[0], target) for target in targets), True, conversion)
 
     return rename, dot_natural_key
 

@@ -33,7 +33,6 @@ FLOAT32: Final = "kept in float32 by transformers (_keep_in_fp32_modules)"
 TASK_HEAD: Final = "task head"
 REARRANGED: Final = "split, joined or transposed by transformers while loading"
 PARAMETRIZED: Final = "parametrized weight"
-PEFT_EXPERT: Final = "PEFT would put its adapter on the experts"
 TABLES: Final = (EMBEDDING, POSITION)  # looked up, not multiplied: no Linear whatever their shape
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ ROUTER_NAMES: Final = ("gate", "router", "shared_expert_gate")
 TASK_HEAD_NAME: Final = re.compile(r"(classifier|score|qa_outputs|class_predictor|\w+_heads?)(\.|$)")
 
 # PEFT 0.21 (`_convert_peft_config_moe`) takes every target of these last names for the fused experts of the model types
-# that transformers files under the key, so an adapter on a shared expert or a dense MLP of that name cannot be loaded.
+# that transformers files under the key; a shared expert or a dense MLP of that name is targeted as a parameter instead.
 PEFT_EXPERT_NAMES: Final[Mapping[str, frozenset[str]]] = {
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),

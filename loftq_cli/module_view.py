@@ -83,6 +83,24 @@ class ModelView:
 
         return tuple(path for path, module in self.modules.items() if isinstance(module, nn.Linear | Conv1D))
 
+    def sharing(self, key: str) -> frozenset[str]:
+        """The other parameters that share a parameter's values."""
+        ties = self.model.all_tied_weights_keys
+        source = ties.get(key, key)
+        found = {source, *(target for target, other in ties.items() if other == source), self.tied.get(key, key)}
+        return frozenset(found - {key})
+
+    @property
+    def rebuilt_for(self) -> frozenset[str]:
+        """Quantization methods for which transformers puts other modules in the place of some of these (Llama 4)."""
+        try:
+            from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+        except ImportError:
+            return frozenset()
+        patches: Mapping[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+        classes = {type(module).__name__ for module in self.modules.values()} & patches.keys()
+        return frozenset(method.value for name in classes for method in patches[name]["quantization_methods"])
+
     def tower(self, path: str) -> Tower:
         """The innermost tower around a module; heads and the embedding table speak text."""
         hit = next((tower for prefix, tower in self.towers if f"{path}.".startswith(f"{prefix}.")), None)

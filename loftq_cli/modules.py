@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import module_exceptions as rules
 from loftq_cli.errors import LoftqError
-from loftq_cli.module_build import RuntimeName, build_on_meta, runtime_names
+from loftq_cli.experts import Expert
+from loftq_cli.module_build import RuntimeName, build_on_meta, named_class, runtime_names
 from loftq_cli.module_exceptions import Tower
+from loftq_cli.module_experts import find_expert, is_expert
 from loftq_cli.module_view import ModelView
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Kind = Literal["linear", "conv1d", "head", "embedding", "other"]
+Kind = Literal["linear", "conv1d", "head", "embedding", "expert", "other"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ class TensorRole:
 
     Attributes:
         tensor: name on disk, e.g. "bert.encoder.layer.0.attention.self.query.weight".
-        module: path of the module in the transformers-5 model whose `weight` this is (what PEFT targets); None for
-            biases, bare parameters, per-expert matrices and tensors that transformers ignores.
+        module: path of the module in the transformers-5 model whose `weight` this is (what PEFT targets); of an
+            expert's matrix the path of the parameter; None for biases, other bare parameters and tensors that
+            transformers ignores.
         kind: "linear" is an nn.Linear stored [out, in]; "conv1d" a transformers Conv1D stored [in, out]; "head" the
-            output embedding; "embedding" the input embedding table [vocabulary, width]; "other" everything else.
+            output embedding; "embedding" the input embedding table [vocabulary, width]; "expert" a matrix of a mixture
+            of experts, or all of them in a 3-D tensor; "other" everything else.
         keep: the reason this tensor has to stay in full precision whatever the user asks; None when it may be
             quantized.
         tower: which part of a multimodal model it belongs to; "text" everywhere in a model of one modality.
+        parameter: the parameter that PEFT must adapt in place of the module; "" for none.
+        expert: the place of an expert's matrix; of a 3-D tensor that of its first one.
+        tied: the parameter that shares an embedding table which may be quantized all the same; "" for none.
     """
 
     tensor: str
@@ -46,6 +53,9 @@ class TensorRole:
     kind: Kind
     keep: str | None
     tower: Tower = "text"
+    parameter: str = ""
+    expert: Expert | None = None
+    tied: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class ModuleMap:
         notes: sentences for the user.
         linear_modules: every module that a quantizer or PEFT would take for a Linear, with or without a tensor on
             disk (a tied head, parts of a split matrix); the skip list of a format is this less what was quantized.
+        expert_parameters: the stacked parameters of experts in the model's order, in which PEFT wraps them.
+        rebuilt_for: values of `quant_method` for which transformers loads other modules than the config describes.
     """
 
     architecture: str | None
@@ -72,6 +84,8 @@ class ModuleMap:
     missing: tuple[str, ...]
     notes: tuple[str, ...]
     linear_modules: tuple[str, ...]
+    expert_parameters: tuple[str, ...] = ()
+    rebuilt_for: frozenset[str] = frozenset()
 
 
 def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModuleMap:
@@ -87,12 +101,13 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         LoftqError: a tensor's shape contradicts the config.
     """
-    model, notes = build_on_meta(config)
+    model, notes = build_on_meta(config, len(shapes))
     if model is None:
         return _map_by_name(config, shapes, notes)
     names, more_notes = runtime_names(model, list(shapes))
     view = ModelView.of(model)
     roles = tuple(_role(view, tensor, names[tensor], tuple(shape)) for tensor, shape in shapes.items())
+    experts = {role.parameter for role in roles if role.expert is not None}
     unknown = [tensor for tensor in shapes if names[tensor].key is None and not view.expects_unknown(tensor)]
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
@@ -107,6 +122,8 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         missing=view.missing(names.values()),
         notes=(*notes, *more_notes),
         linear_modules=view.linear_modules,
+        expert_parameters=tuple(name for name, _ in model.named_parameters() if name in experts),
+        rebuilt_for=view.rebuilt_for,
     )
 
 
@@ -125,9 +142,16 @@ def _role(view: ModelView, tensor: str, name: RuntimeName, shape: tuple[int, ...
             f"{list(expected)}: check that config.json belongs to these weights."
         )
     path, _, parameter = name.key.rpartition(".")
+    if is_expert(view, name, path) and not _is_router(view, path):
+        expert = find_expert(view, name, path, shape)
+        keep = _tied(view, name) or _float32(view, name) or (None if expert else rules.REARRANGED)
+        return TensorRole(tensor, name.key, "expert", keep, view.tower(path), name.key, expert)
     kind, keep = _judge(view, name, path, parameter)
-    whole = parameter == "weight" and not name.merged
-    return TensorRole(tensor, path if whole else None, kind, keep, view.tower(path))
+    module = path if parameter == "weight" and not name.merged else None
+    # PEFT would take an adapter on a module of this name for one on the experts.
+    aside = kind == "linear" and keep is None and path.rpartition(".")[2] in view.expert_names
+    tied = view.tied[name.key] if kind == "embedding" and keep is None and name.key in view.tied else ""
+    return TensorRole(tensor, module, kind, keep, view.tower(path), name.key if aside else "", tied=tied)
 
 
 def _judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tuple[Kind, str | None]:
@@ -139,14 +163,13 @@ def _judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tup
     if name.merged or parameter != "weight" or not isinstance(module, nn.Linear | Conv1D):
         table = parameter == "weight" and path in view.embedding and not name.merged
         if table and isinstance(module, nn.Embedding):
-            keep = _tied(view, name) or _why_embedding(module) or _float32(view, name) or _read(view, path)
-            return "embedding", keep
+            keep = _why_embedding(module) or _float32(view, name) or _read(view, path)
+            tied = None if keep is None and _ties_are_plain(view, name) else _tied(view, name)
+            return "embedding", tied or keep
         return "other", _why_other(view, name, path, parameter)
     keep = _tied(view, name) or _why_linear(view, name, path) or _float32(view, name) or _read(view, path)
     if path in view.heads:
         return "head", keep
-    if keep is None and path.rpartition(".")[2] in view.expert_names:
-        keep = rules.PEFT_EXPERT
     outside = view.base and not path.startswith(view.base)
     if keep is None and (outside or rules.TASK_HEAD_NAME.match(path)):
         keep = rules.TASK_HEAD
@@ -156,6 +179,20 @@ def _judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tup
 def _tied(view: ModelView, name: RuntimeName) -> str | None:
     other = view.tied.get(name.key or "")
     return f"tied to {other}" if other else None
+
+
+def _ties_are_plain(view: ModelView, name: RuntimeName) -> bool:
+    """Whether all that share a table look it up or multiply by it, as packed layers do."""
+    from torch import nn
+
+    sharing = view.sharing(name.key or "")
+    for key in sharing:
+        path, _, parameter = key.rpartition(".")
+        module = view.modules[path]
+        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and path not in view.readers
+        if parameter != "weight" or not plain or (view.float32 and view.float32.search(key)):
+            return False
+    return True
 
 
 def _float32(view: ModelView, name: RuntimeName) -> str | None:
@@ -240,8 +277,7 @@ def _class_names(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
 
 def _map_by_name(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], notes: list[str]) -> ModuleMap:
     """The map without a model class: large 2-D `*.weight` tensors are linear unless their names say otherwise."""
-    named = next(iter(config.get("architectures") or ()), None)
-    causal = isinstance(named, str) and named.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = (named_class(config) or "").endswith(("ForCausalLM", "LMHeadModel"))
     roles = tuple(_role_by_name(tensor, tuple(shape)) for tensor, shape in shapes.items())
     # Whatever has two dimensions may be a Linear in the model that nobody here has seen.
     maybe = (r.module for r in roles if r.module and len(shapes[r.tensor]) == 2 and r.keep not in rules.TABLES)

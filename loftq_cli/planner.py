@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
-from loftq_cli.checkpoint import Checkpoint, SideFile, TensorInfo
-from loftq_cli.checkpoint.base import fingerprint
+from loftq_cli.checkpoint import Checkpoint, SideFile
+from loftq_cli.checkpoint.base import fingerprint, name_order
 from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
-from loftq_cli.modules import ModuleMap, TensorRole, map_modules
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor
+from loftq_cli.modules import ModuleMap, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.select import Decision, decide, unused_filters
+from loftq_cli.units import Unit, calibration_notes, expert_notes, make_units
+
+__all__ = ["INDEX", "Plan", "Unit", "make_plan"]
 
 INDEX = "model.safetensors.index.json"
+_SCRATCH = "scratch.safetensors"
 _PACKED = (".qweight", ".weight_packed", ".SCB", ".absmax", ".W_q")  # names that only quantized weights have
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One tensor's way through: a matrix to quantize, or a tensor to copy.
-
-    Attributes:
-        matrix: None where the tensor is copied; `reason` then says why.
-        target: the adapter it gets, if any.
-        backbone, adapter: its output tensors.
-    """
-
-    source: TensorInfo
-    module: str | None
-    kind: str
-    matrix: QuantizedMatrix | None
-    reason: str
-    target: AdapterTarget | None
-    backbone: tuple[OutputTensor, ...]
-
-    @property
-    def tensor(self) -> str:
-        return self.source.name
-
-    @property
-    def adapter(self) -> tuple[OutputTensor, ...]:
-        return () if self.target is None else adapter.adapter_tensors(self.target)
-
-    @property
-    def adapter_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.adapter)
-
-    @property
-    def backbone_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.backbone)
 
 
 @dataclass(frozen=True)
@@ -71,8 +40,12 @@ class Plan:
 
     Attributes:
         recipe: the user's, with `format: auto` resolved.
-        fingerprint: of recipe and source; stands in the backbone's and the adapter's metadata.
+        fingerprint: of recipe and model, the same for every kind of source; stands in the backbone's and the adapter's
+            metadata.
+        units: in the order of their tensors' names.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
+        nonfinite: matrices left alone because of what they hold, with the reason.
+        scratch: what units leave for others until the end (`joint_adapters`); None where nothing is.
         moments: second moments of the layers' inputs, where the recipe asks for calibration and they are there.
     """
 
@@ -84,10 +57,17 @@ class Plan:
     dtype: torch.dtype
     units: tuple[Unit, ...]
     files: tuple[TensorFile, ...]
+    scratch: TensorFile | None
     texts: Mapping[str, bytes]
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
+    nonfinite: Mapping[str, str]
     moments: Path | None = None
+
+    @property
+    def written_files(self) -> tuple[TensorFile, ...]:
+        """What units write: the output's files, and the scratch."""
+        return (*self.files, self.scratch) if self.scratch else self.files
 
     @cached_property
     def matrices(self) -> tuple[Unit, ...]:
@@ -105,9 +85,19 @@ class Plan:
     def backbone_bytes(self) -> int:
         return sum(unit.backbone_bytes for unit in self.units)
 
+    @cached_property
+    def joint_adapters(self) -> Mapping[OutputTensor, tuple[AdapterTarget, ...]]:
+        """lora_B tensors that several units have a share in."""
+        found: dict[OutputTensor, list[AdapterTarget]] = {}
+        for unit in self.units:
+            joint = adapter.joint_b(unit.target) if unit.target else None
+            if joint is not None and unit.target is not None:
+                found.setdefault(joint, []).append(unit.target)
+        return {joint: tuple(targets) for joint, targets in found.items()}
+
     @property
     def adapter_bytes(self) -> int:
-        return sum(unit.adapter_bytes for unit in self.units)
+        return sum(tensor.nbytes for file in self.files if file.name == adapter.WEIGHTS for tensor in file.tensors)
 
     @property
     def quantized_weights(self) -> int:
@@ -124,8 +114,18 @@ class Plan:
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    output: Path,
+    version: str,
+    nonfinite: Mapping[str, str] | None = None,
+) -> Plan:
     """Decide everything that can be decided from headers.
+
+    Args:
+        nonfinite: matrices that hold NaN or infinity, by tensor, with the reason to leave them alone; None where no
+            weight was read.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
@@ -134,20 +134,42 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path, version: str
     _refuse_quantized(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    _refuse_unsound(checkpoint, modules, recipe)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
+    decisions |= _spoiled(modules, nonfinite or {})
     if not any(decision.bits for decision in decisions.values()):
         raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
-    notes = [*modules.notes, *_filter_notes(recipe, modules)]
+    notes = [
+        *modules.notes,
+        *_missing_notes(modules),
+        *_filter_notes(recipe, modules),
+        *_nonfinite_notes(recipe, nonfinite),
+    ]
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
-    units = tuple(_unit(role, checkpoint, decisions[role.tensor], recipe, dtype) for role in modules.roles)
+    units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype))
+    notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
     if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
-    files, weight_index = _lay_out_files(units, recipe, identity)
+    files, scratch, weight_index = _lay_out_files(units, recipe, identity)
     texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
     side = checkpoint.side_files()
-    return Plan(recipe, checkpoint.path, output, identity, modules, dtype, units, files, texts, side, tuple(notes))
+    return Plan(
+        recipe,
+        checkpoint.path,
+        output,
+        identity,
+        modules,
+        dtype,
+        units,
+        files,
+        scratch,
+        texts,
+        side,
+        tuple(notes),
+        dict(nonfinite or {}),
+    )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -162,15 +184,38 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     )
 
 
+def _refuse_unsound(checkpoint: Checkpoint, modules: ModuleMap, recipe: Recipe) -> None:
+    """Without a model class matrices are chosen by name only where the user chooses them; and a model of which layers
+    are missing is damaged. Heads and poolers may be missing: transformers starts them anew."""
+    if modules.architecture is None and not recipe.include:
+        raise LoftqError(
+            f"{checkpoint.path}: {modules.notes[0].split(': matrices were chosen')[0]}; check config.json or upgrade "
+            "transformers, or give --include '*' to choose matrices by name and shape."
+        )
+    lost = [name for name in modules.missing if re.search(r"\.\d+\.", name)]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise LoftqError(
+            f"{checkpoint.path} lacks {lost[0]}{more}, which {modules.architecture} built from config.json has: finish "
+            "the download, or check that config.json belongs to these weights."
+        )
+
+
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
-    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out."""
+    """Leave out tied weights that a pickle stores as a second view of the same memory; safetensors leave them out. The
+    rest stands in the order of names, however the source has it."""
     first: dict[object, str] = {}
+    tables = {role.tensor for role in modules.roles if role.tied}
     for name, info in checkpoint.tensors.items():
-        first.setdefault((info.file, info.start, info.shape, info.dtype) if info.nbytes else name, name)
+        place = (info.file, info.start, info.shape, info.dtype) if info.nbytes else name
+        first[place] = name if name in tables else first.get(place, name)
     unique = set(first.values())
     tied = {role.tensor for role in modules.roles if (role.keep or "").startswith("tied to ")}
-    roles = tuple(role for role in modules.roles if role.tensor in unique or role.tensor not in tied)
-    return dataclasses.replace(modules, roles=roles)
+    roles = [role for role in modules.roles if role.tensor in unique or role.tensor not in tied]
+    # A table that is stored a second time, under its twin's name, must stay what the twin is.
+    twice = any((role.keep or "").startswith("tied to ") and role.kind in ("head", "embedding") for role in roles)
+    again = [dataclasses.replace(role, keep=f"tied to {role.tied}") if role.tied and twice else role for role in roles]
+    return dataclasses.replace(modules, roles=tuple(sorted(again, key=lambda role: name_order(role.tensor))))
 
 
 def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
@@ -179,8 +224,32 @@ def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
     return checkpoint.fingerprint if len(used) == len(checkpoint.tensors) else fingerprint(checkpoint.config, used)
 
 
+def _missing_notes(modules: ModuleMap) -> list[str]:
+    return [f"the checkpoint has no {name}: transformers will start it at random." for name in modules.missing]
+
+
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
     return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+
+
+def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
+    """Tensors that stay in full precision for NaN or infinity; experts of a layer are packed together or not at all."""
+    found = {name: Decision(0, 0, reason) for name, reason in nonfinite.items()}
+    experts = [role for role in modules.roles if role.expert is not None]
+    for name, reason in nonfinite.items():
+        whole = name.partition("[")[0]
+        parameters = {role.parameter for role in experts if role.tensor == whole}
+        beside = Decision(0, 0, f"stacked with {name}, which {reason}")
+        found |= {role.tensor: found.get(role.tensor, beside) for role in experts if role.parameter in parameters}
+    return found
+
+
+def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:
+    if nonfinite:
+        return [f"{name} {reason} and stays in full precision." for name, reason in nonfinite.items()]
+    if recipe.allow_nonfinite and nonfinite is None:
+        return ["no weight was read: a matrix that holds NaN or infinity will stay in full precision."]
+    return []
 
 
 def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str, Decision]) -> torch.dtype:
@@ -199,62 +268,37 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str,
 
 
 def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> str:
-    """`auto`: bitsandbytes where everything is 4-bit NF and no embedding is quantized, else `packed`."""
+    """`auto`: bitsandbytes where everything is 4-bit NF and it can hold every matrix, else `packed`."""
     if recipe.format != "auto":
         return recipe.format
-    embedding = any(role.kind == "embedding" and decisions[role.tensor].bits for role in modules.roles)
+    beyond = ("embedding", "expert")
+    embedding = any(role.kind in beyond and decisions[role.tensor].bits for role in modules.roles)
     widths = {decision.bits for decision in decisions.values() if decision.bits}
     in_nf4 = recipe.codebook_type in ("nf", "nf4-subset")
-    return "bnb" if widths == {4} and in_nf4 and not embedding else "packed"
-
-
-def _unit(role: TensorRole, checkpoint: Checkpoint, decision: Decision, recipe: Recipe, dtype: torch.dtype) -> Unit:
-    info = checkpoint.tensors[role.tensor]
-    target = None
-    if decision.rank:
-        target = AdapterTarget(role.module or "", role.kind, *_oriented(role, info), decision.rank)
-    matrix = _matrix(role, info, decision, recipe, dtype) if decision.bits else Refusal(decision.reason, fatal=False)
-    if isinstance(matrix, QuantizedMatrix):
-        return Unit(info, role.module, role.kind, matrix, "", target, get_format(recipe.format).tensors(matrix))
-    cast_to = dtype if recipe.dtype != "auto" and info.dtype.is_floating_point else info.dtype
-    copied = OutputTensor(info.name, cast_to, info.shape)
-    # An adapter stays even where the container refuses the matrix: it starts at zero over the full-precision weight.
-    return Unit(info, role.module, role.kind, None, matrix.reason, target, (copied,))
-
-
-def _matrix(
-    role: TensorRole, info: TensorInfo, decision: Decision, recipe: Recipe, dtype: torch.dtype
-) -> QuantizedMatrix | Refusal:
-    """The matrix on the container's grid, or why it stays dense; what the recipe could mend is a usage error."""
-    kind, shape = cast("MatrixKind", role.kind), _oriented(role, info)
-    request = GridRequest(kind, *shape, decision.bits, recipe.codebook_type, recipe.block_size, dtype)
-    grid = get_format(recipe.format).grid(request)
-    if not isinstance(grid, Refusal):
-        return QuantizedMatrix(role.tensor, role.module or "", kind, *shape, grid)
-    if grid.fatal:
-        raise UsageError(f"{role.tensor} does not fit --format {recipe.format}: {grid.reason}.")
-    return grid
-
-
-def _oriented(role: TensorRole, info: TensorInfo) -> tuple[int, int]:
-    """[out, in]; transformers' Conv1D stores [in, out]."""
-    first, second = info.shape
-    return (second, first) if role.kind == "conv1d" else (first, second)
+    fits = widths == {4} and in_nf4 and not embedding and "bitsandbytes" not in modules.rebuilt_for
+    return "bnb" if fits else "packed"
 
 
 def _lay_out_files(
     units: Sequence[Unit], recipe: Recipe, fingerprint: str
-) -> tuple[tuple[TensorFile, ...], dict[str, str]]:
-    """The files, and the index's tensor → shard map (empty for a single shard)."""
+) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
+    """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
+    shard)."""
     metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
     shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
     names = shard_names(len(shards))
     files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
-    index = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
-    adapters = [tensor for unit in units for tensor in unit.adapter]
+    index = {tensor.name: file.name for file in files for tensor in file.tensors}
+    adapters, apart = [], []
+    for unit in units:
+        joint = adapter.joint_b(unit.target) if unit.target else None
+        first, *second = unit.adapter or (None,)
+        adapters += [] if first is None else [first, *([joint] if joint else second)]
+        apart += second if joint else []
     if adapters:
         files.append(lay_out(adapter.WEIGHTS, adapters, metadata))
-    return tuple(files), index if len(shards) > 1 else {}
+    scratch = lay_out(_SCRATCH, apart, metadata) if apart else None
+    return tuple(files), scratch, index if len(shards) > 1 else {}
 
 
 def _texts(
@@ -272,6 +316,11 @@ def _texts(
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = DTYPE_NAMES[dtype]
     quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype)
+    if quantization is not None and quantization["quant_method"] in modules.rebuilt_for:
+        raise UsageError(
+            f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "
+            "this checkpoint is made for: choose --format packed or --format dense."
+        )
     if quantization is not None:
         config["quantization_config"] = quantization
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}

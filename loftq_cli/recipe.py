@@ -23,10 +23,36 @@ INITS = ("svd", "zero")
 FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
+EXPERTS = ("quantize", "require", "keep")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 CALIBRATE_KINDS = ("diagonal", "full")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
+
+_MAX_YAML, _DEEPEST = 1_000_000, 100
+# What a field may be, and the least a whole number may be: `_check` and the JSON schema read the same tables.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "bits": BITS,
+    "block_size": BLOCK_SIZES,
+    "method": METHODS,
+    "data_type": DATA_TYPES,
+    "format": FORMAT_NAMES,
+    "embeddings": EMBEDDINGS,
+    "lm_head": LM_HEADS,
+    "experts": EXPERTS,
+    "dtype": DTYPE_CHOICES,
+    "svd": SVDS,
+    "calibrate_kind": CALIBRATE_KINDS,
+    "init": (*INITS, None),
+    "levels": (*LEVELS, None),
+    "meta_version": META_VERSIONS,
+}
+LEAST = {"rank": 1, "iters": 0, "calibration_tokens": 1, "seed": 0}
+_NAMES = ("model", "revision", "calibrate")  # where things are, not what they are
+
+# What a YAML file may say beside the recipe: where the output goes. It decides no byte, so it is not in `loftq.yaml`.
+PLACES = ("output", "push_to")
+MATRIX = "matrix"  # of a file for `loftq batch`
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -65,8 +91,8 @@ def parse_rule(text: str) -> Rule:
         raise UsageError(f"'{text}' is no rule: write REGEX=SPEC, SPEC being bits, bits:rank, skip or dense.")
     if spec in ("skip", "dense"):
         return Rule(pattern, keep=spec)
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", spec)
-    if match is None or int(match[1]) not in BITS or match[2] == "0":
+    match = re.fullmatch(r"(\d)(?::(\d{1,9}))?", spec, re.ASCII)
+    if match is None or int(match[1]) not in BITS or (match[2] and int(match[2]) == 0):
         raise UsageError(f"'{spec}' in the rule '{text}' is no SPEC: write 2, 3, 4 or 8, bits:rank, skip or dense.")
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
@@ -77,7 +103,7 @@ def parse_size(text: str | int) -> int:
     Raises:
         UsageError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"'{text}' is no size: write a number with KB, MB, GB, KiB, MiB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -107,6 +133,8 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embeddings: str = "keep"
     lm_head: str = "keep"
+    experts: str = "quantize"
+    allow_nonfinite: bool = False
     alpha: float | None = None
     keep_last: bool = False
     svd: str = "fast"
@@ -123,7 +151,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("rule", "include", "exclude"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
+            value = (value,) if isinstance(value, str) else () if value is None else value
+            value = tuple(value) if isinstance(value, (list, tuple)) else (None,)
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
@@ -132,6 +161,7 @@ class Recipe:
             object.__setattr__(self, "iters", ITERS.get(self.method, 5))
         if self.method == "refined" and self.init is None:
             object.__setattr__(self, "init", "svd")
+        _check_text(self)
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
@@ -156,9 +186,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint; `model` and `calibrate`, mere paths or names, do not
-        count."""
-        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "calibrate")}
+        """One hash of the recipe and the source's own fingerprint. What only names the source or the text does not
+        count: the same model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -174,7 +204,8 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     Raises:
         UsageError: an unknown field, a value that cannot be meant, or no model.
     """
-    values: dict[str, Any] = {} if config is None else read_yaml(config)
+    values = {} if config is None else _one_recipe(config)
+    values = {name: value for name, value in values.items() if name not in PLACES}
     values.update({name: value for name, value in given.items() if value is not None})
     known = recipe_fields()
     for name in values:
@@ -188,6 +219,27 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     return Recipe(**values)
 
 
+def read_places(config: Path | None) -> dict[str, str]:
+    """What a YAML recipe says of `PLACES`; what it does not say is left out.
+
+    Raises:
+        UsageError: the file cannot be read, or a place is no text.
+    """
+    values = {} if config is None else _one_recipe(config)
+    found = {name: values[name] for name in PLACES if values.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"{name} in {config} cannot be {value!r}: give a text.")
+    return found
+
+
+def _one_recipe(config: Path) -> dict[str, Any]:
+    values = read_yaml(config)
+    if MATRIX in values:
+        raise UsageError(f"{config} stands for several recipes (matrix:): run it with `loftq batch {config}`.")
+    return values
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML recipe; tags that would build objects are refused.
 
@@ -197,14 +249,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(path, text)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of values such as 2001-99-99 and !!bool x
+        raise UsageError(f"a value in {path} makes no sense ({' '.join(str(error).split())}): correct it.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _check_yaml(path: Path, text: str) -> None:
+    """The parser's time grows with the square of the depth, and its own refusals come late."""
+    depth = deepest = 0
+    for character in text if len(text) <= _MAX_YAML else "":
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if len(text) > _MAX_YAML or deepest > _DEEPEST or "- " * _DEEPEST in text or "? " * _DEEPEST in text:
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.")
 
 
 def write_yaml(recipe: Recipe) -> str:
@@ -214,33 +282,27 @@ def write_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
 
 
+def _check_text(recipe: Recipe) -> None:
+    """YAML can hold halves of characters and zeros, which neither files nor paths can."""
+    for name, value in recipe.as_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (text.encode("utf-8", "replace").decode() != text or "\0" in text):
+                raise UsageError(f"{name} holds a character that is none: correct {text!r:.80}.")
+
+
 def _check(recipe: Recipe) -> None:
-    choices = {
-        "bits": BITS,
-        "block_size": BLOCK_SIZES,
-        "method": METHODS,
-        "data_type": DATA_TYPES,
-        "format": FORMAT_NAMES,
-        "embeddings": EMBEDDINGS,
-        "lm_head": LM_HEADS,
-        "dtype": DTYPE_CHOICES,
-        "svd": SVDS,
-        "calibrate_kind": CALIBRATE_KINDS,
-        "init": (*INITS, None),
-        "levels": (*LEVELS, None),
-        "meta_version": META_VERSIONS,
-    }
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         value = getattr(recipe, name)
-        if value not in allowed or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
             listed = ", ".join(str(item) for item in allowed if item is not None)
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: choose one of {listed}.")
-    for name, least in (("rank", 1), ("iters", 0), ("seed", 0), ("calibration_tokens", 1)):
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
+    for name, least in LEAST.items():
         value = getattr(recipe, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}: give a whole number from {least} on.")
-    if recipe.calibrate is not None and recipe.plain:
-        raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot be {_shown(value)}: give a whole number from {least} on."
+            )
+    _check_calibration(recipe)
     for name in ("init", "levels"):
         if recipe.method != "refined" and getattr(recipe, name) is not None:
             raise UsageError(
@@ -250,13 +312,35 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(
             f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
         )
-    if not isinstance(recipe.keep_last, bool):
-        raise UsageError(f"keep_last cannot be {recipe.keep_last!r}: give true or false.")
-    if recipe.alpha is not None and not (isinstance(recipe.alpha, (int, float)) and 0 < recipe.alpha < float("inf")):
+    for name in ("keep_last", "allow_nonfinite"):
+        if not isinstance(getattr(recipe, name), bool):
+            raise UsageError(f"{name} cannot be {_shown(getattr(recipe, name))}: give true or false.")
+    alpha = 1.0 if recipe.alpha is None else recipe.alpha
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
         raise UsageError(
-            f"--alpha cannot be {recipe.alpha!r}: give a positive number, or leave it out for alpha = rank."
+            f"--alpha cannot be {_shown(recipe.alpha)}: give a positive number, or leave it out for alpha = rank."
         )
     if recipe.revision is not None and (not isinstance(recipe.revision, str) or not recipe.revision):
-        raise UsageError(f"--revision cannot be {recipe.revision!r}: give a branch, a tag or a commit, as a string.")
+        raise UsageError(
+            f"--revision cannot be {_shown(recipe.revision)}: give a branch, a tag or a commit, as a string."
+        )
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    for name in ("calibrate", "calibration_hash"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise UsageError(f"{name} cannot be {_shown(value)}: give a text.")
+    if recipe.calibrate is not None and recipe.plain:
+        raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; a YAML file can hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -47,7 +47,7 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
             f"--exclude '{role.module}'."
         )
     # A rank above the matrix's own adds nothing.
-    rank = min(rule.rank or recipe.rank, *info.shape)
+    rank = min(rule.rank or recipe.rank, *info.shape[-2:])
     if rule.keep == "dense":
         return Decision(0, rank, f"rule '{rule.pattern}=dense'")
     if role.kind == "embedding" and recipe.embeddings == "quantize":
@@ -74,8 +74,13 @@ def _filtered(role: TensorRole, recipe: Recipe) -> str:
     included = any(fnmatchcase(role.module, glob) for glob in recipe.include)
     if recipe.include and not included:
         return "not in --include"
+    if role.kind == "expert" and recipe.experts == "keep":
+        return "expert (--experts keep)"
     if role.kind == "head" and recipe.lm_head == "keep":
         return "output head (--lm-head keep)"
+    if role.kind == "embedding" and role.tied and recipe.embeddings != "quantize":
+        # An adapter on the table alone would part the two.
+        return f"tied to {role.tied}"
     if role.kind == "embedding" and recipe.embeddings == "keep":
         return "embedding (--embeddings keep)"
     if role.tower != "text" and not included:

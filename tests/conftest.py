@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer, environment
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -60,3 +62,32 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("random") / "llama"
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that this process's huggingface_hub talks to, with an empty cache and nobody logged in."""
+    from huggingface_hub import close_session, constants
+
+    from loftq_cli.checkpoint import hub_errors
+
+    home = tmp_path / "home"
+    with HubServer() as server:
+        for name, value in environment(server, home).items():
+            monkeypatch.setenv(name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        changes = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
+        close_session()
+        yield server
+        close_session()

@@ -114,6 +114,21 @@ _VISION: Final = {
     "patch_size": 14,
 }
 _EXPERTS: Final = {"num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
+_DEEPSEEK: Final = {
+    **_DECODER,
+    **_EXPERTS,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": WIDTH,
+    "kv_lora_rank": WIDTH,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 _GEMMA: Final = {**_DECODER, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
 _BART: Final = {
     "vocab_size": VOCABULARY,
@@ -163,20 +178,7 @@ FAMILIES: Final[dict[str, Family]] = {
     # mixtures of experts
     "mixtral": _causal("MixtralForCausalLM", **{**_DECODER, "intermediate_size": WIDTH}, num_local_experts=4),
     "qwen3_moe": _causal("Qwen3MoeForCausalLM", **_DECODER, **_EXPERTS, num_experts=4, head_dim=16),
-    "deepseek_v3": _causal(
-        "DeepseekV3ForCausalLM",
-        **{**_DECODER, "num_key_value_heads": 4},
-        **_EXPERTS,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=WIDTH,
-        kv_lora_rank=WIDTH,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    ),
+    "deepseek_v3": _causal("DeepseekV3ForCausalLM", **_DEEPSEEK),
     "gpt_oss": _causal(
         "GptOssForCausalLM",
         **{**_DECODER, "intermediate_size": WIDTH},
@@ -185,6 +187,28 @@ FAMILIES: Final[dict[str, Family]] = {
         head_dim=16,
         sliding_window=16,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "qwen2_moe": _causal(
+        "Qwen2MoeForCausalLM", **_DECODER, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=WIDTH
+    ),
+    "deepseek_v2": _causal("DeepseekV2ForCausalLM", **_DEEPSEEK),
+    "olmoe": _causal(
+        "OlmoeForCausalLM", **{**_DECODER, "intermediate_size": WIDTH}, num_experts=4, num_experts_per_tok=2
+    ),
+    "phimoe": _causal(
+        "PhimoeForCausalLM", **{**_DECODER, "intermediate_size": WIDTH}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "granitemoe": _causal(
+        "GraniteMoeForCausalLM", **{**_DECODER, "intermediate_size": WIDTH}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "llama4": _causal(
+        "Llama4ForCausalLM",
+        **{**_DECODER, "intermediate_size": WIDTH},
+        intermediate_size_mlp=WIDTH,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        head_dim=16,
+        moe_layers=[1],
     ),
     # encoder and decoder
     "t5": Family(

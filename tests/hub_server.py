@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 LFS = (".safetensors", ".bin", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -91,7 +93,7 @@ class HubServer:
         self.lock = threading.Lock()
         self.links: list[tuple[str, int]] = []  # content digest, uses so far
         self.blobs: dict[str, bytes] = {}
-        self._servers = [self._serve(_Hub), self._serve(_Storage)]
+        self._servers = [self._serve(handler) for handler in self.handlers()]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
     def __enter__(self) -> HubServer:
@@ -101,6 +103,10 @@ class HubServer:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def handlers(self) -> tuple[type[_Handler], type[_Handler]]:
+        """Of the Hub and of its storage host."""
+        return _Hub, _Storage
 
     def add(self, name: str, files: Path | Mapping[str, bytes], **access: bool) -> Repo:
         """A repository with one commit on `main`."""
@@ -296,3 +302,34 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
+
+
+@contextlib.contextmanager
+def talking_to(hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process's huggingface_hub takes `hub` for the Hub, with an empty cache and nobody logged in, and does not
+    pause between its attempts."""
+    from huggingface_hub import close_session, constants, hf_api
+
+    from loftq_cli.checkpoint import hub_errors
+
+    for name, value in environment(hub, home).items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    changes = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # behind the module's functions, which PEFT calls
+    monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
+    close_session()
+    try:
+        yield
+    finally:
+        close_session()

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
+from safetensors.torch import load_file, save_file
 from test_quantize import load_plainly
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
 
 # Families that go through every container: one of each kind of layout.
-EVERY_FORMAT = ("llama", "llama_tied", "gpt2", "t5", "bart", "deberta_v2", "bert", "opt", "phi3")
+EVERY_FORMAT = (
+    "llama",
+    "llama_tied",
+    "gpt2",
+    "t5",
+    "bart",
+    "deberta_v2",
+    "bert",
+    "opt",
+    "phi3",
+    "qwen2_moe",
+    "gpt_oss",
+)
 
 
 def first_output(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -26,10 +40,21 @@ def twin_of(model, path: Path, manifest):
     """The source model with every quantized W replaced by Q + BA, as the files hold them."""
     with torch.no_grad():
         for record in manifest.matrices:
-            weight = model.get_submodule(record.module).weight
             approximation = decode_matrix(path, manifest, record) + decode_product(path, manifest, record)
-            weight.copy_(approximation.T if record.kind == "conv1d" else approximation)
+            place_of(model, record).copy_(approximation)
     return model
+
+
+def place_of(model, record) -> torch.Tensor:
+    """The view of the model's weight that a matrix [out, in] stands in."""
+    expert = record.expert
+    if expert is None:
+        weight = model.get_submodule(record.module).weight
+        return weight.T if record.kind == "conv1d" else weight
+    stacked = model.get_parameter(record.parameter)
+    experts = model.get_submodule(record.parameter.rpartition(".")[0])
+    one = stacked[expert.index].T if getattr(experts, "is_transposed", False) else stacked[expert.index]
+    return one[expert.part * record.shape[0] : (expert.part + 1) * record.shape[0]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,6 +75,7 @@ def test_family(name: str, tmp_path: Path) -> None:
         assert torch.allclose(actual, expected, atol=2e-4, rtol=2e-4), (form, (actual - expected).abs().max())
         assert not torch.allclose(expected, reference), "the weights did change"
         check_every_linear(model, manifest, form)
+        check_every_expert(model, manifest)
 
 
 def check_every_linear(model, manifest, form: str) -> None:
@@ -66,6 +92,17 @@ def check_every_linear(model, manifest, form: str) -> None:
             assert quantized[module].rank == min(8, *quantized[module].shape)
         else:
             assert reasons.get(module), f"{module} is neither quantized nor listed with a reason ({form})"
+
+
+def check_every_expert(model, manifest) -> None:
+    """Every element of a stacked parameter belongs to exactly one quantized matrix, or the tensor has a reason."""
+    covered: Counter[str] = Counter()
+    for record in manifest.matrices:
+        covered[record.parameter] += record.shape[0] * record.shape[1] if record.expert else 0
+    reasons = {record.module: record.reason for record in manifest.kept if record.kind == "expert"}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name and "bias" not in name:
+            assert covered[name] == parameter.numel() or reasons.get(name), name
 
 
 def test_conv1d_is_quantized_along_its_input(tmp_path: Path) -> None:
@@ -85,6 +122,56 @@ def test_tied_heads_stay_tied(tmp_path: Path) -> None:
     assert "tied" in kept["model.embed_tokens.weight"]
     model = load_plainly(tmp_path / "out", "AutoModelForCausalLM").base_model.model
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "t5", "bert_mlm", "opt", "gpt2"])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_a_tied_table_is_quantized_once_for_all_its_uses(name: str, form: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    family().save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    manifest = loftq_cli.quantize(
+        tmp_path / "source", output=out, bits=2, rank=4, format=form, embeddings="quantize", lm_head="quantize"
+    )
+    [table] = [record for record in manifest.matrices if record.kind == "embedding"]
+    loaded, twin = load_plainly(out, family.auto_class).eval(), family()
+    with torch.no_grad():
+        for record in manifest.matrices:
+            q = decode_matrix(out, manifest, record)
+            place_of(twin, record).copy_(q + decode_product(out, manifest, record) if record.rank else q)
+    backbone = loaded.get_base_model()
+    ties = [key for pair in twin.all_tied_weights_keys.items() for key in pair if key.endswith(".weight")]
+    shared = {key.removesuffix(".weight") for key in ties}
+    assert table.rank == 0 and table.module in shared
+    weights = {id(backbone.get_submodule(path)._parameters["weight"]) for path in shared}
+    assert len(weights) == 1, "one weight in memory"
+    stored = [key for key in load_file(out / "model.safetensors") if key.startswith(tuple(f"{p}.w" for p in shared))]
+    assert len(stored) == (2 if form == "packed" else 1)
+    inputs = family.dummy_inputs(twin)
+    assert torch.allclose(first_output(loaded, inputs), first_output(twin, inputs), atol=2e-4, rtol=2e-4)
+
+
+def test_a_tied_table_is_the_same_from_a_pickle(tmp_path: Path) -> None:
+    """A pickle stores the head as a second view of the table."""
+    model = FAMILIES["llama_tied"]()
+    model.save_pretrained(tmp_path / "safe")
+    (tmp_path / "bin").mkdir()
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "config.json").write_bytes((tmp_path / "safe" / "config.json").read_bytes())
+    for source in ("safe", "bin"):
+        loftq_cli.quantize(tmp_path / source, output=tmp_path / f"{source}-out", bits=2, rank=4, embeddings="quantize")
+    one, other = ((tmp_path / f"{source}-out" / "model.safetensors").read_bytes() for source in ("safe", "bin"))
+    assert one == other
+
+
+def test_a_table_that_is_stored_twice_stays_as_it_is(tmp_path: Path) -> None:
+    model = FAMILIES["llama_tied"]()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    plan = loftq_cli.plan(tmp_path, output=tmp_path / "out", bits=2, embeddings="quantize", lm_head="quantize")
+    reasons = {unit.tensor: unit.reason for unit in plan.kept}
+    assert "tied" in reasons["lm_head.weight"] and "tied" in reasons["model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize("embeddings", ["quantize", "adapt"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
@@ -46,33 +47,6 @@ NOT_NEEDED = {
 }
 
 NOT_NEEDED_PATTERN = "|".join(rf"/{name}$" for name in NOT_NEEDED)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process's huggingface_hub talks to, with an empty cache and nobody logged in."""
-    from huggingface_hub import close_session, constants
-
-    home = tmp_path / "home"
-    with HubServer() as server:
-        for name, value in environment(server, home).items():
-            monkeypatch.setenv(name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-            monkeypatch.delenv(name, raising=False)
-        changes = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }
-        for name, value in changes.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
-        close_session()
-        yield server
-        close_session()
 
 
 @pytest.fixture
@@ -169,7 +143,21 @@ def test_the_recipe_it_writes_repeats_the_commit(
     for name in (*WEIGHTS, "loftq.yaml"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert loftq_cli.plan(f"{REPO}@main").recipe.revision == repo.refs["main"]
-    assert loftq_cli.plan(f"{REPO}@{first}").fingerprint != loftq_cli.plan(REPO).fingerprint
+
+
+def test_another_commit_does_not_go_on(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
+    """It may hold other weights under the same names, of which headers tell nothing."""
+    repo = hub.add(REPO, llama)
+    first = repo.refs["main"]
+    hub.fail("", host="cdn", range="bytes=[1-9][0-9]{5}", status=404, times=1_000)
+    with pytest.raises(LoftqError):
+        loftq_cli.quantize(REPO, output=tmp_path / "out", stream=True, **QUICK)
+    hub.failures.clear()
+    repo.commit({**llama, "config.json": llama["config.json"] + b" "})
+    assert loftq_cli.plan(f"{REPO}@{first}").fingerprint == loftq_cli.plan(REPO).fingerprint
+    with pytest.raises(UsageError, match=f"unfinished conversion with revision {first} \\(now {repo.refs['main']}"):
+        loftq_cli.quantize(REPO, output=tmp_path / "out", stream=True, **QUICK)
+    assert loftq_cli.quantize(f"{REPO}@{first}", output=tmp_path / "out", stream=True, **QUICK).source_revision == first
 
 
 def test_plan_reads_headers_only(hub: HubServer, llama: dict[str, bytes], home: Path) -> None:
@@ -213,15 +201,23 @@ def test_sharded_weights(hub: HubServer, random_llama: Path) -> None:
     assert f"shard {shard}" in refused()
 
 
-def test_other_weights_are_downloaded(hub: HubServer, llama: dict[str, bytes], random_llama: Path, home: Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickled_weights(
+    legacy: bool, hub: HubServer, llama: dict[str, bytes], random_llama: Path, home: Path, tmp_path: Path
+) -> None:
     weights = load_file(random_llama / "model.safetensors")
-    torch.save(weights, random_llama.parent / "saved.bin")
-    binary = {
-        "config.json": llama["config.json"],
-        "pytorch_model.bin": (random_llama.parent / "saved.bin").read_bytes(),
-    }
+    wide = torch.arange(60_000.0).reshape(200, 300)
+    weights |= {"view": wide[3:70, 5:], "turned": wide.T, "half": wide.bfloat16(), "none": torch.empty(0, 4)}
+    torch.save(weights, tmp_path / "saved.bin", _use_new_zipfile_serialization=not legacy)
+    binary = {"config.json": llama["config.json"], "pytorch_model.bin": (tmp_path / "saved.bin").read_bytes()}
     hub.add(REPO, {**binary, "training_args.bin": b"x", "tf_model.h5": b"x"})
-    assert "leave --stream out" in refused(stream=True) and weight_files(home) == []
+    assert same(read_all(stream=True), weights) and weight_files(home) == []
+    if not legacy:
+        hub.log.clear()
+        loftq_cli.plan(REPO)
+        asked = [entry.range.removeprefix("bytes=").split("-") for entry in hub.requests(host="cdn") if entry.range]
+        assert sum(int(end) - int(start) + 1 for start, end in asked) < 300_000 < len(binary["pytorch_model.bin"]) // 2
+        assert weight_files(home) == []
     assert same(read_all(stream=False), weights)
     assert not hub.requests("training_args|tf_model")
 
@@ -234,9 +230,9 @@ def test_metas_own_files(below: str, hub: HubServer, tmp_path: Path) -> None:
     folder = write_meta(make_reference(vocab=400, **small), tmp_path / "meta", ranks=2, embedding_dim=1)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(400))
     hub.add(REPO, {below + path.name: path.read_bytes() for path in folder.iterdir()} | {"LICENSE.txt": b"terms"})
-    assert "Meta's *.pth, which cannot be read in parts: leave --stream out" in refused(stream=True)
     with open_source(Recipe(folder.as_posix())) as (checkpoint, _):
         expected = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    assert same(read_all(stream=True), expected) and not list(tmp_path.glob("home/**/*.pth"))
     assert same(read_all(stream=False), expected)
     assert "LICENSE.txt" in {side.name for side in loftq_cli.plan(REPO).side_files}
 
@@ -263,7 +259,7 @@ def test_failures_that_pass(hub: HubServer, llama: dict[str, bytes], monkeypatch
     hub.add(REPO, llama)
     monkeypatch.setattr(remote, "_CHUNK", 7_000)
     asked: list[float] = []
-    monkeypatch.setattr(hub_errors.time, "sleep", asked.append)
+    monkeypatch.setattr(hub_errors, "_sleep", lambda seconds, _stop: asked.append(seconds))
     hub.fail("/api/models/.*", status=500)
     hub.fail("config.json", status=502, method="HEAD")
     hub.fail("model.safetensors", status=503, method="HEAD")
@@ -409,3 +405,54 @@ def test_the_command_in_a_process_of_its_own(
     assert "hf_mine" not in done.stdout and weight_files(home) == []
     assert {entry.authorization for entry in hub.requests(host="cdn")} == {None}
     assert (tmp_path / "Tiny-Llama-loftq-2bit-r16" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("when", ["headers", "weights"])
+def test_ctrl_c_does_not_wait_for_the_hub(
+    when: str, hub: HubServer, llama: dict[str, bytes], home: Path, tmp_path: Path
+) -> None:
+    """The thread that reads sleeps for minutes when the Hub asks it to."""
+    hub.add(REPO, llama)
+    begin = "bytes=0-" if when == "headers" else "bytes=[1-9][0-9]{5}"
+    hub.fail("", host="cdn", range=begin, status=429, headers={"Retry-After": "500"}, times=1_000)
+    command = [sys.executable, "-m", "loftq_cli", "quantize", REPO, "--stream", "-o", str(tmp_path / "out"), "-q"]
+    environ = {**os.environ, **environment(hub, home), "HF_HUB_OFFLINE": "0"}
+    restore = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command[1:3] = ["-c", f"{restore}sys.argv[0] = 'loftq'; from loftq_cli.cli import main; main()"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        waiting = time.monotonic() + 60
+        while not any(failure.times < 1_000 for failure in hub.failures) and time.monotonic() < waiting:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.INTERRUPTED and "interrupted; finished matrices are kept" in said, said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_hostile_pickles_are_not_run_when_streamed(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
+    import random
+
+    from fuzz import damage_bytes
+    from fuzz_pickles import hostile_pickle
+
+    mark, rng = tmp_path / "harm done", random.Random(1)
+    for _ in range(60):
+        hub.add(
+            REPO, {"config.json": llama["config.json"], "pytorch_model.bin": hostile_pickle(rng, mark, damage_bytes)}
+        )
+        assert f"{REPO}/pytorch_model.bin" in refused(stream=True) and not mark.exists()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_workers_read_a_model_on_the_hub_each_for_itself(stream: bool, hub: HubServer, llama, tmp_path: Path) -> None:
+    hub.add(REPO, llama)
+    alone = loftq_cli.quantize(REPO, output=tmp_path / "alone", stream=stream, **QUICK)
+    shared = loftq_cli.quantize(REPO, output=tmp_path / "shared", stream=stream, num_processes=2, **QUICK)
+    assert shared.fingerprint == alone.fingerprint and shared.source_revision == alone.source_revision
+    for name in WEIGHTS:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+    assert loftq_cli.verify(tmp_path / "shared", source=REPO, stream=stream).ok

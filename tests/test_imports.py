@@ -14,6 +14,11 @@ STATEMENTS = {
     "help": "import runpy, sys; sys.argv = ['loftq', '--help']; runpy.run_module('loftq_cli', run_name='__main__')",
     "quantize help": "import runpy, sys; sys.argv = ['loftq', 'quantize', '--help']; "
     "runpy.run_module('loftq_cli', run_name='__main__')",
+    "batch help": "import runpy, sys; sys.argv = ['loftq', 'batch', '--help']; "
+    "runpy.run_module('loftq_cli', run_name='__main__')",
+    "push help": "import runpy, sys; sys.argv = ['loftq', 'push', '--help']; "
+    "runpy.run_module('loftq_cli', run_name='__main__')",
+    "schema": "import runpy, sys; sys.argv = ['loftq', 'schema']; runpy.run_module('loftq_cli', run_name='__main__')",
     "version": "import runpy, sys; sys.argv = ['loftq', '--version']; "
     "runpy.run_module('loftq_cli', run_name='__main__')",
 }

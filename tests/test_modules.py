@@ -9,11 +9,12 @@ import torch
 import transformers
 from families import FAMILIES
 from family_checkpoints import save, saved
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.module_exceptions import FLOAT32, PEFT_EXPERT
+from loftq_cli.module_exceptions import FLOAT32
 from loftq_cli.modules import ModuleMap, TensorRole, map_modules
 
 
@@ -38,13 +39,38 @@ def test_every_tensor_has_a_role_that_fits_the_real_model(name: str) -> None:
     assert (found.architecture, found.notes, found.missing) == (type(model).__name__, (), ())
     assert not [role for role in found.roles if "not part of" in (role.keep or "")]
     for role in found.roles:
-        if role.module is not None:
+        if role.kind == "expert":
+            check_expert(model, role, shapes[role.tensor])
+        elif role.module is not None:
             module = model.get_submodule(role.module)
             assert tuple(module.weight.shape) == shapes[role.tensor]
             matrix = Conv1D if role.kind == "conv1d" else nn.Linear
             assert isinstance(module, matrix) == (role.kind in ("linear", "conv1d", "head"))
         if role.keep is None:
-            assert role.kind != "other" and role.module is not None and len(shapes[role.tensor]) == 2
+            dimensions = 3 if role.expert and role.expert.stacked else 2
+            assert role.kind != "other" and role.module is not None and len(shapes[role.tensor]) == dimensions
+
+
+def check_expert(model: nn.Module, role: TensorRole, shape: tuple[int, ...]) -> None:
+    """The stacked parameter has room for exactly these matrices."""
+    expert, parameter = role.expert, model.get_parameter(role.parameter)
+    assert expert is not None and role.module == role.parameter
+    assert len(parameter) == expert.count and expert.index < expert.count and expert.part < expert.parts
+    assert tuple(parameter.shape) == (shape if expert.stacked else (expert.count, expert.parts * shape[0], shape[1]))
+
+
+@every_family
+def test_experts_are_numbered_as_transformers_stacks_them(name: str) -> None:
+    checkpoint = saved(name)
+    found = map_modules(checkpoint.config, checkpoint.shapes)
+    places = [(role.parameter, role.expert.index, role.expert.part) for role in found.roles if role.expert]
+    assert len(set(places)) == len(places)
+    tensors = load_file(checkpoint.folder / "model.safetensors")
+    for role in found.roles:
+        if role.expert and not role.expert.stacked:
+            stacked = checkpoint.model.get_parameter(role.parameter)
+            rows = slice(role.expert.part * len(tensors[role.tensor]), None)
+            assert torch.equal(stacked[role.expert.index][rows][: len(tensors[role.tensor])], tensors[role.tensor])
 
 
 @every_family
@@ -81,7 +107,7 @@ def test_the_model_computes_the_same_with_all_quantizable_weights_packed(name: s
     with torch.no_grad():
         before = model(**inputs)[0]
         for role in _quantizable(map_modules(config, shapes)):
-            if role.kind != "embedding":
+            if role.kind not in ("embedding", "expert"):
                 rows, columns = shapes[role.tensor] if role.kind != "conv1d" else reversed(shapes[role.tensor])
                 model.set_submodule(role.module, Packed(model.get_submodule(role.module), (rows, columns)))
         after = model(**inputs)[0]
@@ -95,8 +121,14 @@ def test_peft_finds_every_module_path(name: str) -> None:
     checkpoint = saved(name)
     config, shapes = checkpoint.config, checkpoint.shapes
     found = map_modules(config, shapes)
-    wanted = {role.module for role in _quantizable(found) if role.kind in ("linear", "conv1d")}
-    lora = peft.LoraConfig(r=2, target_modules=sorted(wanted), task_type=found.task_type)
+    plain = [role for role in _quantizable(found) if role.kind in ("linear", "conv1d")]
+    wanted = {role.module for role in plain}
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=sorted(role.module for role in plain if not role.parameter),
+        target_parameters=sorted(role.parameter for role in plain if role.parameter) or None,
+        task_type=found.task_type,
+    )
     adapted = peft.get_peft_model(FAMILIES[name](), lora)
     names = {
         path.removesuffix(".lora_A.default") for path, _ in adapted.named_modules() if path.endswith("lora_A.default")
@@ -110,7 +142,7 @@ def test_tied_embedding_and_head_keep_each_other() -> None:
     roles = _by_tensor(map_modules(config, shapes))
     assert "lm_head.weight" not in roles
     embedding = roles["model.embed_tokens.weight"]
-    assert (embedding.kind, embedding.keep) == ("embedding", "tied to lm_head.weight")
+    assert (embedding.kind, embedding.keep, embedding.tied) == ("embedding", None, "lm_head.weight")
     # Some checkpoints store both.
     both = _by_tensor(map_modules(config, shapes | {"lm_head.weight": (96, 64)}))
     assert (both["lm_head.weight"].kind, both["lm_head.weight"].keep) == ("head", "tied to model.embed_tokens.weight")
@@ -130,7 +162,7 @@ KEPT = {
     "t5": {
         "encoder.block.0.layer.1.DenseReluDense.wo.weight": FLOAT32,
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position embedding",
-        "shared.weight": "tied to lm_head.weight",
+        "shared.weight": None,
     },
     "mamba": {
         "backbone.layers.0.mixer.in_proj.weight": None,
@@ -142,7 +174,7 @@ KEPT = {
     },
     "bert_mlm": {
         "cls.predictions.transform.dense.weight": "task head",
-        "bert.embeddings.word_embeddings.weight": "tied to cls.predictions.decoder.weight",
+        "bert.embeddings.word_embeddings.weight": None,
         "bert.embeddings.position_embeddings.weight": "position embedding",
         "bert.embeddings.token_type_embeddings.weight": "embedding",
         "bert.embeddings.LayerNorm.weight": "normalization",
@@ -161,18 +193,18 @@ KEPT = {
     },
     "mixtral": {
         "model.layers.0.block_sparse_moe.gate.weight": "router",
-        "model.layers.0.block_sparse_moe.experts.3.w2.weight": "mixture-of-experts weights",
+        "model.layers.0.block_sparse_moe.experts.3.w2.weight": None,
         "model.layers.0.self_attn.q_proj.weight": None,
     },
     "deepseek_v3": {
         "model.layers.1.mlp.gate.weight": "router",
-        "model.layers.1.mlp.experts.0.up_proj.weight": "mixture-of-experts weights",
-        "model.layers.1.mlp.shared_experts.up_proj.weight": PEFT_EXPERT,
-        "model.layers.0.mlp.up_proj.weight": PEFT_EXPERT,
+        "model.layers.1.mlp.experts.0.up_proj.weight": None,
+        "model.layers.1.mlp.shared_experts.up_proj.weight": None,
+        "model.layers.0.mlp.up_proj.weight": None,
         "model.layers.0.self_attn.kv_b_proj.weight": None,
     },
     "gpt_oss": {
-        "model.layers.0.mlp.experts.gate_up_proj": "mixture-of-experts weights",
+        "model.layers.0.mlp.experts.gate_up_proj": None,
         "model.layers.0.mlp.experts.gate_up_proj_bias": "bias",
         "model.layers.0.mlp.router.weight": "router",
     },

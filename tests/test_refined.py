@@ -191,8 +191,8 @@ def test_fitted_levels_survive_casting_training_and_saving(random_llama: Path, t
     assert len({tuple(levels.tolist()) for levels in own.values()}) == len(own), "every matrix has levels of its own"
     backbone.save_pretrained(tmp_path / "again")
     assert torch.equal(type(backbone).from_pretrained(tmp_path / "again")(ids).logits, before)
-    backbone.half()
-    assert all(m.weight_levels.dtype == F32 for m in backbone.modules() if isinstance(m, LoftqLinear))
+    layers = [module.half() for module in backbone.modules() if isinstance(module, LoftqLinear)]
+    assert all(layer.weight_levels.dtype == F32 for layer in layers)
     assert torch.equal(loftq_cli.load(out, adapter=False).dequantize()(ids).logits, before)
 
 

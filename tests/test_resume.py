@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,16 +137,24 @@ def test_another_recipe_on_an_unfinished_directory_is_refused(random_llama: Path
     assert loftq_cli.read_manifest(out).recipe["bits"] == 4
 
 
-def test_a_changed_source_is_not_resumed(random_llama: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_changed_source_is_refused_by_name_and_a_copy_is_not(uninterrupted, random_llama, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
 
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(random_llama, source)
     stop_after(3, source, out)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(UsageError, match="another source or loftq version"):
+    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, source / "model.safetensors")
+    with pytest.raises(UsageError, match=r"source/model\.safetensors is not the file that the unfinished conversion"):
         loftq_cli.quantize(source, output=out, **RECIPE)
+    shutil.copyfile(random_llama / "model.safetensors", source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(UsageError, match=r"the config or the tensors' .* in .*source are not those"):
+        loftq_cli.quantize(source, output=out, **RECIPE)
+    moved = tmp_path / "moved"
+    shutil.copytree(random_llama, moved)  # other times and another place, the same content
+    loftq_cli.quantize(moved, output=out, **RECIPE)
+    assert tensors(out) == uninterrupted
 
 
 def test_finished_directories_are_kept(random_llama: Path, tmp_path: Path) -> None:
@@ -214,3 +223,23 @@ main()
     assert [path.name for path in out.iterdir()] == [".loftq"]
     assert Journal(out / ".loftq" / "journal").entries()
     loftq_cli.quantize(random_llama, output=out, bits=2)
+
+
+def test_what_does_not_read_back_is_found_before_the_end_and_repeated(uninterrupted, random_llama, tmp_path) -> None:
+    out = tmp_path / "out"
+
+    class Rot(Reporter):
+        """A disk that loses a bit after the unit was recorded."""
+
+        def finishing(self, step) -> None:
+            with open(out / ".loftq" / "partial" / "loftq_init" / "adapter_model.safetensors", "r+b") as handle:
+                handle.seek(-1, os.SEEK_END)
+                last = handle.read(1)[0]
+                handle.seek(-1, os.SEEK_END)
+                handle.write(bytes([last ^ 4]))
+
+    with pytest.raises(LoftqError, match=r"does not hold what was written to it \(.*lora_") as caught:
+        loftq_cli.quantize(random_llama, output=out, reporter=Rot(), **RECIPE)
+    assert caught.value.exit_code == ExitCode.INCOMPLETE and not (out / "config.json").exists()
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)
+    assert tensors(out) == uninterrupted

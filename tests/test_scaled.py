@@ -73,7 +73,7 @@ def quantized_copy(source: Path, target: Path, suffix: str, quantization: dict) 
     target.mkdir()
     stored, meant = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if "proj" not in name:
+        if "proj" not in name or tensor.shape[0] % 32:
             stored[name] = meant[name] = tensor.bfloat16()
             continue
         rows, columns = tensor.shape
@@ -148,7 +148,48 @@ def test_mxfp4_experts_read_as_bfloat16(tmp_path: Path) -> None:
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read(name)
         assert tuple(tensor.shape) == info.shape and torch.equal(tensor, loaded[name]), name
-    assert loftq_cli.plan(tmp_path, output=tmp_path / "out").matrices
+        assert torch.equal(checkpoint.read_piece(name, -1 + len(tensor)), tensor[-1]), name
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file({name: checkpoint.read(name) for name in checkpoint.tensors}, whole / "model.safetensors")
+    (whole / "config.json").write_text(json.dumps(dict(checkpoint.config)))
+    for source, out in ((tmp_path, tmp_path.parent / "mx-out"), (whole, tmp_path.parent / "whole-out")):
+        manifest = loftq_cli.quantize(source, output=out, bits=2, rank=4, iters=2)
+        assert sum(record.kind == "expert" for record in manifest.matrices) == 16
+    assert _contents(tmp_path.parent / "mx-out") == _contents(tmp_path.parent / "whole-out")
+
+
+def _contents(out: Path) -> dict[str, bytes]:
+    files = ("model.safetensors", "loftq_init/adapter_model.safetensors")
+    return {f"{file} {name}": bytes(tensor.view(torch.uint8).numpy()) for file in files
+            for name, tensor in load_file(out / file).items()}  # fmt: skip
+
+
+def test_fp8_experts_convert_as_their_bfloat16_twins(tmp_path: Path) -> None:
+    """DeepSeek-V3 stores experts one by one, each with its own blocks of scales."""
+    from family_checkpoints import saved
+
+    meant = quantized_copy(saved("deepseek_v3").folder, tmp_path / "fp8", "_scale_inv", BLOCKS)
+    (tmp_path / "twin").mkdir()
+    save_file(meant, tmp_path / "twin" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config.pop("quantization_config")
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(config))
+    for name in ("fp8", "twin"):
+        manifest = loftq_cli.quantize(tmp_path / name, output=tmp_path / f"{name}-out", bits=2, rank=8, iters=2)
+        assert sum(record.kind == "expert" for record in manifest.matrices) == 12
+    assert _contents(tmp_path / "fp8-out") == _contents(tmp_path / "twin-out")
+
+
+@pytest.mark.parametrize("grid", [(4, 2, 3), (4, 1, 1), (4,), (1,), (4, 64, 1), (1, 2, 3)])
+def test_one_expert_of_an_fp8_stack_is_read_alone(grid: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stored = {"experts.w": random_fp8(4, 64, 96), "experts.w_scale": torch.rand(grid)}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    checkpoint = open_checkpoint(tmp_path)
+    whole = checkpoint.read("experts.w")
+    assert all(torch.equal(checkpoint.read_piece("experts.w", i), whole[i]) for i in range(4))
 
 
 REFUSED = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq_cli.experts import Expert
 from loftq_cli.formats.base import OutputTensor
 
 FOLDER = "loftq_init"
@@ -22,17 +23,42 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """One adapted matrix: W [out, in] gets lora_b [out, rank] @ lora_a [rank, in]."""
+    """One adapted matrix: W [out, in] gets lora_b [out, rank] @ lora_a [rank, in].
+
+    Attributes:
+        parameter: what PEFT targets in place of the module (`target_parameters`); "" for a module.
+        expert: whose matrix it is, where experts share an adapter.
+    """
 
     module: str
     kind: str
     out_features: int
     in_features: int
     rank: int
+    parameter: str = ""
+    expert: Expert | None = None
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.expert is None else self.expert.parts
 
 
 def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
-    """Names and shapes of A and B. PEFT keeps an embedding's factors transposed and without `.weight`."""
+    """Names and shapes of A and B as one unit of work makes them. PEFT keeps an embedding's factors transposed and
+    without `.weight`.
+
+    Experts share a pair. A [experts * rank, in] has one expert's rows together, so a matrix's own lora_a is a piece of
+    it. In B [out, rank * experts] the expert counts fastest: `joint_b` gathers the lora_b that stand apart until then.
+    """
+    if target.expert is not None:
+        prefix, shape = _expert_prefix(target), (_joint(target), target.in_features)
+        whole = OutputTensor(f"{prefix}.lora_A.weight", torch.float32, shape)
+        first = (target.expert.index * target.parts + target.expert.part) * target.rank
+        place = f"{prefix}.lora_B.weight[{target.expert.index}.{target.expert.part}]"
+        return (
+            whole.rows(first, target.rank),
+            OutputTensor(place, torch.float32, (target.out_features, target.rank)),
+        )
     prefix = f"base_model.model.{target.module}"
     if target.kind == "embedding":
         return (
@@ -45,6 +71,34 @@ def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
     )
 
 
+def joint_b(target: AdapterTarget) -> OutputTensor | None:
+    """lora_B of all experts of a parameter; None where the unit's own is what the file holds."""
+    if target.expert is None:
+        return None
+    shape = (target.parts * target.out_features, _joint(target))
+    return OutputTensor(f"{_expert_prefix(target)}.lora_B.weight", torch.float32, shape)
+
+
+def own_columns(target: AdapterTarget, rows: Tensor) -> Tensor:
+    """The columns of joint rows [n, parts * rank * experts] that are this matrix's: a view [n, rank]."""
+    assert target.expert is not None
+    first = target.expert.part * target.rank
+    return rows.unflatten(1, (-1, target.expert.count))[:, first : first + target.rank, target.expert.index]
+
+
+def _joint(target: AdapterTarget) -> int:
+    """Ranks of all matrices of a parameter together."""
+    assert target.expert is not None
+    return target.expert.count * target.parts * target.rank
+
+
+def _expert_prefix(target: AdapterTarget) -> str:
+    """PEFT wraps a module once for every targeted parameter, the first one innermost."""
+    assert target.expert is not None
+    module = target.parameter.rpartition(".")[0]
+    return f"base_model.model.{module}" + ".base_layer" * target.expert.depth
+
+
 def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scaling: float) -> dict[str, Tensor]:
     """The tensors by name. PEFT multiplies BA by `scaling`, so B is divided by it."""
     first, second = adapter_tensors(target)
@@ -54,11 +108,16 @@ def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scalin
     return {first.name: lora_a.contiguous(), second.name: lora_b.contiguous()}
 
 
+def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in], float32, without the scaling."""
+    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
+    return (first.T, second.T) if target.kind == "embedding" else (second, first)
+
+
 def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
     """scaling · BA as PEFT applies it, float32 [out, in]."""
-    first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
-    product = first.T @ second.T if target.kind == "embedding" else second @ first
-    return product * scaling
+    b, a = decode_factors(target, tensors)
+    return (b @ a) * scaling
 
 
 def adapter_config(
@@ -74,8 +133,12 @@ def adapter_config(
 
     `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ over ours.
     """
-    rank = Counter(target.rank for target in targets).most_common(1)[0][0]
-    others = {target.module: target.rank for target in targets if target.rank != rank}
+    # Where gate and up are joined, their ranks add up: B is block-diagonal.
+    ranks = {target.parameter or target.module: target.rank * target.parts for target in targets}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: other for name, other in ranks.items() if other != rank}
+    modules = [target.module for target in targets if not target.parameter]
+    parameters = [name for name in ranks if name not in set(modules)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -83,7 +146,8 @@ def adapter_config(
         "r": rank,
         "lora_alpha": _number(rank * scaling),
         "lora_dropout": 0.0,
-        "target_modules": _target_modules([target.module for target in targets], linear_modules),
+        "target_modules": _target_modules(modules, linear_modules),
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": others,
         "alpha_pattern": {module: _number(other * scaling) for module, other in others.items()},
         "bias": "none",

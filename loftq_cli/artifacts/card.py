@@ -11,6 +11,7 @@ from loftq_cli.planner import Plan
 from loftq_cli.recipe import Recipe, recipe_fields
 
 _WORST = 5
+_LICENCE = ("license", "license_name", "license_link")
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
@@ -46,7 +47,7 @@ The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matric
 
 {_worst(manifest)}
 
-Every matrix stands in `loftq.json`.
+{_nonfinite(manifest)}Every matrix stands in `loftq.json`.
 
 ## How it was made
 
@@ -118,7 +119,13 @@ def _what(manifest: Manifest) -> str:
         else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
         f"is {manifest.scaling:g}; do not change `lora_alpha`."
     )
-    return f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+    what = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+    if manifest.format == "packed" and any(record.expert for record in manifest.matrices):
+        what += (
+            " The experts are packed on disk and become dense when the model is loaded, because PEFT trains stacked "
+            "experts only so: in memory they take the model's dtype."
+        )
+    return what
 
 
 def _source(manifest: Manifest) -> str:
@@ -159,9 +166,7 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
     if base:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
-    licence = _licence(plan.source)
-    if licence:
-        lines.append(f"license: {licence}")
+    lines += _licence(plan.source)
     return "---\n" + "\n".join(lines) + "\n---"
 
 
@@ -177,16 +182,17 @@ def hub_id(source: Path) -> str | None:
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
-def _licence(source: Path) -> str | None:
-    """The licence line of the source's own card."""
+def _licence(source: Path) -> list[str]:
+    """The licence lines of the source's own card: the identifier, and the name and link that `other` comes with."""
     import yaml
 
     try:
         text = (source / "README.md").read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        return front.get("license") if isinstance(front.get("license"), str) else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return None
+        found = {name: front[name] for name in _LICENCE if isinstance(front.get(name), str)}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
+        return []
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
 
 
 def _worst(manifest: Manifest) -> str:
@@ -197,6 +203,13 @@ def _worst(manifest: Manifest) -> str:
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
+
+
+def _nonfinite(manifest: Manifest) -> str:
+    """Matrices that were left alone because of what they hold (--allow-nonfinite)."""
+    kept = [record for record in manifest.kept if record.reason.startswith("holds ")]
+    rows = "\n".join(f"- `{record.module}` {record.reason}" for record in kept)
+    return f"Kept in full precision, because they hold NaN or infinity:\n\n{rows}\n\n" if kept else ""
 
 
 def _command(plan: Plan) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
@@ -35,17 +36,33 @@ def decode(path: str | Path, matrix: str) -> Tensor:
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """Like `decode`, for a record at hand."""
-    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: _read(path, name))
+    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    b, a = read_factors(path, record)
+    return (b @ a) * manifest.scaling
+
+
+def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, without the scaling."""
     from safetensors import safe_open
 
-    target = adapter.AdapterTarget(record.module, record.kind, *record.shape, record.rank)
+    target = adapter.AdapterTarget(
+        record.module, record.kind, *record.shape, record.rank, record.parameter, record.expert
+    )
+    first, second = adapter.adapter_tensors(target)
+    joint = adapter.joint_b(target)
     with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
-        tensors = {tensor.name: file.get_tensor(tensor.name) for tensor in adapter.adapter_tensors(target)}
-    return adapter.decode_adapter(target, tensors, manifest.scaling)
+        if joint is None:
+            lora_b = file.get_tensor(second.name)
+        else:
+            begin = target.expert.part * target.out_features if target.expert else 0
+            rows = file.get_slice(joint.name)[begin : begin + target.out_features]
+            lora_b = adapter.own_columns(target, rows)
+        tensors = {first.name: _content(file, first.name), second.name: lora_b}
+    return adapter.decode_factors(target, tensors)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -57,13 +74,27 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
         DTYPES[record.scale_dtype],
         DTYPES[record.value_dtype],
     )
-    return QuantizedMatrix(record.tensor, record.module, record.kind, *record.shape, grid)  # type: ignore[arg-type]
+    kind: Any = record.kind
+    stacked = record.expert is not None and record.expert.stacked
+    # A unit's name has the expert's number behind the tensor's.
+    tensor = record.tensor.rpartition("[")[0] if stacked else record.tensor
+    return QuantizedMatrix(tensor, record.module, kind, *record.shape, grid, record.parameter, record.expert)
 
 
-def _read(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
     from safetensors import safe_open
 
-    index = path / _INDEX
-    file = json.loads(index.read_bytes())["weight_map"][name] if index.exists() else "model.safetensors"
+    index, whole = path / _INDEX, name.partition("[")[0]
+    file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
+        return _content(handle, name)
+
+
+def _content(handle: Any, name: str) -> Tensor:
+    """A tensor of an open file, or the piece of one that `OutputTensor` gives such a name."""
+    piece = re.fullmatch(r"(.*)\[(\d+)(:\d+)?\]", name)
+    if piece is None:
         return handle.get_tensor(name)
+    content, first = handle.get_slice(piece[1]), int(piece[2])
+    return content[first] if piece[3] is None else content[first : int(piece[3][1:])]

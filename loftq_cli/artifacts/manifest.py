@@ -1,18 +1,36 @@
-"""`loftq.json`: what was done to every matrix, what every file must hash to, and the totals."""
+"""`loftq.json`: what was done to every matrix, what every file must hash to, and the totals.
+
+The manifest vouches for itself too: `digest` is the sha256 of the file with zeros in the digest's own place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.experts import Expert
 
 NAME = "loftq.json"
 MANIFEST_VERSION = 1
+UNSEALED = "0" * 64
+# Strings hold no line feeds in JSON, so that this can only be the field itself.
+_DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +41,9 @@ class MatrixRecord:
     layer's inputs (`numerics.weighted`), and the best step is the one with the smallest of these.
 
     Attributes:
+        module: path of the module; of an expert's matrix its parameter and number.
         shape: [out, in] as the layer computes, whatever the orientation on disk.
+        parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
         layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
@@ -32,6 +52,8 @@ class MatrixRecord:
     tensor: str
     module: str
     kind: str
+    parameter: str
+    expert: Expert | None
     shape: tuple[int, int]
     bits: int
     data_type: str
@@ -49,6 +71,11 @@ class MatrixRecord:
     adapter_bytes: int
     weighted_plain_residual: float | None = None
     weighted_residual: float | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the source stores [in, out]."""
+        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,7 @@ class Manifest:
 
     Attributes:
         source, source_revision: the id of a model on the Hub and its commit; or a directory and None.
+        digest: of the file itself (`seal`).
     """
 
     manifest_version: int
@@ -118,6 +146,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     matrices: tuple[MatrixRecord, ...]
     kept: tuple[KeptRecord, ...]
+    digest: str = UNSEALED
 
     def matrix(self, name: str) -> MatrixRecord:
         """The record of a module path or a tensor name.
@@ -148,6 +177,17 @@ def render(manifest: Manifest) -> bytes:
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
 
 
+def seal(content: bytes) -> bytes:
+    """The rendered manifest with its digest in place, in the same number of bytes; sealing twice does no harm."""
+    blank = _DIGEST.sub(UNSEALED.encode(), content)
+    return _DIGEST.sub(hashlib.sha256(blank).hexdigest().encode(), blank)
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the file is, to the last bit, what `seal` gave."""
+    return _DIGEST.search(content) is not None and seal(content) == content
+
+
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a finished output directory.
 
@@ -156,36 +196,74 @@ def read_manifest(directory: Path | str) -> Manifest:
     """
     path = Path(directory) / NAME
     try:
-        values = json.loads(path.read_bytes())
+        return parse_manifest(path, path.read_bytes())
+    except FileNotFoundError:
+        raise _missing(Path(directory)) from None
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
+
+
+def parse_manifest(path: Path, content: bytes) -> Manifest:
+    """A manifest from the content of its file; `path` is for messages.
+
+    Raises:
+        LoftqError: it is damaged, or a newer loftq wrote it.
+    """
+    try:
+        values = json.loads(content)
         if values["manifest_version"] > MANIFEST_VERSION:
             raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
         return _parse(values)
-    except FileNotFoundError:
-        raise LoftqError(_missing(Path(directory))) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
 
 
-def _missing(directory: Path) -> str:
+def _missing(directory: Path) -> LoftqError:
     if not directory.is_dir():
-        return f"there is no directory {directory}: give the output of `loftq quantize`."
+        return LoftqError(f"there is no directory {directory}: give the output of `loftq quantize`.")
     if (directory / ".loftq").is_dir():
-        return f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on."
-    return f"{directory} holds no {NAME}: give the output of `loftq quantize`."
+        return unfinished(directory)
+    return LoftqError(f"{directory} holds no {NAME}: give the output of `loftq quantize`.")
+
+
+def unfinished(directory: Path) -> LoftqError:
+    """What to say of a directory whose conversion has not come to its end."""
+    return LoftqError(
+        f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on.",
+        exit_code=ExitCode.INCOMPLETE,
+    )
 
 
 def _parse(values: dict[str, Any]) -> Manifest:
-    values["totals"] = Totals(**values["totals"])
+    values["totals"] = Totals(**_checked(Totals, values["totals"]))
     values["notes"] = tuple(values["notes"])
-    values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+    values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
     values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(KeptRecord(**{**record, "shape": tuple(record["shape"])}) for record in values["kept"])
-    return Manifest(**values)
+    values["kept"] = tuple(
+        KeptRecord(**{**_checked(KeptRecord, record), "shape": tuple(record["shape"])}) for record in values["kept"]
+    )
+    return Manifest(**_checked(Manifest, values))
 
 
 def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     """A record from JSON."""
-    return MatrixRecord(**{**record, "shape": tuple(record["shape"]), "residuals": tuple(record["residuals"])})
+    record = _checked(MatrixRecord, record)
+    expert = Expert(**record["expert"]) if record["expert"] else None
+    shape, residuals = tuple(record["shape"]), tuple(record["residuals"])
+    return MatrixRecord(**{**record, "expert": expert, "shape": shape, "residuals": residuals})
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, once its plain fields are of the types that `cls` says.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for field in dataclasses.fields(cls):
+        kinds = _PLAIN.get(str(field.type))
+        if kinds is not None and type(values.get(field.name)) not in kinds:
+            raise TypeError(f"{field.name} is {values.get(field.name)!r:.80}")
+    return values
 
 
 def _dump(value: object) -> str:

@@ -46,6 +46,23 @@ class TextSizes:
     card: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: wall seconds, peak resident and device bytes of its processes together, and on what."""
+
+    device: str
+    memory: int
+    device_memory: int
+    seconds: float = 0.0
+
+
+def own_cost(device: torch.device) -> Cost:
+    """What this process has taken on `device` up to now."""
+    if device.type != "cuda":
+        return Cost(str(device), peak_memory(), 0)
+    return Cost(torch.cuda.get_device_name(device), peak_memory(), torch.cuda.max_memory_allocated(device))
+
+
 def versions() -> dict[str, str]:
     """Of everything that can change a byte of the output."""
     found = {"python": platform.python_version()}
@@ -62,22 +79,19 @@ def build_manifest(
     source_fingerprint: str,
     records: Mapping[str, MatrixRecord],
     files: Mapping[str, FileRecord],
-    seconds: float,
-    device: torch.device,
+    cost: Cost,
 ) -> Manifest:
     """The manifest of a finished run; `records` by tensor name."""
     ordered = tuple(records[unit.tensor] for unit in plan.matrices)
-    on_gpu = device.type == "cuda"
     totals = dataclasses.replace(
         _planned_totals(plan),
         plain_residual=_mean([record.plain_residual for record in ordered]),
         residual=_mean([record.residual for record in ordered]),
-        seconds=round(seconds, 3),
-        peak_memory_bytes=peak_memory(),
-        peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+        seconds=round(cost.seconds, 3),
+        peak_memory_bytes=cost.memory,
+        peak_device_memory_bytes=cost.device_memory,
     )
-    name = torch.cuda.get_device_name(device) if on_gpu else str(device)
-    return _manifest(plan, source_fingerprint, ordered, files, totals, name[: len(_WIDE_DEVICE)])
+    return _manifest(plan, source_fingerprint, ordered, files, totals, cost.device[: len(_WIDE_DEVICE)])
 
 
 def text_sizes(plan: Plan) -> TextSizes:
@@ -188,6 +202,8 @@ def matrix_record(
         tensor=unit.tensor,
         module=matrix.module,
         kind=unit.kind,
+        parameter=matrix.parameter,
+        expert=matrix.expert,
         shape=matrix.shape,
         bits=grid.codebook.bits,
         data_type=grid.codebook.data_type,

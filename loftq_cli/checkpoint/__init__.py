@@ -43,7 +43,11 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
         checkpoint = open_checkpoint(source, recipe.meta_version)
     else:
         checkpoint, commit = open_hub(
-            source, lambda path: open_checkpoint(path, recipe.meta_version), stream=stream, weights=weights
+            source,
+            lambda path: open_checkpoint(path, recipe.meta_version),
+            stream=stream,
+            weights=weights,
+            meta_version=recipe.meta_version,
         )
         if not isinstance(checkpoint, MetaCheckpoint):
             _refuse_meta_version(recipe.model, recipe.meta_version)

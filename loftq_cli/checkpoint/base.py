@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -33,6 +35,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 on; the scales of some FP8 checkpoints
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NAMES_OF_SOURCE = frozenset({"_name_or_path", "transformers_version"})  # where a copy came from, and who wrote it
 QUANTIZABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -65,10 +68,35 @@ class SideFile:
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """One hash of what a plan is made from. How tensors are spread over files and in which container does not count,
-    so that the same model gives the same output from every kind of source."""
+    """One hash of what a plan is made from: the config, and every tensor's name, dtype and shape.
+
+    How tensors are spread over files, in which container and where, does not count, so that the same model gives the
+    same output from every kind of source. Whether the source has changed since is not told by it.
+    """
     entries = sorted((name, SAFETENSORS_NAMES[info.dtype], list(info.shape)) for name, info in tensors.items())
-    return hashlib.sha256(json.dumps([config, entries], sort_keys=True).encode()).hexdigest()
+    known = {name: value for name, value in config.items() if name not in _NAMES_OF_SOURCE}
+    return hashlib.sha256(json.dumps([known, entries], sort_keys=True).encode()).hexdigest()
+
+
+def name_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key that puts `layers.10` behind `layers.9`."""
+    return tuple(
+        (True, int(part), "") if part.isdecimal() else (False, 0, part) for part in re.split(r"(\d{1,18})", name)
+    )
+
+
+def entry(info: TensorInfo, index: int) -> TensorInfo:
+    """One entry of a tensor's first dimension: its place, dtype and shape."""
+    one = dataclasses.replace(info, name=f"{info.name}[{index}]", shape=info.shape[1:])
+    return dataclasses.replace(one, start=info.start + index * one.nbytes)
+
+
+def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it."""
+    if name in checkpoint.tensors:
+        return checkpoint.read(name)
+    whole, _, index = name.removesuffix("]").rpartition("[")
+    return checkpoint.read_piece(whole, int(index))
 
 
 class Checkpoint(Protocol):
@@ -90,8 +118,14 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """One tensor as `tensors` describes it, in memory of its own on the CPU."""
 
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        """Entry `index` of a tensor's first dimension, without the others."""
+
     def side_files(self) -> tuple[SideFile, ...]:
         """Tokenizer, generation config, licence …: what stands beside the weights, copied or made."""
+
+    def cancel(self) -> None:
+        """Let a read that waits for the network in another thread give up at once."""
 
     def close(self) -> None:
         """Give the memory maps back."""

@@ -21,7 +21,9 @@ from loftq_cli.checkpoint import pickled, safetensors
 from loftq_cli.checkpoint.base import Checkpoint
 from loftq_cli.checkpoint.hub_errors import CutShort, HubModel, hub_errors, passes, patiently
 from loftq_cli.checkpoint.local import pick_files, read_index
+from loftq_cli.checkpoint.meta import read_ranks
 from loftq_cli.checkpoint.remote import open_remote
+from loftq_cli.checkpoint.remote_pickled import is_zip, remote_pickles
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
@@ -66,7 +68,7 @@ def parse_model(model: str, revision: str | None) -> HubModel | Path:
 
 
 def open_hub(
-    model: HubModel, opened: Callable[[Path], Checkpoint], *, stream: bool, weights: bool
+    model: HubModel, opened: Callable[[Path], Checkpoint], *, stream: bool, weights: bool, meta_version: str = "auto"
 ) -> tuple[Checkpoint, HubModel]:
     """Open a model on the Hub, and tell the commit it stands for.
 
@@ -74,6 +76,7 @@ def open_hub(
         opened: opens a directory.
         stream: read the weights by range requests and keep no copy.
         weights: whether weights will be read; headers alone are not worth a download.
+        meta_version: see `checkpoint.open_checkpoint`.
 
     Raises:
         LoftqError: the Hub does not show the model to this user, cannot be reached, or the model has no weights that
@@ -93,16 +96,36 @@ def open_hub(
         chosen = choose_weights(model, names)
         folder = _fetch_small(model, commit, names, chosen)
         at = dataclasses.replace(model, revision=commit)
-        if chosen.kind == "safetensors" and (stream or not weights):
-            files, index = _shards(folder, names, chosen)
-            return with_scales(open_remote(at, folder, files, index)), at
-        if stream:
-            raise LoftqError(
-                f"{model} has its weights in {_kind_name(chosen)}, which cannot be read in parts: leave --stream out "
-                "to download them."
-            )
-        files, _ = _shards(folder, names, chosen)
+        files, index = _shards(folder, names, chosen)
+        if stream or not weights:
+            checkpoint = _open_parts(at, folder, chosen, files, index, meta_version, stream=stream)
+            if checkpoint is not None:
+                return with_scales(checkpoint), at
         return opened(_snapshot(at, files)), at
+
+
+def _open_parts(
+    model: HubModel,
+    folder: Path,
+    chosen: Weights,
+    files: list[str],
+    index: dict[str, str] | None,
+    meta_version: str,
+    *,
+    stream: bool,
+) -> Checkpoint | None:
+    """The checkpoint over range requests; None where a download is better: a pickle of the old kind has to be read
+    whole for its list of tensors."""
+    if chosen.kind == "safetensors":
+        return open_remote(model, folder, files, index)
+    inside = "original/" if files[0].startswith("original/") else ""
+    files = [name.removeprefix(inside) for name in files]
+    reader = remote_pickles(model, inside, files, whole=len(files) if chosen.kind == "meta" else 1)
+    if not stream and not all(is_zip(file) for file in reader.files.values()):
+        return None
+    if chosen.kind == "meta":
+        return read_ranks(folder, folder / inside, files, reader, meta_version)
+    return pickled.read_lists(folder, files, index, reader)
 
 
 def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
@@ -214,7 +237,3 @@ def _is_repo_id(text: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _kind_name(chosen: Weights) -> str:
-    return "Meta's *.pth" if chosen.kind == "meta" else "*.bin"

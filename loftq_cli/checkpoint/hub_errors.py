@@ -7,6 +7,7 @@ import errno
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,24 +73,39 @@ def pause(error: BaseException, failures: int) -> float:
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
 
 
-def patiently(call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-    """The result of `call`, which is tried again after a pause while its failures are of the passing kind."""
+def patiently(call: Callable[[], T], attempts: int = ATTEMPTS, stop: threading.Event | None = None) -> T:
+    """The result of `call`, which is tried again after a pause while its failures are of the passing kind; see `wait`
+    for `stop`."""
     for failures in range(1, attempts):
         try:
             return call()
         except Exception as error:
             if not passes(error):
                 raise
-            wait(error, failures)
+            wait(error, failures, stop)
     return call()
 
 
-def wait(error: BaseException, failures: int) -> None:
-    """Sleep before the next try."""
+def wait(error: BaseException, failures: int, stop: threading.Event | None = None) -> None:
+    """Sleep before the next try.
+
+    Args:
+        stop: ends the sleep, and the tries, when it is set; a thread that reads cannot be interrupted otherwise.
+
+    Raises:
+        LoftqError: `stop` was set.
+    """
     error = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     seconds = pause(error, failures)
     log.info("%s; trying again in %.1f s", reason(error), seconds)
-    time.sleep(seconds)
+    _sleep(seconds, stop)
+
+
+def _sleep(seconds: float, stop: threading.Event | None) -> None:
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise LoftqError("reading was interrupted.", exit_code=ExitCode.INTERRUPTED)
 
 
 def reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from loftq_cli.checkpoint.base import TensorInfo
 from loftq_cli.errors import LoftqError
 
+_MAX_JSON = 100_000_000
 CONFIG_HINT = "a Hugging Face checkpoint has one beside its weights"
 
 
@@ -22,7 +23,11 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         LoftqError: no such file, or no JSON object.
     """
     try:
+        check_file(path)
+        if path.stat().st_size > _MAX_JSON:
+            raise LoftqError(f"{path} has {path.stat().st_size} bytes, which no such file has: download it again.")
         content = json.loads(path.read_bytes())
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can hold halves of characters, files cannot
     except FileNotFoundError:
         raise LoftqError(f"{path} is missing: {hint}.") from None
     except (ValueError, RecursionError) as error:
@@ -32,6 +37,26 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LoftqError(f"{path} is no JSON object: download it again.")
     return content
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file, and a link that leads out of the directory: what it leads to was not given to us, and
+    would go into an output that may be published. Links inside the Hub's cache are how that cache is built.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        LoftqError: it is no file, or lies elsewhere.
+    """
+    if not path.is_file():
+        if path.is_symlink() or path.exists():
+            raise LoftqError(f"{path} is no file, or a link to none: download it again.")
+        raise FileNotFoundError(path)
+    if not path.is_symlink():
+        return
+    real = path.resolve()
+    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not in_cache and not real.is_relative_to(path.parent.resolve()):
+        raise LoftqError(f"{path} is a link to {real}, outside of the model: put the file itself there.")
 
 
 def read_index(path: Path, suffix: str, present: Collection[str] | None = None) -> dict[str, str]:
@@ -47,7 +72,7 @@ def read_index(path: Path, suffix: str, present: Collection[str] | None = None) 
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise LoftqError(f"{path} has no weight_map of names to files: download it again.")
     for file in sorted(set(index.values())):
-        if Path(file).name != file or not file.endswith(suffix):
+        if Path(file).name != file or not file.endswith(suffix) or not file.isprintable():
             raise LoftqError(f"{path} names {file!r}, which is no shard of this directory.")
         if not ((path.parent / file).is_file() if present is None else file in present):
             raise LoftqError(f"shard {file} of {path.parent} is missing: finish the download and try again.")

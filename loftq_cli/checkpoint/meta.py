@@ -27,11 +27,12 @@ from loftq_cli.checkpoint.meta_config import (
     read_params,
 )
 from loftq_cli.checkpoint.meta_tokenizer import MetaTokenizer, read_tokenizer
-from loftq_cli.checkpoint.pickled import PickleReader
+from loftq_cli.checkpoint.pickled import PickleReader, TensorReader
 from loftq_cli.checkpoint.side_files import find_side_files, local_file
 from loftq_cli.errors import LoftqError, UsageError
 
 _RESIDENT = 256 << 20
+_COMPARED = 64  # rows from all over that tell whether two matrices are one
 _LAYER = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -68,7 +69,7 @@ class MetaCheckpoint:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     fingerprint: str
-    reader: PickleReader
+    reader: TensorReader
     slices: Mapping[str, Slices]
     tokenizer: MetaTokenizer
     version: str
@@ -83,6 +84,9 @@ class MetaCheckpoint:
             at += size
         return permute(tensor, slices.heads) if slices.heads else tensor
 
+    def read_piece(self, name: str, index: int) -> Tensor:
+        return self.read(name)[index].clone()
+
     def side_files(self) -> tuple[SideFile, ...]:
         """What stands there already is kept: a directory may hold both Meta's and Hugging Face's tokenizer."""
         found = {side.name: side for side in find_side_files(self.path)}
@@ -93,6 +97,9 @@ class MetaCheckpoint:
         if not self.tokenizer.tiktoken:  # other tools want it; tiktoken's would be taken for sentencepiece's
             found["tokenizer.model"] = local_file(self.tokenizer.path, "tokenizer.model")
         return tuple({**{side.name: side for side in made}, **found}.values())
+
+    def cancel(self) -> None:
+        self.reader.cancel()
 
     def close(self) -> None:
         self.reader.close()
@@ -117,9 +124,21 @@ def open_meta(directory: Path, folder: Path, version: str = "auto") -> MetaCheck
         LoftqError: a file is missing or damaged, or they contradict each other.
         UsageError: the version does not fit the tokenizer.
     """
-    params = read_params(folder / "params.json")
     files = _ranks(folder)
     reader = PickleReader(folder, resident=_RESIDENT // len(files), unmapped=len(files))
+    return read_ranks(directory, folder, files, reader, version)
+
+
+def read_ranks(
+    directory: Path, folder: Path, files: Sequence[str], reader: TensorReader, version: str = "auto"
+) -> MetaCheckpoint:
+    """The checkpoint in `files`, wherever `reader` reads them; `folder` holds params.json.
+
+    Raises:
+        LoftqError, UsageError: as `open_meta`.
+    """
+    params = read_params(folder / "params.json")
+    _check_ranks(folder, files)
     infos = {file: {info.name: info for info in reader.infos(file)} for file in files}
     tokenizer = read_tokenizer(_find_tokenizer(folder))
     tied = _is_tied(reader, infos[files[0]], files[0])
@@ -151,16 +170,18 @@ def permute(weight: Tensor, heads: int) -> Tensor:
 
 
 def _ranks(folder: Path) -> tuple[str, ...]:
-    """The ranks' files in order.
+    """The ranks' files in order."""
+    return tuple(sorted(path.name for path in folder.glob("consolidated.*.pth")))
 
+
+def _check_ranks(folder: Path, files: Sequence[str]) -> None:
+    """
     Raises:
         LoftqError: one is missing in between.
     """
-    files = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     numbers = [int(match[1]) if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", file)) else -1 for file in files]
     if sorted(numbers) != list(range(len(files))):
         raise LoftqError(f"{folder} has {', '.join(files)}, which are not all ranks: finish the download.")
-    return tuple(files)
 
 
 def _find_tokenizer(folder: Path) -> Path:
@@ -181,13 +202,15 @@ def _names(params: MetaParams, tied: bool) -> dict[str, str]:
     return names
 
 
-def _is_tied(reader: PickleReader, infos: Mapping[str, TensorInfo], file: str) -> bool:
+def _is_tied(reader: TensorReader, infos: Mapping[str, TensorInfo], file: str) -> bool:
     """Whether the output matrix is missing or repeats the embedding, as in Llama 3.2's small models."""
     embedding, output = infos.get("tok_embeddings.weight"), infos.get("output.weight")
     if embedding is None or output is None:
         return output is None
-    same = embedding.shape == output.shape and embedding.dtype == output.dtype
-    return same and torch.equal(reader.some_rows(file, embedding.name), reader.some_rows(file, output.name))
+    if embedding.shape != output.shape or embedding.dtype != output.dtype or len(embedding.shape) != 2:
+        return False
+    rows = range(0, embedding.shape[0], max(1, embedding.shape[0] // _COMPARED))
+    return all(torch.equal(reader.row(file, embedding.name, i), reader.row(file, output.name, i)) for i in rows)
 
 
 def _piece(folder: Path, infos: Mapping[str, TensorInfo], file: str, name: str) -> TensorInfo:

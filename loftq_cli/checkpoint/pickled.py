@@ -6,19 +6,22 @@ only what is copied out is read. Older files cannot be mapped and stand in memor
 
 from __future__ import annotations
 
+import pickle
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES, SideFile, TensorInfo, fingerprint
-from loftq_cli.checkpoint.local import CONFIG_HINT, collect, find_files, read_index, read_json
+from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 
@@ -30,9 +33,35 @@ _RESIDENT = 256 << 20
 _REPEATED = 64 << 20  # a view may repeat its elements; a hostile one could do so without end
 
 
+class TensorReader(Protocol):
+    """Tensors of pickled files, by file and name; `checkpoint.remote_pickled` has one for files on the Hub."""
+
+    def infos(self, file: str) -> list[TensorInfo]:
+        """The tensors of one file, in the order in which safetensors would store them; second views of a tensor last.
+
+        Raises:
+            LoftqError: the file is damaged, wants to run code, or holds tensors of an unknown kind.
+        """
+
+    def copy(self, file: str, name: str, target: Tensor) -> None:
+        """Copy one tensor into `target`, of its shape."""
+
+    def shape(self, file: str, name: str) -> tuple[int, ...]:
+        """The shape of one tensor."""
+
+    def row(self, file: str, name: str, index: int) -> Tensor:
+        """One row of a matrix, or one entry of any tensor's first dimension."""
+
+    def cancel(self) -> None:
+        """See `checkpoint.base.Checkpoint.cancel`."""
+
+    def close(self) -> None:
+        """Give memory back."""
+
+
 @dataclass(frozen=True)
 class PickleReader:
-    """Tensors of pickled files, in bounded memory.
+    """Implements `TensorReader` for files in a directory, in bounded memory.
 
     Attributes:
         resident: bytes of one file that may be read before its map is given back and made anew (a few milliseconds):
@@ -47,46 +76,41 @@ class PickleReader:
     _touched: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def infos(self, file: str) -> list[TensorInfo]:
-        """The tensors of one file, in the order in which safetensors would store them; second views of a tensor last.
-
-        Raises:
-            LoftqError: the file is damaged, wants to run code, or holds tensors of an unknown kind.
-        """
         state = self._state(file)
         first = min((tensor.data_ptr() for tensor in state.values() if tensor.numel()), default=0)
-        found = [_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())]
+        found = [state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())]
         if is_mapped(self.directory / file):
             self.forget(file)
-        seen: set[object] = set()
-        again = set()
-        for info in found:
-            place = (info.start, info.shape, info.dtype)
-            again |= {info.name} if place in seen else set()
-            seen.add(place)
-        return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
+        return in_order(found)
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
-        """Copy one tensor into `target`, of its shape."""
         source = self._state(file)[name]
         target.copy_(source)
-        touched = self._touched.get(file, 0) + source.numel() * source.element_size()
-        self._touched[file] = touched
+        touched = source.numel() * source.element_size()
         del source
+        self._touch(file, touched)
+
+    def _touch(self, file: str, nbytes: int) -> None:
+        """Give a map back when enough of it has been read."""
+        touched = self._touched[file] = self._touched.get(file, 0) + nbytes
         if touched > self.resident and is_mapped(self.directory / file):
             self.forget(file)
 
+    def row(self, file: str, name: str, index: int) -> Tensor:
+        found = self._state(file)[name][index].clone()
+        self._touch(file, found.nbytes)
+        return found
+
     def shape(self, file: str, name: str) -> tuple[int, ...]:
         return tuple(self._state(file)[name].shape)
-
-    def some_rows(self, file: str, name: str, count: int = 64) -> Tensor:
-        """A few rows from all over a matrix."""
-        matrix = self._state(file)[name]
-        return matrix[:: max(1, len(matrix) // count)].clone()
 
     def forget(self, file: str) -> None:
         """Give the file's map, or its memory, back."""
         self._states.pop(file, None)
         self._touched.pop(file, None)
+
+    def cancel(self) -> None:
+        """Nothing waits for a network."""
 
     def close(self) -> None:
         self._states.clear()
@@ -103,13 +127,13 @@ class PickleReader:
 
 @dataclass(frozen=True)
 class PickledCheckpoint:
-    """Implements `checkpoint.base.Checkpoint` over `torch.load`."""
+    """Implements `checkpoint.base.Checkpoint` over a reader."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     fingerprint: str
-    reader: PickleReader
+    reader: TensorReader
 
     def read(self, name: str) -> Tensor:
         info = self.tensors[name]
@@ -117,8 +141,14 @@ class PickledCheckpoint:
         self.reader.copy(info.file, name, tensor)
         return tensor
 
+    def read_piece(self, name: str, index: int) -> Tensor:
+        return self.reader.row(self.tensors[name].file, name, index)
+
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
+
+    def cancel(self) -> None:
+        self.reader.cancel()
 
     def close(self) -> None:
         self.reader.close()
@@ -135,10 +165,20 @@ def open_pickled(directory: Path) -> PickledCheckpoint:
     Raises:
         LoftqError: a file is missing, damaged or wants to run code, or index and shards contradict each other.
     """
-    config = read_json(directory / "config.json", CONFIG_HINT)
     index = read_index(directory / INDEX, ".bin") if (directory / INDEX).exists() else None
     files = find_files(directory, SINGLE, SHARDS) if index is None else sorted(set(index.values()))
-    reader = PickleReader(directory)
+    return read_lists(directory, files, index, PickleReader(directory))
+
+
+def read_lists(
+    directory: Path, files: Iterable[str], index: Mapping[str, str] | None, reader: TensorReader
+) -> PickledCheckpoint:
+    """The checkpoint in `files`, wherever `reader` reads them; `directory` holds config.json.
+
+    Raises:
+        LoftqError: as `open_pickled`.
+    """
+    config = read_json(directory / "config.json", CONFIG_HINT)
     tensors = collect(directory / INDEX, index, (info for file in files for info in reader.infos(file)))
     return PickledCheckpoint(directory, tensors, config, fingerprint(config, tensors), reader)
 
@@ -155,20 +195,30 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Raises:
         LoftqError: the file cannot be read, is damaged, wants to run code or holds no named tensors.
     """
-    try:
+    with pickle_errors(path):
+        check_file(path)
         mapped = is_mapped(path)
         if mapped:
-            _check_archive(path)
+            with open(path, "rb") as handle:
+                read_archive(handle, path).close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    return named_tensors(path, content)
+
+
+@contextmanager
+def pickle_errors(path: PurePath) -> Iterator[None]:
+    """Turn what torch raises for a bad file into one sentence."""
+    try:
+        yield
     except LoftqError:
         raise
     except OSError as error:
         raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
     except Exception as error:  # a damaged pickle can raise anything
         wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if wanted and "Weights only load failed" in str(error):
+        if wanted and isinstance(error, pickle.UnpicklingError):
             raise LoftqError(
                 f"{path} wants to run {wanted[1]}, which no weights need, and was not loaded: get the model as "
                 "safetensors, or from somebody you trust."
@@ -177,35 +227,54 @@ def load_state(path: Path) -> dict[str, Tensor]:
             f"{path} is no file of weights that torch can read safely, or is damaged: download it again, or get the "
             "model as safetensors."
         ) from error
-    return _named_tensors(path, content)
 
 
-def _check_archive(path: Path) -> None:
-    """A map shows the bytes as they lie, so they must lie uncompressed and inside the file."""
+def in_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """As safetensors would store them; second views of the same memory last."""
+    seen: set[object] = set()
+    again = set()
+    found = list(infos)
+    for info in found:
+        place = (info.start, info.shape, info.dtype)
+        again |= {info.name} if place in seen else set()
+        seen.add(place)
+    return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
+
+
+def read_archive(handle: IO[bytes], path: PurePath) -> zipfile.ZipFile:
+    """The archive's list of contents. Its bytes are used as they lie, so they must lie uncompressed.
+
+    Raises:
+        LoftqError: it is cut off or compressed.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        archive = zipfile.ZipFile(handle)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise LoftqError(f"{path} is no complete archive ({error}): download it again.") from error
-    for entry in entries:
+    for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise LoftqError(f"{path} is compressed, which torch.save never does: download the original file.")
+    return archive
 
 
-def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of the one inside a training checkpoint; other entries are not weights."""
+def named_tensors(path: PurePath, content: object, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the one inside a training checkpoint; other entries are not weights.
+
+    Raises:
+        LoftqError: there are none, or one is of a kind that safetensors does not have.
+    """
     if isinstance(content, Mapping):
         for candidate in (*(content.get(name) for name in _NESTED), content):
             if not isinstance(candidate, Mapping):
                 continue
             tensors = {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
             if tensors and all(isinstance(name, str) for name in tensors):
-                return {name: _checked(path, name, tensor) for name, tensor in tensors.items()}
+                return {name: _checked(path, name, tensor, device) for name, tensor in tensors.items()}
     raise LoftqError(f"{path} holds no tensors by name: it is no checkpoint of a model.")
 
 
-def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
-    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+def _checked(path: PurePath, name: str, tensor: Tensor, device: str) -> Tensor:
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == device
     if not plain or tensor.dtype not in SAFETENSORS_NAMES:
         kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
         raise LoftqError(f"tensor {name} in {path} is of the unknown kind {kind}: save it as plain bfloat16 first.")
@@ -214,7 +283,8 @@ def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _info(file: str, name: str, tensor: Tensor, number: int, first: int) -> TensorInfo:
+def state_info(file: str, name: str, tensor: Tensor, number: int, first: int) -> TensorInfo:
+    """The place of a tensor in memory, counted from `first`; `number` is negative and its own."""
     # Only whole contiguous tensors can be told by their place alone; the others get a number of their own.
     start = tensor.data_ptr() - first if tensor.numel() and tensor.is_contiguous() else number
     return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, start)

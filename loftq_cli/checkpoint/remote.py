@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from loftq_cli.checkpoint.base import SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.base import SideFile, TensorInfo, entry, fingerprint
 from loftq_cli.checkpoint.hub_errors import ATTEMPTS, CutShort, HubModel, hub_errors, passes, patiently, wait
 from loftq_cli.checkpoint.local import CONFIG_HINT, collect, read_json
 from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
@@ -42,11 +42,12 @@ class Link:
 
 
 class RemoteFile:
-    """Ranges of one file of a commit; safe to use from several threads."""
+    """Ranges of one file of a commit; safe to use from several threads. `stop` ends waiting; see `hub_errors.wait`."""
 
-    def __init__(self, model: HubModel, name: str) -> None:
+    def __init__(self, model: HubModel, name: str, stop: threading.Event | None = None) -> None:
         self.model = model
         self.name = name
+        self.stop = threading.Event() if stop is None else stop
         self._lock = threading.Lock()
         self._link: Link | None = None
 
@@ -57,7 +58,8 @@ class RemoteFile:
 
     @property
     def size(self) -> int:
-        return patiently(self._locate).size
+        with hub_errors(self.model, stream=True):
+            return patiently(self._locate, stop=self.stop).size
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """`count` bytes from `start`.
@@ -73,7 +75,7 @@ class RemoteFile:
                 for part in parts:
                     self._fill(*part)
             else:
-                with ThreadPoolExecutor(_CONNECTIONS) as pool:
+                with connections(self.stop) as pool:
                     list(pool.map(self._fill, *zip(*parts)))
         return found
 
@@ -93,7 +95,7 @@ class RemoteFile:
                 failures += 1
                 if not passes(error) or failures >= ATTEMPTS:
                     raise
-                wait(error, failures)
+                wait(error, failures, self.stop)
 
     @contextmanager
     def _request(self, start: int, end: int) -> Iterator[Iterator[bytes]]:
@@ -131,6 +133,17 @@ class RemoteFile:
                 self._link = None
 
 
+@contextmanager
+def connections(stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests. When the caller is interrupted they are told to stop, since leaving waits for them."""
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+
+
 @dataclass(frozen=True)
 class RemoteCheckpoint:
     """Implements `checkpoint.base.Checkpoint` over range requests; `path` holds the small files only."""
@@ -140,16 +153,26 @@ class RemoteCheckpoint:
     config: Mapping[str, Any]
     fingerprint: str
     files: Mapping[str, RemoteFile] = field(repr=False)
+    stop: threading.Event = field(repr=False)
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
+        return self._read(self.tensors[name])
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        return self._read(entry(self.tensors[name], index))
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         return self.files[info.file].read(info.start, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
 
+    def cancel(self) -> None:
+        self.stop.set()
+
     def close(self) -> None:
         """Connections belong to huggingface_hub's session."""
+        self.cancel()
 
 
 def open_remote(model: HubModel, folder: Path, files: list[str], index: Mapping[str, str] | None) -> RemoteCheckpoint:
@@ -163,16 +186,16 @@ def open_remote(model: HubModel, folder: Path, files: list[str], index: Mapping[
         LoftqError: headers, index and sizes contradict each other, or the Hub does not answer.
     """
     config = read_json(folder / "config.json", CONFIG_HINT)
-    remote = {name: RemoteFile(model, name) for name in files}
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    stop = threading.Event()
+    remote = {name: RemoteFile(model, name, stop) for name in files}
+    with connections(stop) as pool:
         headers = pool.map(_read_header, remote.values())
         tensors = collect(folder / INDEX, index, (info for header in headers for info in header))
-    return RemoteCheckpoint(folder, tensors, config, fingerprint(config, tensors), remote)
+    return RemoteCheckpoint(folder, tensors, config, fingerprint(config, tensors), remote, stop)
 
 
 def _read_header(file: RemoteFile) -> list[TensorInfo]:
-    with hub_errors(file.model, stream=True):
-        size = file.size
+    size = file.size
     length = header_length(file.where, file.read(0, min(size, 8)).numpy().tobytes(), size)
     return parse_header(file.where, file.read(8, length).numpy().tobytes(), size)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from loftq_cli.checkpoint.base import TORCH_DTYPES, SideFile, TensorInfo, fingerprint
-from loftq_cli.checkpoint.local import CONFIG_HINT, collect, find_files, read_index, read_json
+from loftq_cli.checkpoint.base import TORCH_DTYPES, SideFile, TensorInfo, entry, fingerprint
+from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 
@@ -38,7 +38,12 @@ class SafetensorsCheckpoint:
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
+        return self._read(self.tensors[name])
+
+    def read_piece(self, name: str, index: int) -> torch.Tensor:
+        return self._read(entry(self.tensors[name], index))
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         mapped, copy = self._map(info.file), torch.empty(info.nbytes, dtype=torch.uint8)
@@ -52,6 +57,9 @@ class SafetensorsCheckpoint:
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
+
+    def cancel(self) -> None:
+        """Nothing waits for a network."""
 
     def close(self) -> None:
         while self._maps:
@@ -95,6 +103,7 @@ def _find_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _read_header(path: Path) -> list[TensorInfo]:
+    check_file(path)
     size = path.stat().st_size
     with open(path, "rb") as handle:
         return parse_header(path, handle.read(header_length(path, handle.read(8), size)), size)
@@ -120,8 +129,9 @@ def parse_header(path: PurePath, raw: bytes, size: int) -> list[TensorInfo]:
     """
     length = len(raw)
     try:
-        header = json.loads(raw)
-        tensors = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name[:2] != "__"]
+        header = json.loads(raw, object_pairs_hook=_without_doubles)
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        tensors = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise LoftqError(f"the header of {path} is damaged ({error}): download the file again.") from error
     tensors.sort(key=lambda info: (info.start, info.nbytes))
@@ -135,13 +145,22 @@ def parse_header(path: PurePath, raw: bytes, size: int) -> list[TensorInfo]:
     return tensors
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
 def _tensor_info(path: PurePath, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
     if entry["dtype"] not in TORCH_DTYPES:
         raise LoftqError(f"tensor {name} in {path} has the unknown type {entry['dtype']!r}: convert it to BF16 first.")
     shape = tuple(entry["shape"])
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"shape of {name}")
     start, end = entry["data_offsets"]
+    name.encode()  # JSON can hold halves of characters, files cannot
+    # `True` is an int to Python, and 8.0 equals 8.
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, start, end)):
+        raise ValueError(f"shape or place of {name}")
     info = TensorInfo(name, TORCH_DTYPES[entry["dtype"]], shape, path.name, data + start)
     if end - start != info.nbytes:
         raise ValueError(f"{name} has {end - start} bytes for shape {list(shape)}")

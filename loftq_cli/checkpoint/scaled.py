@@ -66,8 +66,23 @@ class ScaledCheckpoint:
             return dequantize_mxfp4(values, scales)
         return dequantize_fp8(values, scales, scaled.block)
 
+    def read_piece(self, name: str, index: int) -> Tensor:
+        if name not in self.scaled:
+            return self.inner.read_piece(name, index)
+        scaled = self.scaled[name]
+        values = self.inner.read_piece(scaled.values, index)[None]
+        if scaled.mxfp4:
+            return dequantize_mxfp4(values, self.inner.read_piece(scaled.scales, index)[None])[0]
+        shape = self.inner.tensors[scaled.scales].shape
+        shared = prod(shape) == 1 or shape[0] == 1
+        scales = self.inner.read(scaled.scales) if shared else self.inner.read_piece(scaled.scales, index)[None]
+        return dequantize_fp8(values, scales, scaled.block)[0]
+
     def side_files(self) -> tuple[SideFile, ...]:
         return self.inner.side_files()
+
+    def cancel(self) -> None:
+        self.inner.cancel()
 
     def close(self) -> None:
         self.inner.close()

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from loftq_cli.checkpoint.base import SideFile
+from loftq_cli.checkpoint.local import check_file
+from loftq_cli.errors import LoftqError
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
 _LEGAL = ("license", "licence", "notice", "use_policy")
@@ -30,8 +32,25 @@ def find_side_files(directory: Path) -> tuple[SideFile, ...]:
 
 
 def local_file(path: Path, name: str) -> SideFile:
-    """A file copied unchanged."""
+    """A file copied unchanged.
+
+    Raises:
+        LoftqError: it lies outside of the model, or is JSON that was cut off.
+    """
+    check_file(path)
+    if path.suffix == ".json":
+        _check_json(path)
     return SideFile(name, path.stat().st_size, path.read_bytes)
+
+
+def _check_json(path: Path) -> None:
+    """Not a page of errors, a pointer in place of a file or half a download; some are too large to be parsed here."""
+    with open(path, "rb") as handle:
+        start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        handle.seek(max(0, path.stat().st_size - 64))
+        end = handle.read().rstrip(b" \t\r\n")
+    if (start[:1], end[-1:]) not in ((b"{", b"}"), (b"[", b"]")):
+        raise LoftqError(f"{path} is cut off or no JSON: download it again.")
 
 
 def made_file(name: str, content: bytes) -> SideFile:

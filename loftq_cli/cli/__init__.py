@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
+from loftq_cli.cli.batch import batch_command
 from loftq_cli.cli.eval import eval_command
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.plan import plan_command
+from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
+from loftq_cli.cli.schema import schema_command
+from loftq_cli.cli.verify import verify_command
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -26,8 +30,12 @@ app = typer.Typer(
 )
 app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
+app.command("batch", rich_help_panel="Convert")(batch_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
 app.command("eval", rich_help_panel="Look")(eval_command)
+app.command("push", rich_help_panel="Share")(push_command)
+app.command("schema", rich_help_panel="Look")(schema_command)
+app.command("verify", rich_help_panel="Look")(verify_command)
 
 
 def _print_version(wanted: bool) -> None:

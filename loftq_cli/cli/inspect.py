@@ -21,7 +21,8 @@ def inspect_command(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Show what a converted directory holds: every matrix with its bits and residuals, and the totals.
+    """Show what a converted directory holds: every matrix with its bits and residuals, and the totals. Experts of a
+    layer are one line with their means, unless --verbose lists them.
 
     Example: loftq inspect llama-2bit
     """
@@ -43,8 +44,13 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
     table.add_column("matrix", overflow="fold")
     for column in ("out × in", "bits", "rank", "plain", "kept", "gain", "step", "bytes"):
         table.add_column(column, justify="right", no_wrap=True)
+    groups: dict[str, list[MatrixRecord]] = {}
     for record in manifest.matrices:
-        table.add_row(*_row(record))
+        # A layer may have hundreds of experts: one line for each of its stacked parameters.
+        together = record.expert is not None and not verbose
+        groups.setdefault(record.parameter if together else record.module, []).append(record)
+    for name, records in groups.items():
+        table.add_row(*_row(name, records))
     console.print(table)
     if verbose:
         kept = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -68,17 +74,23 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
     )
 
 
-def _row(record: MatrixRecord) -> list[str]:
-    gain = 1 - record.residual / record.plain_residual if record.plain_residual else 0.0
-    steps = f"{record.best}/{len(record.residuals)}" if record.residuals else "-"
+def _row(name: str, records: list[MatrixRecord]) -> list[str]:
+    """A matrix, or the mean of those that go together; they share shape, bits and rank."""
+    record, count = records[0], len(records)
+    plain = sum(one.plain_residual for one in records) / count
+    kept = sum(one.residual for one in records) / count
+    gain = 1 - kept / plain if plain else 0.0
+    best = {one.best for one in records}
+    steps = f"{min(best)}–{max(best)}" if len(best) > 1 else str(record.best)
+    steps = f"{steps}/{len(record.residuals)}" if record.residuals else "-"
     return [
-        record.module,
-        f"{record.shape[0]} × {record.shape[1]}",
+        name,
+        f"{f'{count} × ' if count > 1 else ''}{record.shape[0]} × {record.shape[1]}",
         f"{record.bits} {record.data_type}",
         str(record.rank) if record.rank else "-",
-        f"{record.plain_residual:.4f}",
-        f"{record.residual:.4f}",
+        f"{plain:.4f}",
+        f"{kept:.4f}",
         f"{gain:.0%}",
         steps,
-        gigabytes(record.backbone_bytes),
+        gigabytes(sum(one.backbone_bytes for one in records)),
     ]

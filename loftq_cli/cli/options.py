@@ -12,6 +12,7 @@ import typer
 from loftq_cli import recipe as r
 
 _DEFAULTS = r.recipe_fields()
+FIELD_HELPS: dict[str, str] = {}  # what is said of each recipe field, for the schema as well
 _WHAT, _WHERE, _GRID, _LOFTQ, _RUN, _SHOW = (
     "What to convert",
     "Output",
@@ -29,6 +30,7 @@ def _default(name: str) -> str:
 
 def _option(field: str, flag: str, help: str, panel: str, *, choices: tuple[object, ...] = (), **more: Any) -> Any:
     """An option of the recipe field `field`: its default stands in the help, its choices complete in the shell."""
+    FIELD_HELPS[field] = help
     shown = more.pop("show", _default(field))
     values = [str(choice) for choice in choices]
     if values:
@@ -109,6 +111,27 @@ Embeddings = Annotated[
 LmHead = Annotated[
     Optional[str],
     _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
+]
+Experts = Annotated[
+    Optional[str],
+    _option(
+        "experts",
+        "--experts",
+        "Experts of a mixture: quantize them where the container can hold them, require that it can, or keep them.",
+        _WHAT,
+        choices=r.EXPERTS,
+    ),
+]
+AllowNonfinite = Annotated[
+    Optional[bool],
+    _option(
+        "allow_nonfinite",
+        "--allow-nonfinite",
+        "Leave a matrix that holds NaN or infinity in full precision instead of stopping; every matrix is read once "
+        "more beforehand.",
+        _WHAT,
+        show="",
+    ),
 ]
 MetaVersion = Annotated[
     Optional[str],
@@ -225,6 +248,8 @@ Calibrate = Annotated[
         metavar="FILE",
     ),
 ]
+# No flag: it is written to loftq.yaml.
+FIELD_HELPS["calibration_hash"] = "sha256 of what calibrate names, as loftq writes it; another file is then refused."
 CalibrationTokens = Annotated[
     Optional[int],
     _option("calibration_tokens", "--calibration-tokens", "How much of the text to run.", _LOFTQ, metavar="N"),
@@ -247,13 +272,33 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a finished output, or drop an unfinished one.", rich_help_panel=_WHERE),
 ]
+PushTo = Annotated[
+    Optional[str],
+    typer.Option(
+        "--push-to",
+        help="Push the finished conversion to this repository on the Hub, as `loftq push` does.",
+        rich_help_panel=_WHERE,
+        metavar="ORG/NAME",
+        show_default=False,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
         "--device",
-        help="Where to compute: auto is the GPU if there is one.",
+        help="Where to compute: auto is all GPUs if there are any.",
         rich_help_panel=_RUN,
         metavar="auto|cpu|cuda|cuda:N",
+    ),
+]
+NumProcesses = Annotated[
+    Optional[int],
+    typer.Option(
+        "--num-processes",
+        help=_with_default("Workers that share the matrices.", "one a GPU, or one on the CPU"),
+        rich_help_panel=_RUN,
+        metavar="N",
+        show_default=False,
     ),
 ]
 MaxMemory = Annotated[

@@ -28,6 +28,8 @@ def plan_command(
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    experts: o.Experts = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
@@ -146,7 +148,8 @@ def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) ->
     for unit in units:
         assert unit.matrix is not None
         grid = unit.matrix.grid
-        name = unit.matrix.module if verbose else re.sub(r"\b\d+\b", "*", unit.matrix.module)
+        name = unit.matrix.parameter if unit.kind == "expert" else unit.matrix.module
+        name = name if verbose else re.sub(r"\b\d+\b", "*", name)
         shape = f"{unit.matrix.out_features} × {unit.matrix.in_features}"
         bits = f"{grid.codebook.bits} {grid.codebook.data_type}"
         rank = str(unit.target.rank) if unit.target else "-"

@@ -37,6 +37,10 @@ class _Counting(Reporter):
         self._before = 0  # bytes an earlier run had done, which say nothing of this run's rate
         self.started = time.monotonic()
 
+    def checking(self, plan: Plan) -> None:
+        count = len(plan.matrices)
+        self.console.print(f"looking for NaN and infinity: {count} matrices are read once more (--allow-nonfinite)")
+
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         self.started = time.monotonic()
         self.total = sum(unit.source.nbytes for unit in plan.matrices)

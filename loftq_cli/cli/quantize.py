@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results
+from loftq_cli.engine.world import launched_rank
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest
@@ -23,6 +24,8 @@ def quantize_command(
     rule: o.RuleOption = None,
     embeddings: o.Embeddings = None,
     lm_head: o.LmHead = None,
+    experts: o.Experts = None,
+    allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
@@ -43,7 +46,9 @@ def quantize_command(
     seed: o.Seed = None,
     max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = False,
+    push_to: o.PushTo = None,
     device: o.Device = "auto",
+    num_processes: o.NumProcesses = None,
     max_memory: o.MaxMemory = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -58,28 +63,37 @@ def quantize_command(
     Example: loftq quantize path/to/Llama-2-13b --bits 2 --rank 64 --iters 5 -o llama-2bit
     """
     recipe = o.recipe_values(locals())
-    with guarded(debug, resumable="interrupted; finished matrices are kept: run the same command again to go on."):
+    mute = launched_rank() > 0  # of a launcher's processes only the main one speaks
+    resumable = "interrupted; finished matrices are kept: run the same command again to go on."
+    with guarded(debug, resumable=resumable, mute=mute):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
+        from loftq_cli.recipe import read_places
 
-        calm_hub(silent=quiet or json)
-        reporter = choose_reporter(silent=quiet or json, verbose=verbose)
+        calm_hub(silent=quiet or json or mute)
+        reporter = choose_reporter(silent=quiet or json or mute, verbose=verbose)
         recipe.pop("model")
         manifest = quantize(
             model,
             output=output,
             config=config,
             device=device,
+            num_processes=num_processes,
             max_memory=max_memory,
             stream=stream,
             overwrite=overwrite,
+            push_to=push_to,
             reporter=reporter,
             **recipe,
         )
+        if mute:
+            return
         if json:
             print_json(summary(manifest))
         elif not quiet:
             print_summary(manifest)
+            if repo := push_to or read_places(config).get("push_to"):
+                results().print(f"pushed to {repo}", soft_wrap=True, markup=False)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:

@@ -41,27 +41,30 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def guarded(debug: bool, resumable: str | None = None) -> Iterator[None]:
+def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) -> Iterator[None]:
     """Turn errors into one sentence and an exit code; with `debug`, let them through with their traceback.
 
     Args:
         resumable: what to say about going on when the user interrupts; None where nothing is kept.
+        mute: give the exit code only.
     """
     try:
         yield
     except LoftqError as error:
         if debug:
             raise
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, mute)
     except KeyboardInterrupt:
-        _fail(resumable or "interrupted.", ExitCode.INTERRUPTED)
+        _fail(resumable or "interrupted.", ExitCode.INTERRUPTED, mute)
     except BrokenPipeError:
         raise typer.Exit(ExitCode.FAILED) from None
     except Exception as error:
         if debug:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _fail(f"unexpected {' '.join(what.split())}; run it again with --debug for the traceback.", ExitCode.FAILED)
+        _fail(
+            f"unexpected {' '.join(what.split())}; run it again with --debug for the traceback.", ExitCode.FAILED, mute
+        )
 
 
 def calm_hub(*, silent: bool) -> None:
@@ -93,8 +96,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _fail(sentence: str, code: ExitCode) -> None:
-    messages().print(f"[bold red]loftq:[/] {_plain(sentence)}", soft_wrap=True)
+def _fail(sentence: str, code: ExitCode, mute: bool) -> None:
+    if not mute:
+        messages().print(f"[bold red]loftq:[/] {_plain(sentence)}", soft_wrap=True)
     raise typer.Exit(int(code))
 
 

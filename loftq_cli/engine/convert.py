@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,11 +15,21 @@ from torch import Tensor
 from loftq_cli.artifacts.adapter import encode_adapter
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.artifacts.summary import matrix_record
+from loftq_cli.engine.finite import first_nonfinite
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.loftq import (
+    FittingQuantizer,
+    FusedQuantizer,
+    LoftQResult,
+    Quantizer,
+    exact_step,
+    fast_step,
+    loftq,
+    plain_start,
+)
 from loftq_cli.numerics.lowrank import frobenius
 from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
 from loftq_cli.numerics.start import zero_start
@@ -52,13 +64,13 @@ def convert(
         moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
 
     Raises:
-        LoftqError: a matrix to quantize holds a NaN or an infinity.
+        LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
     """
     generator = torch.Generator().manual_seed(_seed(recipe.seed, unit.tensor))
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    result, weighted = _quantize(unit, tensor, recipe, device, generator, moment)
+    result, weighted = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator, moment))
     encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
@@ -77,6 +89,27 @@ def convert(
     return Converted(backbone, adapter, record)
 
 
+def _finite_result(
+    unit: Unit, tensor: Tensor, quantize: Callable[[], tuple[LoftQResult, WeightedResult | None]]
+) -> tuple[LoftQResult, WeightedResult | None]:
+    """
+    Raises:
+        LoftqError: the numbers are so large that float32 overflowed on the way.
+    """
+    cause: Exception | None = None
+    try:
+        result, weighted = quantize()
+        weighed = () if weighted is None else (weighted.plain_residual, weighted.residual)
+        if all(map(math.isfinite, (result.plain_residual, *result.residuals, *weighed))):
+            return result, weighted
+    except torch.linalg.LinAlgError as error:
+        cause = error
+    raise LoftqError(
+        f"{unit.tensor} in {unit.source.file} holds numbers up to {float(tensor.abs().max()):.3g}, with which float32 "
+        f"cannot calculate: leave the matrix out with --exclude '{unit.module}'."
+    ) from cause
+
+
 def _quantize(
     unit: Unit,
     tensor: Tensor,
@@ -88,9 +121,9 @@ def _quantize(
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
     weight = tensor.to(device).float()
-    if unit.kind == "conv1d":
-        weight = weight.T.contiguous()
     _check_finite(unit, weight)
+    if unit.matrix.transposed:
+        weight = weight.T.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or (rank == 0 and recipe.method != "refined"):
@@ -138,7 +171,10 @@ def _refine(
         column_weight=None if whitening is None else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )
-    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
+    if whitening is None:
+        return found, None
+    assert isinstance(quantizer, FusedQuantizer), "every container's quantizer can restore W - Q"
+    return found, weighted_result(weight, found, quantizer, whitening)
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:
@@ -156,15 +192,13 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
 
 
-def _check_finite(unit: Unit, weight: Tensor) -> None:
-    # A sum is finite only if every element is, and costs one pass without a mask; overflow is told apart below.
-    if bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all()):
-        return
-    row, column = (int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
-    raise LoftqError(
-        f"{unit.tensor} in {unit.source.file} holds {float(weight[row, column])} at [{row}, {column}] (out, in): "
-        f"the checkpoint is damaged there; repair it, or leave the matrix out with --exclude '{unit.module}'."
-    )
+def _check_finite(unit: Unit, tensor: Tensor) -> None:
+    bad = first_nonfinite(tensor)
+    if bad is not None:
+        raise LoftqError(
+            f"{unit.tensor} in {unit.source.file} holds {bad}: the checkpoint is damaged there; repair it, or keep "
+            "such matrices in full precision with --allow-nonfinite."
+        )
 
 
 def _rounded(value: float) -> float:

@@ -21,6 +21,7 @@ import torch
 from loftq_cli.artifacts.summary import versions
 from loftq_cli.engine.convert import convert
 from loftq_cli.errors import LoftqError
+from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
 
@@ -102,8 +103,7 @@ class _Trials:
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
         self._machine = [name, os.cpu_count(), versions()]
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(base) / "loftq" / "trials.json"
+        self._path = cache_folder() / "trials.json"
         self._known: dict[str, float] = self._read()
         self._new = False
 
@@ -153,7 +153,7 @@ class _Trials:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1])
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
-        stored = shape[::-1] if unit.kind == "conv1d" else shape
+        stored = shape[::-1] if matrix.transposed else shape
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
         best = float("inf")

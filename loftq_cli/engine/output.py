@@ -6,6 +6,8 @@ half a model for a whole one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -15,11 +17,18 @@ from typing import Any
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import FileRecord, read_manifest
+from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.journal import Header, Journal
+from loftq_cli.engine.lock import Lock, is_lock, take
+from loftq_cli.engine.source import changed_files, sample_source
+from loftq_cli.engine.writer import read_pieces
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.files import TensorFile
 from loftq_cli.planner import Plan
 
 STATE = ".loftq"
+HEADER = "the header"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 _CHUNK = 8 << 20
 
 
@@ -33,11 +42,15 @@ def journal_of(output: Path) -> Journal:
     return Journal(output / STATE / "journal")
 
 
-def claim(plan: Plan, overwrite: bool) -> None:
+def claim(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> Lock:
     """Make the output directory ours, or find that it is already and holds finished units of the same conversion.
 
+    Returns:
+        The lock that keeps other runs out; it is the caller's to release.
+
     Raises:
-        UsageError: it is the source, a file, somebody else's, finished, or the state of another conversion.
+        UsageError: it is the source, a file, somebody else's, finished, being written by another run, or the state of
+            another conversion or of a source that has changed since.
         LoftqError: it cannot be written.
     """
     output = plan.output
@@ -46,30 +59,78 @@ def claim(plan: Plan, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"the output {output} is a file: choose another -o.")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        _take_over(plan, overwrite)
-        if journal_of(output).read_header() is None:
-            partial_folder(output).mkdir(parents=True, exist_ok=True)
-            journal_of(output).begin(Header(plan.fingerprint, plan.recipe.as_dict()))
+        (output / STATE).mkdir(parents=True, exist_ok=True)
+        lock = take(output / STATE)
+        try:
+            _take_over(plan, checkpoint, overwrite)
+        except BaseException:
+            abandon(output, lock)
+            raise
+        return lock
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise LoftqError(f"the output {output} cannot be written ({error.strerror}): choose another -o.") from error
 
 
-def _take_over(plan: Plan, overwrite: bool) -> None:
-    output = plan.output
+def abandon(output: Path, lock: Lock) -> None:
+    """Give the lock back, and the state's folder where it holds nothing else."""
+    lock.release()
+    with contextlib.suppress(OSError):
+        (output / STATE).rmdir()
+
+
+def _take_over(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """Go on with the state there is, or begin a new one."""
+    output, files = plan.output, sample_source(checkpoint)
     header = journal_of(output).read_header()
-    if header is not None and header.fingerprint == plan.fingerprint:
+    same = header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
+    if same and header is not None and not changed_files(header.files, files):
         return
-    if (output / MANIFEST).exists() and header is None:
+    if header is not None:
+        if not overwrite:
+            raise UsageError(_why_not_resumed(header, plan, checkpoint, files))
+    elif (output / MANIFEST).exists():
         _replace_finished(plan, overwrite)
-    elif header is not None and not overwrite:
-        raise UsageError(
-            f"{output} holds an unfinished conversion with {_difference(header.recipe, plan)}: repeat that command to "
-            "finish it, choose another -o, or give --overwrite to drop it."
-        )
-    elif header is None and any(path.name != STATE for path in output.iterdir()):
+    elif any(path.name != STATE for path in output.iterdir()):
         raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
-    shutil.rmtree(output / STATE, ignore_errors=True)
+    _clear_state(output)
+    partial_folder(output).mkdir(parents=True, exist_ok=True)
+    journal_of(output).begin(Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files))
+
+
+def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: Mapping[str, str]) -> str:
+    output, different = plan.output, _difference(header.recipe, plan)
+    if different:
+        return (
+            f"{output} holds an unfinished conversion with {different}: repeat that command to finish it, choose "
+            "another -o, or give --overwrite to drop it."
+        )
+    changed = changed_files(header.files, files)
+    if changed:
+        what = f"{plan.source / changed[0]} is not the file"
+    elif header.source != checkpoint.fingerprint:
+        what = f"the config or the tensors' names, types or shapes in {plan.source} are not those"
+    else:
+        what = "this version of loftq is not the one"
+    return (
+        f"{what} that the unfinished conversion in {output} began with: put that one back to go on, or give "
+        "--overwrite to start again."
+    )
+
+
+def _clear_state(output: Path) -> None:
+    """Everything of the state but the lock; the journal goes first, so that what is left means nothing."""
+    for path in sorted((output / STATE).iterdir(), key=lambda path: not path.name.startswith("journal")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif not is_lock(path):
+            path.unlink(missing_ok=True)
+
+
+def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
+    """Another commit may hold other weights under the same names."""
+    return recipe.get("revision") == plan.recipe.revision
 
 
 def _replace_finished(plan: Plan, overwrite: bool) -> None:
@@ -77,9 +138,10 @@ def _replace_finished(plan: Plan, overwrite: bool) -> None:
     if not overwrite:
         if manifest.fingerprint == plan.fingerprint:
             raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
+        different = _difference(manifest.recipe, plan) or "another source"
         raise UsageError(
-            f"{plan.output} holds a finished conversion with {_difference(manifest.recipe, plan)}: choose another -o, "
-            "or give --overwrite to replace it."
+            f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
+            "replace it."
         )
     # config.json goes first: from then on the directory no longer looks like a model.
     for name in ["config.json", *manifest.files, MANIFEST]:
@@ -90,8 +152,6 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
     """`bits 4 (now 2), rank 16 (now 64)`: what another conversion was asked that this one is not."""
     now = plan.recipe.as_dict()
     fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
-    if not fields:
-        return "another source or loftq version"
     return ", ".join(f"{name.replace('_', '-')} {recipe.get(name)} (now {now[name]})" for name in fields)
 
 
@@ -101,20 +161,55 @@ def locate(output: Path, name: str) -> Path:
     return partial if partial.exists() or not (output / name).exists() else output / name
 
 
-def write_file(output: Path, name: str, content: bytes) -> None:
-    """Put a small file into `.loftq/partial` and flush it."""
+def write_file(output: Path, name: str, content: bytes) -> FileRecord:
+    """Put a small file into `.loftq/partial`, flush it and read it back.
+
+    Raises:
+        OSError: it does not read back as it was written.
+    """
     path = partial_folder(output) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
+    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    if hash_file(path) != record:
+        raise OSError(errno.EIO, "it does not read back as it was written", str(path))
+    return record
+
+
+def check_file(path: Path, file: TensorFile, hashes: Mapping[str, str]) -> tuple[FileRecord, list[str]]:
+    """Read a complete safetensors file back from the disk: its record, and which of its tensors (or `HEADER`) are not
+    what was written."""
+    whole, damaged = hashlib.sha256(), []
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):  # what is only in memory proves nothing about the disk
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        header = b"".join(read_pieces(handle, 0, len(file.header)))
+        whole.update(header)
+        damaged += [] if header == file.header else [HEADER]
+        for tensor in file.tensors:
+            for span in file.spans(tensor):
+                own = hashlib.sha256()
+                for piece in read_pieces(handle, span.start, span.nbytes):
+                    whole.update(piece)
+                    own.update(piece)
+                expected = hashes[span.name] if span.name else hashlib.sha256(bytes(span.nbytes)).hexdigest()
+                damaged += [] if own.hexdigest() == expected else [tensor.name]
+        size = os.fstat(handle).st_size
+        return FileRecord(size, whole.hexdigest()), damaged if size == file.nbytes else [HEADER, *damaged]
+    finally:
+        os.close(handle)
 
 
 def hash_file(path: Path) -> FileRecord:
     """Size and sha256, read back in pieces."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as handle:
+        if hasattr(os, "posix_fadvise"):  # what is only in memory proves nothing about the disk
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
@@ -122,14 +217,14 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def publish(output: Path, names: list[str]) -> None:
-    """Move complete files to their places, `config.json` last, and drop the state."""
+    """Move complete files to their places, `config.json` last, and drop the state but for the lock."""
     for name in sorted(names, key=lambda name: (name == "config.json", name)):
         partial = partial_folder(output) / name
         if partial.exists():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, output / name)
             _sync_folder((output / name).parent)
-    shutil.rmtree(output / STATE)
+    _clear_state(output)
     _sync_folder(output)
 
 

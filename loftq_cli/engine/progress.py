@@ -11,6 +11,9 @@ from loftq_cli.planner import Plan, Unit
 class Reporter:
     """Silent. Subclasses show what they like; none of these may raise."""
 
+    def checking(self, plan: Plan) -> None:
+        """Every matrix is read once, to find those with NaN or infinity."""
+
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         """Work begins; `finished` tensors (with their records) were done by an earlier run."""
 

@@ -1,40 +1,45 @@
-"""Run a plan on one device: read ahead, convert, write behind, record, finish."""
+"""Run a plan: claim the output, go on with what an earlier run left, convert the rest, read it all back, publish."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loftq_cli.artifacts.card import render_card
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, render
-from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
+from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, parse_manifest, render, seal
+from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
 from loftq_cli.engine.estimate import may_read_ahead
-from loftq_cli.engine.journal import Entry, hash_tensors
+from loftq_cli.engine.joining import join_adapters
+from loftq_cli.engine.journal import Entry, Journal, hash_tensors
+from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.output import (
+    FULL_DISK,
+    abandon,
+    check_file,
     claim,
-    hash_file,
     journal_of,
     locate,
     publish,
     write_file,
 )
 from loftq_cli.engine.progress import Reporter
+from loftq_cli.engine.supervise import Team, supervise
 from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.forward.moments import open_moments
 from loftq_cli.planner import Plan, Unit
-
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+from loftq_cli.units import UNWEIGHTED
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,6 @@ class Run:
     checkpoint: Checkpoint
     device: torch.device
     reporter: Reporter
-    started: float
     read_ahead: bool
 
 
@@ -57,65 +61,132 @@ def run_plan(
     reporter: Reporter,
     overwrite: bool = False,
     max_memory: int | None = None,
+    team: Team | None = None,
 ) -> Manifest:
     """Carry out `plan` and give the manifest of the finished directory. Goes on where an earlier run stopped.
 
     Args:
+        device: what this process computes on, where it works alone.
         max_memory: resident bytes to stay below; None lets the next tensor be read ahead whatever it takes.
+        team: other processes that do the work.
 
     Raises:
-        UsageError: the output directory is not ours to write.
-        LoftqError: a weight cannot be converted, or the disk is full (exit code 4: the same command goes on).
+        UsageError: the output directory is not ours to write, or another run is writing it.
+        LoftqError: a weight cannot be converted; the disk is full, a worker died, or what was written does not read
+            back (exit code 4: the same command goes on).
     """
-    read_ahead = may_read_ahead(plan, device, max_memory)
-    claim(plan, overwrite)
-    run = Run(plan, checkpoint, device, reporter, time.perf_counter(), read_ahead)
+    started = time.perf_counter()
+    run = Run(plan, checkpoint, device, reporter, may_read_ahead(plan, device, max_memory))
+    with on_full_disk(plan.output), team or nullcontext():
+        lock = claim(plan, checkpoint, overwrite)
+        try:
+            finished = _prepare(run)
+            records, cost = _convert_rest(run, finished, lock, team)
+            joined = _join(plan)
+            return _finish(run, records, joined, dataclasses.replace(cost, seconds=time.perf_counter() - started))
+        finally:
+            abandon(plan.output, lock)
+            reporter.close()
+
+
+@contextmanager
+def on_full_disk(output: Path) -> Iterator[None]:
+    """
+    Raises:
+        LoftqError: for an error of the disk, with exit code 4.
+    """
     try:
-        records = _convert_all(run)
-        return _finish(run, records)
+        yield
     except OSError as error:
-        if error.errno in _FULL_DISK:
-            raise LoftqError(
-                f"writing to {plan.output} failed ({error.strerror}): make room, then run the same command again to go "
-                "on.",
-                exit_code=ExitCode.INCOMPLETE,
-            ) from error
-        raise
-    finally:
-        reporter.close()
+        if error.errno not in FULL_DISK:
+            raise
+        raise LoftqError(
+            f"writing to {output} failed ({error.strerror}): make room, then run the same command again to go on.",
+            exit_code=ExitCode.INCOMPLETE,
+        ) from error
 
 
-def _convert_all(run: Run) -> dict[str, MatrixRecord]:
-    """Records of all matrices by tensor name, once every unit's bytes are on the disk."""
-    plan, journal = run.plan, journal_of(run.plan.output)
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.files)
+def _prepare(run: Run) -> dict[str, Entry]:
+    """Lay out the files, and tell which units an earlier run finished: those whose bytes hash to what it recorded."""
+    plan, entries = run.plan, journal_of(run.plan.output).entries()
+    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
     writer.prepare()
     try:
-        finished = _verified(plan, writer, journal.entries())
-        records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
-        todo = [unit for unit in plan.units if unit.tensor not in finished]
-        run.reporter.start(plan, {name: entry.record for name, entry in finished.items()})
-
-        def store(unit: Unit, converted: Converted) -> None:
-            tensors = {**converted.backbone, **converted.adapter}
-            writer.write(tensors)
-            journal.add(Entry(unit.tensor, hash_tensors(tensors), converted.record))
-            run.reporter.done(unit, converted.record)
-
-        with ThreadPoolExecutor(max_workers=1) as writing:
-            pending: Future[None] | None = None
-            for unit, tensor in (_read_ahead if run.read_ahead else _read)(run.checkpoint, todo):
-                run.reporter.working(unit)
-                converted = _convert(unit, tensor, run)
-                if converted.record is not None:
-                    records[unit.tensor] = converted.record
-                if pending is not None:
-                    pending.result()  # one result in flight bounds the memory, and a failed write stops the run
-                pending = writing.submit(store, unit, converted)
-            if pending is not None:
-                pending.result()
+        units = [unit for unit in plan.units if unit.tensor in entries]
+        found = {unit.tensor: entries[unit.tensor] for unit in units if _is_written(unit, entries[unit.tensor], writer)}
     finally:
         writer.close()
+    run.reporter.start(plan, {name: entry.record for name, entry in found.items()})
+    return found
+
+
+def _is_written(unit: Unit, entry: Entry, writer: ShardWriter) -> bool:
+    return all(writer.hash(output.name) == entry.hashes.get(output.name) for output in (*unit.backbone, *unit.adapter))
+
+
+def _convert_rest(
+    run: Run, finished: Mapping[str, Entry], lock: Lock, team: Team | None
+) -> tuple[dict[str, MatrixRecord], Cost]:
+    """Records of all matrices by tensor name, once every unit's bytes are on the disk, and what that took."""
+    records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
+    todo = [unit for unit in run.plan.units if unit.tensor not in finished]
+    if team is not None:
+        fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
+        return {**records, **fresh}, cost
+    todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
+    writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
+    writer.open()
+    try:
+        records |= work_off(run, _while_owned(lock, todo), writer, journal_of(run.plan.output))
+    finally:
+        writer.close()
+    return records, own_cost(run.device)
+
+
+def _join(plan: Plan) -> dict[str, str]:
+    """Put together what units left in the scratch file; the sha256 of what that makes, by tensor."""
+    if plan.scratch is None:
+        return {}
+    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
+    writer.open()
+    try:
+        return join_adapters(plan, writer)
+    finally:
+        writer.close()
+
+
+def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
+    for unit in units:
+        lock.check()
+        yield unit
+
+
+def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Journal) -> dict[str, MatrixRecord]:
+    """Convert `units` one after the other; the next is read and the last is written meanwhile.
+
+    Returns:
+        The records of the matrices among them, by tensor name.
+    """
+    records: dict[str, MatrixRecord] = {}
+
+    def store(unit: Unit, converted: Converted) -> None:
+        tensors = {**converted.backbone, **converted.adapter}
+        writer.write(tensors)
+        journal.add(Entry(unit.tensor, hash_tensors(tensors), converted.record))
+        run.reporter.done(unit, converted.record)
+
+    with ThreadPoolExecutor(max_workers=1) as writing:
+        pending: Future[None] | None = None
+        for unit, tensor in (_read_ahead if run.read_ahead else _read)(run.checkpoint, units):
+            run.reporter.working(unit)
+            converted = _convert(unit, tensor, run)
+            if converted.record is not None:
+                records[unit.tensor] = converted.record
+            if pending is not None:
+                pending.result()  # one result in flight bounds the memory, and a failed write stops the run
+            pending = writing.submit(store, unit, converted)
+        if pending is not None:
+            pending.result()
     return records
 
 
@@ -132,57 +203,71 @@ def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
 
 def _moment(unit: Unit, run: Run) -> Tensor | None:
     """The second moment of what the matrix multiplies, where the recipe asks for calibration and it was seen."""
-    if run.plan.moments is None or unit.matrix is None or unit.kind == "embedding":
+    if run.plan.moments is None or unit.matrix is None or unit.kind in UNWEIGHTED:
         return None
     return open_moments(run.plan.moments).of(unit.matrix.module, run.plan.recipe.calibrate_kind)
 
 
-def _read(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
+def _read(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their tensors, one after the other."""
     for unit in units:
-        yield unit, checkpoint.read(unit.tensor)
+        yield unit, unit.read(checkpoint)
 
 
-def _read_ahead(checkpoint: Checkpoint, units: Sequence[Unit]) -> Iterator[tuple[Unit, Tensor]]:
+def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
     """Units with their tensors; the next one is read while the caller works on this one."""
+    rest = iter(units)
     with ThreadPoolExecutor(max_workers=1) as reading:
-        ahead = reading.submit(checkpoint.read, units[0].tensor) if units else None
-        for unit, following in zip(units, [*units[1:], None]):
-            assert ahead is not None
-            tensor = ahead.result()
-            ahead = reading.submit(checkpoint.read, following.tensor) if following else None
-            yield unit, tensor
+        unit = next(rest, None)
+        ahead = reading.submit(unit.read, checkpoint) if unit else None
+        try:
+            while unit is not None and ahead is not None:
+                tensor = ahead.result()
+                following = next(rest, None)
+                ahead = reading.submit(following.read, checkpoint) if following else None
+                yield unit, tensor
+                unit = following
+        except BaseException:  # the caller's too: then this generator is closed
+            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
+            raise
 
 
-def _verified(plan: Plan, writer: ShardWriter, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Journal entries whose bytes on the disk still hash to what was recorded."""
-    units = {unit.tensor: unit for unit in plan.units}
-    found = {}
-    for name, entry in entries.items():
-        if name not in units:
-            continue
-        tensors = {output.name: writer.read(output.name) for output in (*units[name].backbone, *units[name].adapter)}
-        if hash_tensors(tensors) == entry.sha256:
-            found[name] = entry
-    return found
-
-
-def _finish(run: Run, records: dict[str, MatrixRecord]) -> Manifest:
-    """Everything but the weights, then the moves that make the directory a model."""
+def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:
+    """Read everything back, write all but the weights, then make the moves that turn the directory into a model."""
     plan, output = run.plan, run.plan.output
-    run.reporter.finishing("checking files")
+    run.reporter.finishing("reading back what was written")
+    files = _check_weights(plan, joined)
     for name, content in plan.texts.items():
-        write_file(output, name, content)
+        files[name] = write_file(output, name, content)
     for side in plan.side_files:
-        write_file(output, side.name, side.read())
-    names = [*(file.name for file in plan.files), *plan.texts, *(side.name for side in plan.side_files)]
-    files: dict[str, FileRecord] = {name: hash_file(locate(output, name)) for name in names}
+        files[side.name] = write_file(output, side.name, side.read())
     sizes = text_sizes(plan)
-    seconds = time.perf_counter() - run.started
-    manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, seconds, run.device)
-    write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
-    manifest = dataclasses.replace(manifest, files={**files, CARD: hash_file(locate(output, CARD))})
-    write_file(output, MANIFEST, pad(render(manifest), sizes.manifest))
-    publish(output, [*names, CARD, MANIFEST])
+    manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, cost)
+    files[CARD] = write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
+    sealed = seal(pad(render(dataclasses.replace(manifest, files=files)), sizes.manifest))
+    write_file(output, MANIFEST, sealed)
+    publish(output, [*files, MANIFEST])
+    manifest = parse_manifest(output / MANIFEST, sealed)
     run.reporter.finish(manifest)
     return manifest
+
+
+def _check_weights(plan: Plan, joined: Mapping[str, str]) -> dict[str, FileRecord]:
+    """The weight files, read back from the disk.
+
+    Raises:
+        LoftqError: one is not what was written; the same command repeats what is damaged.
+    """
+    entries = journal_of(plan.output).entries()
+    hashes = {name: digest for entry in entries.values() for name, digest in entry.hashes.items()} | dict(joined)
+    files = {}
+    for file in plan.files:
+        path = locate(plan.output, file.name)
+        files[file.name], damaged = check_file(path, file, hashes)
+        if damaged:
+            raise LoftqError(
+                f"{path} does not hold what was written to it ({damaged[0]} differs): check the disk, then run the "
+                "same command again to repeat that part.",
+                exit_code=ExitCode.INCOMPLETE,
+            )
+    return files

@@ -10,9 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from loftq_cli.experts import Expert
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 
-MatrixKind = Literal["linear", "conv1d", "head", "embedding"]
+MatrixKind = Literal["linear", "conv1d", "head", "embedding", "expert"]
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -24,11 +25,30 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.ite
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output file, known before any weight is read."""
+    """One tensor of an output file, known before any weight is read; or a piece of one.
+
+    Attributes:
+        whole: the tensor that this is a piece of, so many bytes (`offset`) from its beginning; None for a tensor.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    whole: OutputTensor | None = None
+    offset: int = 0
+
+    def piece(self, index: int) -> OutputTensor:
+        """One entry of the first dimension."""
+        return OutputTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], self, index * self.row_bytes)
+
+    def rows(self, first: int, count: int) -> OutputTensor:
+        """`count` entries of the first dimension."""
+        name, shape = f"{self.name}[{first}:{first + count}]", (count, *self.shape[1:])
+        return OutputTensor(name, self.dtype, shape, self, first * self.row_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +61,14 @@ class QuantizedMatrix:
 
     Attributes:
         tensor: its name on disk, e.g. `model.layers.0.self_attn.q_proj.weight`.
-        module: its path in the transformers model, which PEFT targets.
+        module: its path in the transformers model, which PEFT targets; of an expert its parameter and number,
+            `model.layers.0.mlp.experts.gate_up_proj[3]`.
         kind: `conv1d` is stored [in, out] in the source; everything else [out, in]. An embedding's table [vocabulary,
             width] counts as out_features = vocabulary, in_features = width.
         grid: the container's own grid for it.
+        parameter: the parameter that PEFT adapts in place of a module, such as
+            `model.layers.0.mlp.experts.gate_up_proj`; it has to be dense in the running model. "" for a module.
+        expert: which expert's matrix this is.
     """
 
     tensor: str
@@ -53,6 +77,8 @@ class QuantizedMatrix:
     out_features: int
     in_features: int
     grid: BlockGrid
+    parameter: str = ""
+    expert: Expert | None = None
 
     @property
     def prefix(self) -> str:
@@ -64,8 +90,19 @@ class QuantizedMatrix:
         return self.out_features, self.in_features
 
     @property
+    def transposed(self) -> bool:
+        """Whether the checkpoint stores [in, out]."""
+        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
+
+    @property
     def weights(self) -> int:
         return self.out_features * self.in_features
+
+    def stored(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> OutputTensor:
+        """An output tensor of this matrix; of a stacked expert its piece of the tensor of all."""
+        if self.expert is None or not self.expert.stacked:
+            return OutputTensor(name, dtype, shape)
+        return OutputTensor(name, dtype, (self.expert.count, *shape)).piece(self.expert.index)
 
     @property
     def information_bits(self) -> int:
@@ -98,9 +135,14 @@ class Refusal:
 
 
 class Format(Protocol):
-    """A container. Pure: tensors and dictionaries in and out, no files."""
+    """A container. Pure: tensors and dictionaries in and out, no files.
+
+    Attributes:
+        holds_experts: its loader can fill the stacked parameters that transformers keeps experts in.
+    """
 
     name: str
+    holds_experts: bool
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""

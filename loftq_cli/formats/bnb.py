@@ -56,6 +56,7 @@ class BnbFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "bnb"
+    holds_experts = False
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         book = codebook(request.data_type, request.bits)

@@ -22,6 +22,7 @@ class DenseFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "dense"
+    holds_experts = True
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         book = codebook(request.data_type, request.bits)
@@ -30,16 +31,18 @@ class DenseFormat:
         return BlockGrid(book, request.block_size, "rows", scale_dtype=request.dtype, value_dtype=request.dtype)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        shape = matrix.shape[::-1] if matrix.kind == "conv1d" else matrix.shape
-        return (OutputTensor(matrix.tensor, matrix.grid.value_dtype, shape),)
+        shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+        return (matrix.stored(matrix.tensor, matrix.grid.value_dtype, shape),)
 
     def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
         dense = dequantize(quantized, matrix.grid).to(matrix.grid.value_dtype)
-        return {matrix.tensor: dense.T.contiguous() if matrix.kind == "conv1d" else dense}
+        (weight,) = self.tensors(matrix)
+        return {weight.name: dense.T.contiguous() if matrix.transposed else dense}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
-        dense = read(matrix.tensor).float()
-        return dense.T.contiguous() if matrix.kind == "conv1d" else dense
+        (weight,) = self.tensors(matrix)
+        dense = read(weight.name).float()
+        return dense.T.contiguous() if matrix.transposed else dense
 
     def quantization_config(
         self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype

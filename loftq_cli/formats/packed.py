@@ -8,6 +8,11 @@ For a linear layer at on-disk path P:
 | `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)]; may be negative |
 | `P.weight_levels` | float32 | [2**bits], only where each matrix has levels of its own (`fitted`) |
 
+A tensor X that stacks the matrices of all experts keeps its name; its codes are [experts, out, ...] whatever the order
+of the source, and its scales are `X.absmax`. Experts, and what else PEFT adapts as a parameter and not as a module, are
+dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the
+checkpoint's own order is [..., in, out].
+
 Q = round(level[code] * absmax) with the product in float32 and one rounding to the model's dtype. Levels, bits, block
 size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels are
 tensors instead, since everything in config.json is known before a weight is read.
@@ -34,6 +39,7 @@ class PackedFormat:
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "packed"
+    holds_experts = True
 
     def grid(self, request: GridRequest) -> BlockGrid:
         book = codebook(request.data_type, request.bits)
@@ -43,11 +49,19 @@ class PackedFormat:
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         n_out, n_in = matrix.shape
         bits, blocks_per_row = matrix.grid.codebook.bits, matrix.grid.n_blocks(1, n_in)
-        codes = OutputTensor(f"{matrix.prefix}.weight", torch.uint8, (n_out, packed_width(n_in, bits)))
-        absmax = OutputTensor(f"{matrix.prefix}.weight_absmax", matrix.grid.scale_dtype, (n_out, blocks_per_row))
+        stacked = matrix.expert is not None and matrix.expert.stacked
+        codes, absmax = (
+            (matrix.tensor, f"{matrix.tensor}.absmax")
+            if stacked
+            else (f"{matrix.prefix}.weight", f"{matrix.prefix}.weight_absmax")
+        )
+        stored = (
+            matrix.stored(codes, torch.uint8, (n_out, packed_width(n_in, bits))),
+            matrix.stored(absmax, matrix.grid.scale_dtype, (n_out, blocks_per_row)),
+        )
         if not matrix.grid.codebook.fitted:
-            return codes, absmax
-        return codes, absmax, OutputTensor(f"{matrix.prefix}.weight_levels", torch.float32, (2**bits,))
+            return stored
+        return (*stored, OutputTensor(f"{matrix.prefix}.weight_levels", torch.float32, (2**bits,)))
 
     def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
         weight, absmax, *levels = self.tensors(matrix)
@@ -67,9 +81,15 @@ class PackedFormat:
     def quantization_config(
         self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
-        groups: dict[BlockGrid, list[str]] = {}
+        # In the order of the model; all experts of a parameter share a grid and are named once.
+        groups: dict[BlockGrid, tuple[list[str], dict[str, dict[str, Any]]]] = {}
         for matrix in matrices:
-            groups.setdefault(matrix.grid, []).append(matrix.module)
+            modules, parameters = groups.setdefault(matrix.grid, ([], {}))
+            if matrix.parameter:
+                transposed = matrix.expert is not None and matrix.expert.transposed
+                parameters[matrix.parameter] = {"in_features": matrix.in_features, "transposed": transposed}
+            else:
+                modules.append(matrix.module)
         return {
             "quant_method": QUANT_METHOD,
             "version": CONFIG_VERSION if any(grid.codebook.fitted for grid in groups) else 1,
@@ -82,7 +102,8 @@ class PackedFormat:
                     "block_size": grid.block_size,
                     "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
                     "modules": modules,
+                    "parameters": parameters,
                 }
-                for grid, modules in groups.items()
+                for grid, (modules, parameters) in groups.items()
             ],
         }

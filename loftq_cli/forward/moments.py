@@ -45,9 +45,18 @@ class MomentCollector:
         model.on_block_done = self._store
 
     def collect(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments, float32 on the CPU, by the module that stands for all that share it."""
+        """The second moments, float32 on the CPU, by the module that stands for all that share it.
+
+        Raises:
+            LoftqError: a layer was given NaN or infinity.
+        """
         for path in sorted(self.counts):
             total = self._take(path)
+            if not bool(total.isfinite().all()):
+                raise LoftqError(
+                    f"running the model on the text gives NaN or infinity before {path}, so errors cannot be weighed: "
+                    "repair the checkpoint, or leave --calibrate out."
+                )
             yield path, (total / self.counts[path]).float()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,6 +66,8 @@ class MomentCollector:
         return shapes | {path: tuple(total.shape) for path, total in self._sums.items()}
 
     def _add(self, path: str, inputs: Tensor) -> None:
+        if not inputs.numel():
+            return  # an expert that no token was sent to
         if any(path == other for other, _ in self._seen):
             self._seen.clear()  # the block's next piece has begun
         same = next((other for other, tensor in self._seen if tensor is inputs), path)

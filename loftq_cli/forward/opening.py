@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
-from loftq_cli.forward.parameters import Parameters
+from loftq_cli.forward.parameters import Parameters, Share
 from loftq_cli.forward.streamed import Batch, StreamedModel
 from loftq_cli.module_build import RuntimeName, build_empty, load_whole, runtime_names
+from loftq_cli.module_experts import find_expert, is_expert
+from loftq_cli.module_view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,24 +36,44 @@ def open_model(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
     """
     empty = build_empty(checkpoint.config)
     names, _ = runtime_names(empty, list(checkpoint.tensors))
-    rearranged = any(name.merged for name in names.values())
-    blocks = not rearranged and _fails(_trial_model(checkpoint, names, streams=True), _run_all) is None
+    experts = _rearranged_experts(empty, checkpoint, names)
+    rearranged = any(name.merged and tensor not in experts for tensor, name in names.items())
+    trial = _Trial(checkpoint, names, experts)
+    blocks = not rearranged and trial.failure(_run_all, streams=True) is None
     if not blocks:
-        failure = _fails(_trial_model(checkpoint, names, streams=False), _run_all)
+        failure = trial.failure(_run_all, streams=False)
         if failure is not None:
             cause = " ".join(str(failure).split())[:200]
             raise LoftqError(
                 f"{type(empty).__name__} cannot be run on text alone ({type(failure).__name__}: {cause})."
             ) from failure
     splits = empty.base_model is not empty
-    splits = splits and _fails(_trial_model(checkpoint, names, streams=blocks, splits=True), _run_split) is None
+    splits = splits and trial.failure(_run_split, streams=blocks, splits=True) is None
     model = load_whole(type(empty), checkpoint.path) if rearranged else empty
-    return _streamed(model, names, device, streams=blocks, splits=splits)
+    return _streamed(model, Parameters(model, names, experts, device), device, streams=blocks, splits=splits)
+
+
+def _rearranged_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, RuntimeName]
+) -> dict[str, Share]:
+    """How experts' tensors come together in the model, where it has them otherwise than the disk."""
+    if not any(name.merged for name in names.values()):
+        return {}
+    view, found = ModelView.of(model), {}
+    for tensor, name in names.items():
+        path = (name.key or "").rpartition(".")[0]
+        if name.merged and name.key and is_expert(view, name, path):
+            shape = tuple(checkpoint.tensors[tensor].shape)
+            expert = find_expert(view, name, path, shape)
+            if expert is not None:
+                turned = expert.transposed != bool(getattr(view.modules[path], "is_transposed", False))
+                found[tensor] = Share(expert, turned)
+    return found
 
 
 def _streamed(
     model: PreTrainedModel,
-    names: Mapping[str, RuntimeName],
+    parameters: Parameters,
     device: torch.device,
     *,
     streams: bool,
@@ -62,26 +85,34 @@ def _streamed(
         if config is not None:
             config.use_cache = False  # parts of a model may have copies of their own
     blocks: Mapping[str, nn.Module] = find_blocks(model) if streams else {}
-    return StreamedModel(model, Parameters(model, names, device), blocks, device, splits=splits, piece=piece)
+    return StreamedModel(model, parameters, blocks, device, splits=splits, piece=piece)
 
 
-def _trial_model(
-    checkpoint: Checkpoint, names: Mapping[str, RuntimeName], *, streams: bool, splits: bool = False
-) -> StreamedModel:
-    return _streamed(build_empty(checkpoint.config), names, _CPU, streams=streams, splits=splits, piece=_PIECE)
+@dataclass(frozen=True)
+class _Trial:
+    """Runs of the model with zeros for weights, which take no memory."""
 
+    checkpoint: Checkpoint
+    names: Mapping[str, RuntimeName]
+    experts: Mapping[str, Share]
 
-def _fails(model: StreamedModel, run: Callable[[StreamedModel, Batch], None]) -> Exception | None:
-    ids = torch.arange(_WINDOWS * _TOKENS).reshape(_WINDOWS, _TOKENS) % 8 + 1
-    batch = {"input_ids": ids}
-    if model.model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = ids
-    try:
-        model.load(model.parameters.nothing())
-        run(model, batch)
-    except Exception as error:  # whatever a model's own code may raise
-        return error
-    return None
+    def failure(
+        self, run: Callable[[StreamedModel, Batch], None], *, streams: bool, splits: bool = False
+    ) -> Exception | None:
+        """What goes wrong, if anything does."""
+        empty = build_empty(self.checkpoint.config)
+        parameters = Parameters(empty, self.names, self.experts, _CPU)
+        model = _streamed(empty, parameters, _CPU, streams=streams, splits=splits, piece=_PIECE)
+        ids = torch.arange(_WINDOWS * _TOKENS).reshape(_WINDOWS, _TOKENS) % 8 + 1
+        batch = {"input_ids": ids}
+        if model.model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = ids
+        try:
+            model.load(model.parameters.nothing())
+            run(model, batch)
+        except Exception as error:  # whatever a model's own code may raise
+            return error
+        return None
 
 
 def _run_all(model: StreamedModel, batch: Batch) -> None:

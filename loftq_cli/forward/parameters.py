@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loftq_cli.experts import Expert
 from loftq_cli.forward.weights import Weights
 from loftq_cli.module_build import RuntimeName
 
@@ -17,16 +18,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class Share:
+    """A tensor's part in a parameter of experts: whose it is, and whether inputs and outputs change places."""
+
+    expert: Expert
+    turned: bool
+
+
 class Parameters:
     """The places of a checkpoint's tensors in a model without weights.
 
+    Args:
+        experts: the tensors that transformers stacks, joins or transposes to a parameter of experts.
+
     Attributes:
-        keys: name on disk -> parameter name, for every tensor that is one parameter (or buffer) of the model.
+        keys: name on disk -> parameter name, for every tensor that is one parameter (or buffer) of the model, or an
+            expert's share of one.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Mapping[str, RuntimeName], device: torch.device) -> None:
-        self._model, self._device = model, device
-        self.keys = {name: place.key for name, place in names.items() if place.key and not place.merged}
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Mapping[str, RuntimeName],
+        experts: Mapping[str, Share],
+        device: torch.device,
+    ) -> None:
+        self._model, self._experts, self._device = model, experts, device
+        known_names = {name for name, place in names.items() if not place.merged} | experts.keys()
+        self.keys = {name: place.key for name, place in names.items() if place.key and name in known_names}
         entries = _entries(model)
         self._empty = {key: entries[key] for key in self.keys.values()}
         same: dict[int, tuple[str, ...]] = {}
@@ -47,19 +67,40 @@ class Parameters:
 
     def nothing(self) -> Weights:
         """Zeros for every tensor, in no memory."""
-        return _Nothing({name: self._empty[key].shape for name, key in self.keys.items()})
+        return _Nothing({name: self._shape(name) for name in self.keys})
 
     def fill(self, names: Iterable[str], weights: Weights) -> None:
         """Read tensors and put them in: float32 whatever the checkpoint has, integers as they are."""
+        stacks: dict[str, Tensor] = {}
         for name in names:
-            value = weights.read(name)
+            value, key = weights.read(name), self.keys[name]
             value = value.to(self._device, torch.float32) if value.is_floating_point() else value.to(self._device)
-            self._put(self.keys[name], value)
+            share = self._experts.get(name)
+            if share is None:
+                self._put(key, value)
+            elif share.expert.stacked:
+                self._put(key, value.mT.contiguous() if share.turned else value)
+            else:
+                if key not in stacks:
+                    stacks[key] = torch.zeros(self._empty[key].shape, device=self._device)
+                begin = share.expert.part * len(value)
+                stacks[key][share.expert.index, begin : begin + len(value)] = value
+        for key, stack in stacks.items():
+            self._put(key, stack)
 
     def clear(self, names: Iterable[str]) -> None:
         """Take tensors out again."""
         for name in names:
             self._put(self.keys[name], self._empty[self.keys[name]])
+
+    def _shape(self, name: str) -> torch.Size:
+        """Of a tensor on disk."""
+        whole, share = self._empty[self.keys[name]].shape, self._experts.get(name)
+        if share is None:
+            return whole
+        if share.expert.stacked:
+            return torch.Size((whole[0], whole[2], whole[1])) if share.turned else whole
+        return torch.Size((whole[1] // share.expert.parts, *whole[2:]))
 
     def _put(self, key: str, value: Tensor) -> None:
         for alias in self._aliases[key]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +14,13 @@ import torch
 from torch import Tensor
 
 from loftq_cli.artifacts.decode import decode_matrix, decode_product, quantized_matrix
-from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
+from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint.base import read_named
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.blocks import dequantize
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.loftq import FusedQuantizer
 
 
 class Weights(Protocol):
@@ -42,8 +48,38 @@ class SourceWeights:
         return self.checkpoint.read(name)
 
 
+class _Converted:
+    """The tensors of a conversion by their names in the checkpoint; of a tensor that stacks experts, whose entries the
+    manifest lists one by one, all of them."""
+
+    manifest: Manifest
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self._entries)
+
+    def read(self, name: str) -> Tensor:
+        (first, *others) = self._entries[name]
+        if first.tensor == name:
+            return self._one(first)
+        return torch.stack([self._one(record) for record in (first, *others)])
+
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        raise NotImplementedError
+
+    @cached_property
+    def _entries(self) -> dict[str, list[MatrixRecord | KeptRecord]]:
+        found: dict[str, list[tuple[int, MatrixRecord | KeptRecord]]] = {}
+        records: list[MatrixRecord | KeptRecord] = [*self.manifest.matrices, *self.manifest.kept]
+        for record in records:
+            entry = re.fullmatch(r"(.*)\[(\d+)\]", record.tensor)
+            name, index = (entry[1], int(entry[2])) if entry else (record.tensor, 0)
+            found.setdefault(name, []).append((index, record))
+        return {name: [record for _, record in sorted(some, key=itemgetter(0))] for name, some in found.items()}
+
+
 @dataclass(frozen=True)
-class BackboneWeights:
+class BackboneWeights(_Converted):
     """Q of every quantized matrix, decoded from the container's own bytes, and the tensors that were kept.
 
     Attributes:
@@ -56,14 +92,9 @@ class BackboneWeights:
     manifest: Manifest
     adapter: bool = False
 
-    @property
-    def names(self) -> Sequence[str]:
-        return _names(self.manifest)
-
-    def read(self, name: str) -> Tensor:
-        record = _record(self.manifest, name)
-        if record is None:
-            return self.stored.read(name)
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        if isinstance(record, KeptRecord):
+            return read_named(self.stored, record.tensor)
         weight = decode_matrix(self.path, self.manifest, record)
         if self.adapter and record.rank:
             weight += decode_product(self.path, self.manifest, record)
@@ -71,35 +102,35 @@ class BackboneWeights:
 
 
 @dataclass(frozen=True)
-class PlainWeights:
-    """q(W): every matrix of the manifest quantized once on its own grid, no adapter; else what the backbone keeps."""
+class PlainWeights(_Converted):
+    """q(W): every matrix of the manifest quantized once on its own grid, no adapter; else what the backbone keeps.
+
+    Levels that were chosen along with the scales (`--levels`) are not those of plain quantization: there `nf` is.
+    """
 
     source: Checkpoint
     stored: Checkpoint
     manifest: Manifest
 
-    @property
-    def names(self) -> Sequence[str]:
-        return _names(self.manifest)
-
-    def read(self, name: str) -> Tensor:
-        record = _record(self.manifest, name)
-        if record is None:
-            return self.stored.read(name)
-        weight = _as_stored(self.source.read(name).float(), record).contiguous()
-        grid = quantized_matrix(record).grid
-        step = block_quantizer(grid, torch.device("cpu")).quantize_residual(weight, weight)
-        return _as_stored(dequantize(step.quantized, grid), record)
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        if isinstance(record, KeptRecord):
+            return read_named(self.stored, record.tensor)
+        weight = _as_stored(read_named(self.source, record.tensor).float(), record).contiguous()
+        grid = plain_grid(self.manifest, record)
+        quantizer = block_quantizer(grid, weight.device)
+        assert isinstance(quantizer, FusedQuantizer), "every container's quantizer can restore W - Q"
+        codes = quantizer.quantize_residual(weight, weight).quantized
+        return _as_stored(quantizer.restore(torch.zeros_like(weight), codes).neg_(), record)
 
 
-def _names(manifest: Manifest) -> Sequence[str]:
-    return [*(record.tensor for record in manifest.matrices), *(record.tensor for record in manifest.kept)]
-
-
-def _record(manifest: Manifest, name: str) -> MatrixRecord | None:
-    return next((record for record in manifest.matrices if record.tensor == name), None)
+def plain_grid(manifest: Manifest, record: MatrixRecord) -> BlockGrid:
+    """The grid that plain quantization at the same bits takes."""
+    grid = quantized_matrix(record).grid
+    if record.data_type != manifest.recipe.get("levels"):
+        return grid
+    return replace(grid, codebook=codebook("nf", record.bits))
 
 
 def _as_stored(weight: Tensor, record: MatrixRecord) -> Tensor:
     """[out, in] <-> the orientation on disk."""
-    return weight.T if record.kind == "conv1d" else weight
+    return weight.T if record.transposed else weight

@@ -18,7 +18,7 @@ from loftq_cli.kernels import numba_blocks, numba_fitted
 from loftq_cli.numerics import fitted
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.loftq import QuantizeStep
-from loftq_cli.numerics.lowrank import half_is_faster
+from loftq_cli.numerics.lowrank import LowRank
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
 _PANEL_CHUNKS = 16  # what is fitted is quantized while the cache still holds it
@@ -36,16 +36,22 @@ class CompiledQuantizer:
     grid: BlockGrid
     levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one
 
-    def quantize_residual(self, weight: Tensor, target: Tensor, *, scratch: QuantizeStep | None = None) -> QuantizeStep:
-        residual, half = _outputs(weight, scratch)
-        return self._quantize(weight.contiguous(), target.contiguous(), residual, half, corrects=False)
+    def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
+        return self._quantize(weight, target, torch.empty_like(weight), numba_blocks.NOT_AT_ALL)
 
     def quantize_corrected(
-        self, weight: Tensor, lora_b: Tensor, lora_a: Tensor, *, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
     ) -> QuantizeStep:
-        residual, half = _outputs(weight, scratch)
-        product = torch.mm(lora_b, lora_a, out=residual)  # the kernel reads each block of it before it overwrites it
-        return self._quantize(weight.contiguous(), product, residual, half, corrects=True)
+        dtype = torch.bfloat16 if half else torch.float32
+        reuses = scratch is not None and scratch.residual.dtype == dtype
+        # Fresh pages cost as much as a pass over them.
+        residual = scratch.residual if scratch and reuses else torch.empty_like(weight, dtype=dtype)
+        if found is None:
+            return self._quantize(weight, weight, residual, numba_blocks.NOT_AT_ALL)
+        # The kernel reads each block of BA before it overwrites it.
+        product = found.product(dtype, out=residual)
+        how = numba_blocks.HALF if half else numba_blocks.FULL
+        return self._quantize(weight, weight if half else product, residual, how)
 
     def quantize_fitted(
         self,
@@ -55,9 +61,9 @@ class CompiledQuantizer:
         previous: QuantizeStep | None = None,
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
-        residual, half = _outputs(weight, previous)
-        scales = None if previous is None else previous.quantized.absmax
-        return self._quantize(weight.contiguous(), target.contiguous(), residual, half, fit=_Fit(scales, column_weight))
+        residual = torch.empty_like(weight) if previous is None else previous.residual
+        fit = _Fit(None if previous is None else previous.quantized.absmax, column_weight)
+        return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
         """The same with other levels, float32 [2**bits], ascending."""
@@ -67,37 +73,45 @@ class CompiledQuantizer:
         """Better levels for the codes and scales of `step`."""
         return fitted.fit_levels(target, step.quantized, self.grid, column_weight)
 
+    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
+        residual = torch.empty_like(weight)
+        arrays = _flat(weight, quantized.codes, quantized.absmax, residual)
+        levels, settings = _levels(self.grid, quantized.levels), self._settings(weight)
+
+        def work(first: int, last: int) -> None:
+            numba_blocks.restore_chunks(*arrays, levels, *settings, _KINDS[self.grid.value_dtype], first, last)
+
+        _share(work, -(-quantized.absmax.numel() // numba_blocks.CHUNK))
+        return residual
+
     def _quantize(
-        self,
-        weight: Tensor,
-        target: Tensor,
-        residual: Tensor,
-        half: Tensor | None,
-        *,
-        corrects: bool = False,
-        fit: _Fit | None = None,
+        self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int, fit: _Fit | None = None
     ) -> QuantizeStep:
         grid = self.grid
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         absmax = torch.empty(grid.n_blocks(*weight.shape), dtype=torch.float32)
         sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
-        arrays = [tensor.view(-1).numpy() for tensor in (weight, target, codes, absmax, residual)]
-        bits = np.empty(0, np.uint16) if half is None else half.view(torch.uint16).view(-1).numpy()
-        row = weight.shape[1] if grid.layout == "rows" else weight.numel()
+        half = residual.view(torch.uint16) if residual.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
+        full = torch.empty(0) if half.numel() else residual
+        arrays = _flat(weight.contiguous(), target.contiguous(), codes, absmax, full, half)
         kinds = _KINDS[grid.scale_dtype], _KINDS[grid.value_dtype]
+        settings = (*self._settings(weight), grid.layout == "flat", *kinds, corrects, fit is not None)
         tables = _tables(grid) if self.levels is None else _padded(self.levels)
-        settings = (row, grid.block_size, grid.layout == "flat", *kinds, corrects, fit is not None)
-        fitting = None if fit is None else fit.arguments(grid, arrays[1], arrays[3], *tables, row, *kinds)
+        fitting = None if fit is None else fit.arguments(grid, arrays[1], arrays[3], *tables, settings[0], *kinds)
 
         def work(first: int, last: int) -> None:
             for panel in range(first, last, _PANEL_CHUNKS):
                 here = panel, min(panel + _PANEL_CHUNKS, last)
                 if fitting is not None:
                     numba_fitted.fit_chunks(*fitting, *here)
-                numba_blocks.quantize_chunks(*arrays, bits, sums, *tables, *settings, *here)
+                numba_blocks.quantize_chunks(*arrays, sums, *tables, *settings, *here)
 
         _share(work, sums.size)
-        return QuantizeStep(QuantizedBlocks(codes, absmax, self.levels), residual, math.sqrt(sums.sum()), half)
+        return QuantizeStep(QuantizedBlocks(codes, absmax, self.levels), residual, math.sqrt(sums.sum()))
+
+    def _settings(self, weight: Tensor) -> tuple[int, int]:
+        """Elements after which blocks start anew, and elements of a block."""
+        return weight.shape[1] if self.grid.layout == "rows" else weight.numel(), self.grid.block_size
 
 
 @dataclass(frozen=True)
@@ -131,12 +145,8 @@ class _Fit:
         )  # fmt: skip
 
 
-def _outputs(weight: Tensor, scratch: QuantizeStep | None) -> tuple[Tensor, Tensor | None]:
-    """Memory for the residual and, where products want it, its bfloat16 copy: fresh pages cost as much as a pass."""
-    if scratch is not None and scratch.residual.shape == weight.shape:
-        return scratch.residual, scratch.half
-    half = torch.empty(weight.shape, dtype=torch.bfloat16) if half_is_faster(weight) else None
-    return torch.empty(weight.shape, dtype=torch.float32), half
+def _flat(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.view(-1).numpy() for tensor in tensors]
 
 
 def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
@@ -152,6 +162,10 @@ def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
 @cache
 def _tables(grid: BlockGrid) -> tuple[np.ndarray, np.ndarray]:
     return _padded(grid.levels())
+
+
+def _levels(grid: BlockGrid, own: Tensor | None) -> np.ndarray:
+    return (grid.levels() if own is None else own).numpy()
 
 
 def _padded(levels: Tensor) -> tuple[np.ndarray, np.ndarray]:

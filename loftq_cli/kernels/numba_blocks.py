@@ -14,6 +14,7 @@ import numpy as np
 
 CHUNK = 256  # blocks whose squares are summed together, so that sums do not depend on the number of threads
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
+NOT_AT_ALL, FULL, HALF = range(3)  # how a target is corrected
 
 _F32, _I32 = np.float32, np.int32
 _SMALLEST_ABSMAX = np.float32(1e-38)
@@ -117,6 +118,14 @@ def _subtract(weight: Any, value: Any, difference: Any) -> None:
 
 
 @_inline
+def _subtract_bfloat16(weight: Any, half: Any, bits: Any, difference: Any) -> None:
+    for j in range(weight.size):
+        bits[j] = _I32(half[j]) << 16
+    for j in range(weight.size):
+        difference[j] = weight[j] - difference[j]
+
+
+@_inline
 def _add_squares(residual: Any, lanes: Any) -> None:
     for j in range(residual.size):
         wide = np.float64(residual[j])
@@ -164,21 +173,23 @@ def _find(
 def quantize_chunks(
     weight: Any, target: Any, codes: Any, absmax: Any, residual: Any, half: Any, sums: Any,
     middles: Any, levels: Any, row: int, block: int, divides_short: bool, scale_kind: int, value_kind: int,
-    corrects: bool, fitted: bool, first: int, last: int,
+    corrects: int, fitted: bool, first: int, last: int,
 ) -> None:  # fmt: skip
     """Quantize chunks `first`..`last` of the row-major `target`; give `weight` - Q and its squared norm per chunk.
 
-    weight, target, residual are float32 [n], codes uint8 [n], absmax float32 [n_blocks], sums float64 [n_chunks]; half
-    is uint16 [n], the residual's bfloat16 bits, or empty. `middles` and `levels` come from `padded`. Blocks start anew
-    after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the kinds say what absmax and
-    products are rounded to. `corrects`: target holds BA, to be subtracted from weight; it may be residual's memory.
-    `fitted`: absmax holds the scales already; they may be negative.
+    weight and target are float32 [n], codes uint8 [n], absmax float32 [n_blocks], sums float64 [n_chunks]. The residual
+    is float32 [n], or empty where `half`, uint16 [n], takes its bfloat16 bits. `middles` and `levels` come from
+    `padded`. Blocks start anew after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the
+    kinds say what absmax and products are rounded to. `corrects`: the target is weight - BA, where BA stands in
+    `target` (FULL), which may be residual's memory, or in `half` as bfloat16 bits (HALF); block by block it is read
+    before it is overwritten. `fitted`: absmax holds the scales already; they may be negative.
     """
     value, code, corrected = np.empty(block, np.float32), np.empty(block, np.int32), np.empty(block, np.float32)
+    corrected_bits, difference = corrected.view(np.int32), np.empty(block, np.float32)
     scaled, lanes = np.empty(block, np.float32), np.empty(block, np.float64)
     table = np.empty(levels.size if levels.size <= 16 else 0, np.float32)
     value_bits, table_bits = value.view(np.int32), table.view(np.int32)
-    residual_bits, absmax_bits = residual.view(np.int32), absmax.view(np.int32)
+    difference_bits, absmax_bits = difference.view(np.int32), absmax.view(np.int32)
     blocks_per_row = -(-row // block)
     for chunk in range(first, last):
         lanes[:] = 0.0
@@ -188,29 +199,54 @@ def quantize_chunks(
         for b in range(chunk * CHUNK, min((chunk + 1) * CHUNK, absmax.size)):
             begin, end = end, min(end + block, row_end)
             row_end += row if end == row_end else 0
-            x = target[begin:end]
-            if corrects:
-                _subtract(weight[begin:end], x, corrected)
-                x = corrected[: end - begin]
+            size = end - begin
+            x = corrected[:size]
+            if corrects == HALF:
+                _subtract_bfloat16(weight[begin:end], half[begin:end], corrected_bits, corrected)
+            elif corrects == FULL:
+                _subtract(weight[begin:end], target[begin:end], corrected)
+            else:
+                x = target[begin:end]
             if not fitted:
                 absmax_bits[b] = _largest_bits(x.view(np.int32))
                 if scale_kind != FLOAT32:
                     _round(absmax[b : b + 1], absmax_bits[b : b + 1], scale_kind)
             scale = absmax[b]
             reciprocal = np.copysign(_F32(1) / max(abs(scale), _SMALLEST_ABSMAX), scale)
-            if divides_short and not fitted and end - begin < block and scale >= _SMALLEST_ABSMAX:
+            if divides_short and not fitted and size < block and scale >= _SMALLEST_ABSMAX:
                 _divide(x, scale, scaled)
-                x, reciprocal = scaled[: end - begin], _F32(1)
+                x, reciprocal = scaled[:size], _F32(1)
             if table.size:
                 _compare(x, scale, reciprocal, code, value_bits, middles, levels, table, table_bits, value_kind)
             else:
                 _find(x, scale, reciprocal, code, value, value_bits, middles, levels, value_kind)
             _narrow(code, codes[begin:end])
-            _subtract(weight[begin:end], value, residual[begin:end])
-            _add_squares(residual[begin:end], lanes)
+            _subtract(weight[begin:end], value, difference)
+            _add_squares(difference[:size], lanes)
             if half.size:
-                _to_bfloat16(residual_bits[begin:end], half[begin:end])
+                _to_bfloat16(difference_bits, half[begin:end])
+            else:
+                residual[begin:end] = difference[:size]
         sums[chunk] = lanes.sum()
+
+
+@_kernel
+def restore_chunks(
+    weight: Any, codes: Any, absmax: Any, residual: Any, levels: Any, row: int, block: int, value_kind: int,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """`weight` - Q for chunks `first`..`last`, as `quantize_chunks` made Q. All float32 [n] but codes uint8 [n]."""
+    value, code = np.empty(block, np.float32), np.empty(block, np.int32)
+    value_bits = value.view(np.int32)
+    blocks_per_row = -(-row // block)
+    for b in range(first * CHUNK, min(last * CHUNK, absmax.size)):
+        begin = b // blocks_per_row * row + b % blocks_per_row * block
+        end = min(begin + block, (b // blocks_per_row + 1) * row)
+        for j in range(end - begin):
+            code[j] = codes[begin + j]
+        _look_up(code[: end - begin], absmax[b], levels, value)
+        _round(value, value_bits, value_kind)
+        _subtract(weight[begin:end], value, residual[begin:end])
 
 
 def padded(middles: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

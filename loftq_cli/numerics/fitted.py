@@ -24,7 +24,7 @@ WARM_REFITS = 1  # fits from the scales of an earlier step
 STEPS = 8  # elements that are added up one after the other; their sums are then added in pairs
 
 _TINY = 1e-38
-_SAMPLE = 1 << 20  # elements that fix sixteen levels to a thousandth
+_SAMPLE = 1 << 18  # elements that fix sixteen levels to a few thousandths
 _PANEL = 1 << 22  # elements looked at together on the CPU; a GPU takes more
 _PANEL_GPU = 1 << 26
 

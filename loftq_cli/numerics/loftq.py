@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,22 +13,30 @@ from torch import Tensor
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.fitted import fit_levels, fit_scales
-from loftq_cli.numerics.lowrank import LowRank, exact_low_rank, frobenius, krylov_low_rank
+from loftq_cli.numerics.lowrank import (
+    LowRank,
+    exact_low_rank,
+    frobenius,
+    half_is_faster,
+    half_low_rank,
+    krylov_low_rank,
+    refine,
+)
 
+_SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
 _CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
 
 
 @dataclass(frozen=True)
 class QuantizeStep:
-    """Codes and scales chosen for a target, and W - Q float32 [out, in] for the weight.
+    """Codes and scales chosen for a target, and W - Q [out, in] for the weight: float32, or bfloat16 where asked for.
 
-    `norm` is ‖W - Q‖_F and `half` is W - Q in bfloat16, where the quantizer made them on its way.
+    `norm` is ‖W - Q‖_F before any rounding, where the quantizer took it on its way.
     """
 
     quantized: QuantizedBlocks
     residual: Tensor
     norm: float | None = None
-    half: Tensor | None = None
 
     def residual_norm(self) -> float:
         """‖W - Q‖_F."""
@@ -44,12 +52,17 @@ class Quantizer(Protocol):
 
 @runtime_checkable
 class FusedQuantizer(Quantizer, Protocol):
-    """A quantizer that makes its target W - BA by itself, panel by panel, so that it never goes through memory."""
+    """A quantizer that makes its target W - BA by itself, block by block, so that it never goes through memory."""
 
     def quantize_corrected(
-        self, weight: Tensor, lora_b: Tensor, lora_a: Tensor, *, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA to Q and give W - Q. The residual of `scratch`, an earlier step, is overwritten."""
+        """Quantize W - BA to Q and give W - Q; no `found`, no BA. The residual of `scratch`, an earlier step, may be
+        overwritten. `half`: BA is multiplied, and the residual rounded, in bfloat16. An error of 2⁻⁹ in the target's
+        smaller part moves codes only where they were ties but for that; Q and ‖W - Q‖ stay exact."""
+
+    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
+        """W - Q, float32 [out, in]."""
 
 
 @runtime_checkable
@@ -84,7 +97,17 @@ class BlockQuantizer:
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         quantized = blocks.quantize(target, self.grid)
-        return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
+        return QuantizeStep(quantized, self.restore(weight, quantized))
+
+    def quantize_corrected(
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+    ) -> QuantizeStep:
+        product = None if found is None else found.product(torch.bfloat16 if half else torch.float32)
+        step = self.quantize_residual(weight, weight if product is None else weight - product.float())
+        return QuantizeStep(step.quantized, step.residual.bfloat16(), step.residual_norm()) if half else step
+
+    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
+        return weight - blocks.dequantize(quantized, self.grid)
 
     def quantize_fitted(
         self,
@@ -140,26 +163,21 @@ LowRankStep = Callable[[Tensor, "LowRank | None"], LowRank]
 
 @dataclass(frozen=True)
 class FastStep:
-    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`.
-
-    The depths are those of the Krylov space without and with a previous step; None takes the defaults.
-    """
+    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`."""
 
     rank: int
     generator: torch.Generator
-    first_depth: int | None = None
-    later_depth: int | None = None
 
     def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
-        return self._krylov(residual, previous)
+        return krylov_low_rank(residual, self.rank, previous=previous, generator=self.generator)
 
-    def of(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
-        """The same, with what the quantizer knows about the residual."""
-        return self._krylov(step.residual, previous, half=step.half, norm=step.norm)
-
-    def _krylov(self, residual: Tensor, previous: LowRank | None, **known: Any) -> LowRank:
-        depth = self.first_depth if previous is None else self.later_depth
-        return krylov_low_rank(residual, self.rank, previous=previous, depth=depth, generator=self.generator, **known)
+    def of_half(self, step: QuantizeStep, previous: LowRank | None) -> LowRank | None:
+        """The same for a residual in bfloat16; None where it has to be known in float32."""
+        if step.residual.dtype != torch.bfloat16:
+            return None
+        return half_low_rank(
+            step.residual, self.rank, previous=previous, generator=self.generator, norm=step.residual_norm()
+        )
 
 
 def loftq(
@@ -176,38 +194,74 @@ def loftq(
     """
     assert iters >= 1, "T = 0 is plain quantization: plain_start"
     norm = frobenius(weight)
-    step = quantizer.quantize_residual(weight, weight)  # LoftQ eq. 7
-    plain = _relative(step.residual_norm(), norm)
+    steps = _Steps(weight, quantizer, low_rank)
+    step: QuantizeStep | None = None
     found: LowRank | None = None
+    plain = 0.0
     residuals: list[float] = []
     kept: tuple[int, QuantizedBlocks, LowRank] | None = None
     for t in range(1, iters + 1):
-        if found is not None:
-            step = _requantize(quantizer, weight, found, step)
-        # eq. 8-9
-        found = low_rank.of(step, found) if isinstance(low_rank, FastStep) else low_rank(step.residual, found)
-        residuals.append(_relative(_left_over(step, found), norm))
+        step = steps.quantize(found, step)  # LoftQ eq. 7
+        plain = plain or _relative(step.residual_norm(), norm)
+        found = steps.factor(step, found)  # eq. 8-9
+        residuals.append(_relative(steps.left_over(step, found), norm))
         if kept is None or keep_last or residuals[-1] < residuals[kept[0] - 1]:
             kept = (t, step.quantized, found)
-    assert kept is not None
+    assert kept is not None and step is not None
     best, codes, found = kept
+    if steps.is_estimate(step, found):
+        found, left = steps.settle(codes, found)
+        residuals[best - 1] = _relative(left, norm)
     return LoftQResult(codes, found.lora_a, found.lora_b, plain, tuple(residuals), best)
 
 
-def _requantize(quantizer: Quantizer, weight: Tensor, found: LowRank, step: QuantizeStep) -> QuantizeStep:
-    """The next Q, of W - BA; `step` is used up."""
-    b, a = found.lora_b, found.lora_a
-    if isinstance(quantizer, FusedQuantizer):
-        return quantizer.quantize_corrected(weight, b, a, scratch=step)
-    return quantizer.quantize_residual(weight, torch.addmm(weight, b, a, alpha=-1))
+@dataclass(frozen=True)
+class _Steps:
+    """The two half-steps, in bfloat16 where the machine is faster at it and the spectrum allows."""
 
+    weight: Tensor
+    quantizer: Quantizer
+    low_rank: LowRankStep
 
-def _left_over(step: QuantizeStep, found: LowRank) -> float:
-    """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
-    total, captured = step.residual_norm() ** 2, float(found.s.double().square().sum())
-    if total - captured > _CANCELLING * total:
-        return math.sqrt(total - captured)
-    return frobenius(torch.addmm(step.residual, found.lora_b, found.lora_a, alpha=-1))
+    def quantize(self, found: LowRank | None, used: QuantizeStep | None) -> QuantizeStep:
+        """Q of W - BA; `used`, the step before, is used up."""
+        if isinstance(self.quantizer, FusedQuantizer):
+            half = isinstance(self.low_rank, FastStep) and half_is_faster(self.weight)
+            return self.quantizer.quantize_corrected(self.weight, found, half=half, scratch=used)
+        target = self.weight if found is None else self.weight - found.product()
+        return self.quantizer.quantize_residual(self.weight, target)
+
+    def factor(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
+        """BA of W - Q."""
+        if isinstance(self.low_rank, FastStep):
+            found = self.low_rank.of_half(step, previous)
+            if found is not None:
+                return found
+        return self.low_rank(self._full(step), previous)
+
+    def left_over(self, step: QuantizeStep, found: LowRank) -> float:
+        """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
+        total = step.residual_norm() ** 2
+        if total - found.energy > _CANCELLING * total:
+            return math.sqrt(total - found.energy)
+        return frobenius(self._full(step) - found.product())
+
+    def is_estimate(self, step: QuantizeStep, found: LowRank) -> bool:
+        """Whether `found` came from a rounded residual and holds so much that the rounding shows."""
+        return step.residual.dtype == torch.bfloat16 and found.energy > _SHOWS * step.residual_norm() ** 2
+
+    def settle(self, quantized: QuantizedBlocks, found: LowRank) -> tuple[LowRank, float]:
+        """The exact projection of W - Q on the directions of `found`, and what it leaves."""
+        assert isinstance(self.quantizer, FusedQuantizer)
+        residual = self.quantizer.restore(self.weight, quantized)
+        step, found = QuantizeStep(quantized, residual), refine(residual, found)
+        return found, self.left_over(step, found)
+
+    def _full(self, step: QuantizeStep) -> Tensor:
+        if step.residual.dtype == torch.float32:
+            return step.residual
+        assert isinstance(self.quantizer, FusedQuantizer)
+        return self.quantizer.restore(self.weight, step.quantized)
 
 
 def plain_start(weight: Tensor, quantizer: Quantizer, *, rank: int, generator: torch.Generator) -> LoftQResult:

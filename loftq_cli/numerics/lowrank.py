@@ -1,8 +1,8 @@
 """The rank-r step of LoftQ: the best rank-r approximation of a residual (LoftQ eq. 8-9).
 
-`exact_low_rank` is the full SVD, the reference. `krylov_low_rank` is the default: a block Krylov space (Musco & Musco
-2015, arXiv 1504.05477), deep for LoftQ's first residual and shallow afterwards, where it starts from the previous
-step's factors because LoftQ's steps hardly turn the subspace.
+`exact_low_rank` is the full SVD, the reference. `krylov_low_rank` is the default: a block Krylov space, deep and of
+narrow blocks for LoftQ's first residual and shallow afterwards, where it starts from the previous step's factors
+because LoftQ's steps hardly turn the subspace.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-FIRST_DEPTH = 6  # what the first step misses, no later step recovers: measured in scripts/bench/NOTES.md
+from loftq_cli.numerics.krylov import orthonormal, ritz_pairs
+from loftq_cli.numerics.threads import eigh, product, svd
+
+FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md
 LATER_DEPTH = 2
+_LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the rank, one power less keeps the course
 
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
-_HALF_SPREAD = 16.0  # s[0] / s[-1] up to which bfloat16's noise on the largest direction cannot hide the smallest
+_SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
+_MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
 _SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
-_MUCH_LEFT, _NOTHING_LEFT = 1e-2, 1e-5  # shares of a column that outlive the projection: float32 has seven digits
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class LowRank:
         """U sqrt(S), [out, r]."""
         return self.u * self.s.sqrt()
 
+    def product(self, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None) -> Tensor:
+        """BA = U diag(s) Vᵀ [out, in], multiplied and rounded in `dtype`."""
+        return product(self.lora_b.to(dtype), self.lora_a.to(dtype), out=out)
+
+    @property
+    def energy(self) -> float:
+        """‖U diag(s) Vᵀ‖_F²."""
+        return float(self.s.double().square().sum())
+
     @property
     def transposed(self) -> LowRank:
         """The approximation of the transposed matrix."""
@@ -55,18 +68,18 @@ class LowRank:
 
 def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
     """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
-    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+    u, s, vh = svd(residual)
     return LowRank(u[:, :rank], s[:rank], vh[:rank].T)
 
 
-def gram_low_rank(residual: Tensor, rank: int) -> LowRank:
-    """Exact to float32: the eigenvectors of the smaller Gram matrix, in float64 so that squaring loses nothing."""
+def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRank:
+    """Exact, from the eigenvectors of the smaller Gram matrix; `careful` in float64, so that squaring loses nothing."""
     if residual.shape[0] < residual.shape[1]:
-        return gram_low_rank(residual.T, rank).transposed
-    wide = residual.double()
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
+        return gram_low_rank(residual.T, rank, careful=careful).transposed
+    wide = residual.double() if careful else residual
+    _, vectors = eigh(wide.T @ wide)
     basis = vectors[:, -rank:]
-    return _decompose(wide @ basis, basis)
+    return _decompose((wide @ basis).double(), basis.double())
 
 
 def krylov_low_rank(
@@ -75,137 +88,105 @@ def krylov_low_rank(
     *,
     previous: LowRank | None = None,
     depth: int | None = None,
-    oversample: int = 10,
     generator: torch.Generator,
-    half: Tensor | None = None,
     norm: float | None = None,
 ) -> LowRank:
-    """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` and random columns.
+    """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` or of random columns.
 
-    The space is found with bfloat16 products where the machine is faster at them; the approximation is then the
-    float32 projection of the residual on the best r directions of it. Where the matrix is small or the space
-    would be two thirds as wide, the Gram matrix is exact and as cheap, and is taken.
+    Where the matrix is small or the space would be two thirds as wide, the Gram matrix is exact and as cheap, and is
+    taken. Squares are taken in float32 first, and in float64 where the spectrum found is too wide for that.
 
     Args:
+        residual: float32; or bfloat16, for which see `half_low_rank`.
         previous: the approximation of a similar residual: the last step's.
         depth: powers of RᵀR in the space; by default FIRST_DEPTH without `previous`, LATER_DEPTH with it.
-        oversample: random columns beyond the rank in a space that starts without `previous`.
         generator: a CPU generator; its draws are what makes a run repeatable on any device.
-        half: the residual in bfloat16, where the quantizer has written it already.
         norm: ‖residual‖_F, where it is known already.
     """
     rank = min(rank, *residual.shape)
-    width = _LANES * -(-(rank + (oversample if previous is None else 0)) // _LANES)
-    depth = depth or (FIRST_DEPTH if previous is None else LATER_DEPTH)
-    if min(residual.shape) < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * min(residual.shape):
-        return gram_low_rank(residual, rank)
     scale = _power_of_two(frobenius(residual) if norm is None else norm)
     if scale != 1.0:
-        scaled = krylov_low_rank(
-            residual * scale, rank, previous=previous, depth=depth, oversample=oversample, generator=generator
-        )
+        scaled = krylov_low_rank(residual * scale, rank, previous=previous, depth=depth, generator=generator)
         return LowRank(scaled.u, scaled.s / scale, scaled.v)
-    if residual.shape[0] < residual.shape[1]:
-        back = None if previous is None else previous.transposed
-        turned = None if half is None else half.T
-        return _krylov(residual.T, turned, rank, width, depth, back, generator).transposed
-    return _krylov(residual, half, rank, width, depth, previous, generator)
+    space = _Space.plan(residual, rank, previous, depth)
+    trusts = previous is None or _narrow(previous.s)
+    if space is None:
+        found = gram_low_rank(residual, rank, careful=False) if trusts else None
+        return found if found is not None and _narrow(found.s) else gram_low_rank(residual, rank)
+    start = space.start(residual, previous, generator)
+    found = space.search(residual, start, careful=False) if trusts else None
+    return found if found is not None and _narrow(found.s) else space.search(residual, start, careful=True)
 
 
-def _krylov(
-    residual: Tensor,
-    half: Tensor | None,
-    rank: int,
-    width: int,
-    depth: int,
-    previous: LowRank | None,
-    generator: torch.Generator,
-) -> LowRank:
-    """`krylov_low_rank` for a residual at least as tall as wide and of moderate size."""
-    start = _start(residual.shape[1], width, previous, generator).to(residual.device)
-    if half_is_faster(residual) and (previous is None or _narrow(previous.s)):
-        rounded = residual.bfloat16() if half is None else half
-        found = _project(residual, _best_directions(rounded, start, depth, rank))
-        if _narrow(found.s):
-            return found
-    return _project(residual, _best_directions(residual, start, depth, rank))
+def half_low_rank(
+    half: Tensor, rank: int, *, previous: LowRank | None = None, generator: torch.Generator, norm: float
+) -> LowRank | None:
+    """`krylov_low_rank` of a residual known only in bfloat16; None where its spectrum asks for float32.
 
-
-def _start(n_in: int, width: int, previous: LowRank | None, generator: torch.Generator) -> Tensor:
-    """[in, width]: the previous step's directions, filled up with random ones."""
-    known = torch.empty(n_in, 0) if previous is None else previous.v[:, :width]
-    fresh = torch.randn(n_in, width - known.shape[1], generator=generator) / math.sqrt(n_in)
-    return torch.cat([known, fresh.to(known.device)], dim=1)
-
-
-def _best_directions(matrix: Tensor, start: Tensor, depth: int, rank: int) -> Tensor:
-    """The r orthogonal directions [in, r] that capture most of `matrix` [out, in] within the Krylov space of `start`.
-
-    Squaring costs half the digits. float32 affords that only for narrow spectra, which a bfloat16 `matrix` promises.
+    Rounding moves the directions and their images by 2⁻⁹ at random, which costs the approximation of a narrow spectrum
+    the square of that: less than 1e-5 of the residual, as `scripts/bench/NOTES.md` confirms. `refine` gives the exact
+    projection on the same directions.
     """
-    narrow = matrix.dtype == torch.bfloat16
-    width = start.shape[1]
-    basis = start.new_empty(matrix.shape[1], width * (depth + 1))
-    images = start.new_empty(matrix.shape[0], width * (depth + 1))
-    block = start
-    for level in range(depth + 1):
-        here = slice(level * width, (level + 1) * width)
-        basis[:, here] = _orthonormal(block, basis[:, : here.start])
-        image = matrix @ basis[:, here].to(matrix.dtype)
-        images[:, here] = image
-        if level < depth:
-            block = (matrix.T @ (image if narrow else _orthonormal(image, image[:, :0]))).float()
-    wide = images if narrow else images.double()
-    _, vectors = torch.linalg.eigh(wide.T @ wide)
-    return basis @ vectors[:, -rank:].flip(1).float()
+    rank = min(rank, *half.shape)
+    space = _Space.plan(half, rank, previous, None)
+    if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s)):
+        return None
+    found = space.search(half, space.start(half, previous, generator), careful=False)
+    return found if _narrow(found.s) and found.energy <= _MOST * norm**2 else None
 
 
-def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR in float64.
-
-    Where little is left of some column, float32 has lost its digits, and a second round restores orthogonality; where
-    nothing is left, Householder QR fills the block up.
-    """
-    for _ in range(2):
-        before = block.norm(dim=0).max()
-        block = _without(block, basis)
-        wide = block.double()
-        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
-        left = factor.diagonal().min()
-        if failed or left <= _NOTHING_LEFT * before:
-            return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
-        block = torch.linalg.solve_triangular(factor.float().T, block, upper=True, left=False)
-        if left > _MUCH_LEFT * before:
-            break
-    return block
+def refine(residual: Tensor, found: LowRank) -> LowRank:
+    """The projection of the float32 `residual` on the directions of `found`."""
+    basis = orthonormal(found.v, found.v[:, :0], careful=True)
+    return _decompose((residual @ basis).double(), basis.double())
 
 
-def _householder(block: Tensor, basis: Tensor) -> Tensor:
-    """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
-    if not basis.shape[1]:
-        return torch.linalg.qr(block).Q
-    generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
-    noise = torch.randn(block.shape, generator=generator).to(block.device)
-    block = torch.linalg.qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
-    for _ in range(2):  # twice is enough
-        block = torch.linalg.qr(_without(block, basis)).Q
-    return block
+@dataclass(frozen=True)
+class _Space:
+    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR."""
 
+    rank: int
+    width: int
+    depth: int
 
-def _without(block: Tensor, basis: Tensor) -> Tensor:
-    """`block` less its projection on the orthonormal `basis`."""
-    return torch.addmm(block, basis, basis.T @ block, alpha=-1) if basis.shape[1] else block
+    @staticmethod
+    def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> _Space | None:
+        """The space for a residual of this shape, or None where the Gram matrix is as cheap.
 
+        Blocks half as wide as the rank find more with the same products than blocks as wide; a start from known
+        directions has all of them, and needs hardly any depth.
+        """
+        width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
+        smaller = min(residual.shape)
+        large = smaller >= max(_LARGE, _LARGE_SHARE * rank)
+        depth = depth or (FIRST_DEPTH if previous is None else LATER_DEPTH - large)
+        if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * smaller or width * (depth + 1) < rank:
+            return None
+        return _Space(rank, width, depth)
 
-def _project(residual: Tensor, directions: Tensor) -> LowRank:
-    """R V Vᵀ for V the orthonormalised `directions` [in, r], as an SVD."""
-    orthonormal = _orthonormal(directions, directions[:, :0])
-    return _decompose((residual @ orthonormal).double(), orthonormal.double())
+    def start(self, residual: Tensor, previous: LowRank | None, generator: torch.Generator) -> Tensor:
+        """[shorter side, width]: the previous step's directions, filled up with random ones."""
+        n = min(residual.shape)
+        if previous is not None:
+            previous = previous if residual.shape[0] >= residual.shape[1] else previous.transposed
+        known = torch.empty(n, 0) if previous is None else previous.v[:, : self.width]
+        fresh = torch.randn(n, self.width - known.shape[1], generator=generator) / math.sqrt(n)
+        return torch.cat([known.to(residual.device), fresh.to(residual.device)], dim=1)
+
+    def search(self, residual: Tensor, start: Tensor, *, careful: bool) -> LowRank:
+        """The best approximation within the space."""
+        if residual.shape[0] < residual.shape[1]:
+            return self.search(residual.T, start, careful=careful).transposed
+        pairs = ritz_pairs(residual, start, self.depth, self.rank, careful=careful)
+        if not careful:
+            s = pairs.captured.clamp(min=0).sqrt()
+            return LowRank(pairs.images * torch.where(s > 0, s, torch.inf).reciprocal(), s, pairs.vectors)
+        return refine(residual, LowRank(pairs.images, pairs.captured, pairs.vectors))
 
 
 def _decompose(image: Tensor, basis: Tensor) -> LowRank:
     """`image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
-    values, turn = torch.linalg.eigh(image.T @ image)
+    values, turn = eigh(image.T @ image)
     s, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1)
     inverse = torch.where(s > 0, s, torch.inf).reciprocal()
     return LowRank((image @ turn * inverse).float(), s.float(), (basis @ turn).float())
@@ -227,7 +208,7 @@ def _power_of_two(norm: float) -> float:
 
 
 def _narrow(s: Tensor) -> bool:
-    return bool(s[0] <= _HALF_SPREAD * s[-1])
+    return bool(s[0] <= _SPREAD * s[-1])
 
 
 def half_is_faster(residual: Tensor) -> bool:

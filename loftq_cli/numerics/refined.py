@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics.blocks import QuantizedBlocks
-from loftq_cli.numerics.loftq import FastStep, FittingQuantizer, LoftQResult, LowRankStep, QuantizeStep
-from loftq_cli.numerics.lowrank import LowRank, frobenius
+from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, LowRankStep, QuantizeStep
+from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, half_low_rank, krylov_low_rank
 
 Init = Literal["svd", "zero"]
 DEFAULT_ITERS = 12
@@ -46,7 +46,7 @@ _LEVELS_FROZEN = 2  # steps at the end in which levels stay
 _DIVERGED = 1.5  # times the best residual
 _CONVERGED = 1e-4  # relative change of the residual from one step to the next
 
-_START_DEPTH, _STEP_DEPTH, _END_DEPTH = 3, 1, 3
+_START_DEPTH, _STEP_DEPTH, _END_DEPTH = 6, 1, 3
 
 
 @runtime_checkable
@@ -70,10 +70,19 @@ class LowRankSteps:
 
 def shallow_steps(rank: int, generator: torch.Generator) -> LowRankSteps:
     """The default: one power a step, as errors in BA only become part of the next target, and three at the end."""
-    return LowRankSteps(
-        FastStep(rank, generator, first_depth=_START_DEPTH, later_depth=_STEP_DEPTH),
-        FastStep(rank, generator, first_depth=_START_DEPTH, later_depth=_END_DEPTH),
-    )
+
+    def step(residual: Tensor, previous: LowRank | None) -> LowRank:
+        found = None
+        if half_is_faster(residual):
+            half, norm = residual.bfloat16(), frobenius(residual)
+            found = half_low_rank(half, rank, previous=previous, generator=generator, norm=norm)
+        depth = _START_DEPTH if previous is None else _STEP_DEPTH
+        return found or krylov_low_rank(residual, rank, previous=previous, depth=depth, generator=generator)
+
+    def last(residual: Tensor, previous: LowRank | None) -> LowRank:
+        return krylov_low_rank(residual, rank, previous=previous, depth=_END_DEPTH, generator=generator)
+
+    return LowRankSteps(step, last)
 
 
 def refined(
@@ -155,16 +164,13 @@ class _Run:
 
     def aim(self) -> None:
         """The first target: W - BA."""
-        self.target = self.weight.clone()
-        if self.found is not None:
-            self.target.addmm_(self.found.lora_b, self.found.lora_a, alpha=-1)
+        self.target = self.weight.clone() if self.found is None else self.weight - self.found.product()
 
     def step(self) -> None:
         """Q-step, levels, low-rank step; then the target of the next one."""
         self.steps_left -= 1
-        done = self.quantizer.quantize_fitted(
-            self.weight, self.target, previous=self.quantize_step, column_weight=self.column_weight
-        )
+        weights = {} if self.column_weight is None else {"column_weight": self.column_weight}
+        done = self.quantizer.quantize_fitted(self.weight, self.target, previous=self.quantize_step, **weights)
         if self.fits_levels and self.steps_left >= _LEVELS_FROZEN:
             levels = self._with_levels().fit_levels(self.target, done, column_weight=self.column_weight)
             self.quantizer = self._with_levels().with_levels(levels)
@@ -185,13 +191,13 @@ class _Run:
         if self.low_rank is None:
             return None
         chosen = self.low_rank.step if self.steps_left else self.low_rank.last
-        return chosen.of(done, self.found) if isinstance(chosen, FastStep) else chosen(done.residual, self.found)
+        return chosen(done.residual, self.found)
 
     def _next_error(self, done: QuantizeStep) -> Tensor:
         """E = W - Q - BA in the residual's memory, and W - BA as the next target in the last one's."""
         if self.found is None:
             return done.residual
-        torch.addmm(self.weight, self.found.lora_b, self.found.lora_a, alpha=-1, out=self.target)
+        torch.sub(self.weight, self.found.product(out=self.target), out=self.target)
         return done.residual.add_(self.target).sub_(self.weight)
 
     def _plan_ahead(self, before: _Iterate | None, tried: _Iterate, best: _Iterate, error: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,15 @@ def attach_adapter(model: PreTrainedModel, home: Path, *, trainable: bool, place
         shown = ", ".join(fit.dropped[:3])
         logger.warning("%s has no %s: %d adapter(s) left out.", type(model).__name__, shown, len(fit.dropped))
     options = {**_placed(placement), "is_trainable": trainable}
-    if fit.changed:
-        with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
-            _write(fit, file, model, Path(folder))
-            wrapped = PeftModel.from_pretrained(model, folder, **options)
-    else:
-        wrapped = PeftModel.from_pretrained(model, home, **options)
+    with warnings.catch_warnings():
+        # PEFT 0.21 looks for these keys among modules only and says that it ignores those of parameters; it does not.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        if fit.changed:
+            with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
+                _write(fit, file, model, Path(folder))
+                wrapped = PeftModel.from_pretrained(model, folder, **options)
+        else:
+            wrapped = PeftModel.from_pretrained(model, home, **options)
     _check_complete(wrapped, fit.renames.values())
     return wrapped
 
@@ -136,18 +140,18 @@ def _split(key: str) -> tuple[str, str]:
 
 def _rename_config(config: LoraConfig, model: PreTrainedModel, keys: Iterable[str], dropped: Container[str]) -> None:
     """Name the modules as this class does: those of `keys` exactly, whatever the file's list or pattern was."""
-    adapted = {_split(key)[0] for key in keys if ".lora_" in key}
-    # Stacked experts have adapters too, but they are parameters and named in `target_parameters`.
-    layers = sorted(path for path in adapted if hasattr(model.get_submodule(path), "weight"))
-    config.target_modules = "|".join(re.escape(path) for path in layers)
     prefix = getattr(model, "base_model_prefix", "")
     places = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    if config.target_parameters:
+        named = [find_path(entry, places, prefix) for entry in config.target_parameters]
+        config.target_parameters = [entry for entry in named if entry]
+    aside = {name.rpartition(".")[0] for name in config.target_parameters or ()}
+    layers = sorted({_split(key)[0] for key in keys if ".lora_" in key} - aside)
+    # PEFT takes a pattern apart in models with experts, and would then adapt whatever ends like its parts.
+    config.target_modules = layers if aside else "|".join(re.escape(path) for path in layers)
     for field in ("rank_pattern", "alpha_pattern"):
         kept = {key: value for key, value in getattr(config, field).items() if key not in dropped}
         setattr(config, field, {find_path(key, places, prefix) or key: value for key, value in kept.items()})
-    if config.target_parameters:
-        named = [find_path(entry, places, prefix) or entry for entry in config.target_parameters]
-        config.target_parameters = named
 
 
 def _task_type(model: PreTrainedModel, config: LoraConfig) -> str | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FINGERPRINT = "loftq_fingerprint"
 
 # Names of the scales in packed and in bitsandbytes checkpoints.
-_SCALES = (".weight_absmax", ".weight.absmax")
+_SCALES = (".weight_absmax", ".absmax")
 
 # What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -119,8 +119,9 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
     lost = [key for key in missing if key.endswith((".weight_absmax", ".weight_levels"))]
     for key in unexpected:
         if key.endswith(_SCALES):
-            module = key.removesuffix(".absmax").removesuffix("_absmax").removesuffix(".weight")
-            lost += [key] if find_path(module, modules, prefix) else []
+            module = key.removesuffix(".absmax").removesuffix("_absmax")
+            # A weight's module, or the module that holds a stacked parameter.
+            lost += [key] if find_path(module.rpartition(".")[0], modules, prefix) else []
     return sorted(lost)
 
 

@@ -21,14 +21,17 @@ from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import Codebook
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
 from loftq_cli.runtime.paths import find_path
+from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
 
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """The modules that share a grid; paths are those of the class the checkpoint was converted with."""
+    """The modules that share a grid; paths are those of the class the checkpoint was converted with. `parameters` are
+    dequantized when they are loaded."""
 
     grid: BlockGrid
     modules: tuple[str, ...]
+    parameters: tuple[PackedParameter, ...] = ()
 
 
 class LoftqConfig(QuantizationConfigMixin):
@@ -71,7 +74,11 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
     book = Codebook(str(group["data_type"]), int(group["bits"]), tuple(float(level) for level in group["levels"]))
     scale_dtype = DTYPES[group["scale_dtype"]]
     grid = BlockGrid(book, int(group["block_size"]), "rows", scale_dtype=scale_dtype, value_dtype=value_dtype)
-    return PackedGroup(grid, tuple(group["modules"]))
+    parameters = [
+        PackedParameter(name, grid, int(entry["in_features"]), bool(entry["transposed"]))
+        for name, entry in group.get("parameters", {}).items()
+    ]
+    return PackedGroup(grid, tuple(group["modules"]), tuple(parameters))
 
 
 class LoftqHfQuantizer(HfQuantizer):
@@ -84,6 +91,19 @@ class LoftqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         pack_modules(model, self.quantization_config.packed_groups())
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Make transformers' way from names on disk to parameters unpack experts before it stacks them."""
+        parameters = [item for group in self.quantization_config.packed_groups() for item in group.parameters]
+        self._unpacking = Unpacking(parameters, getattr(model, "base_model_prefix", ""), self)
+        return self._unpacking.extend(weight_conversions)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        # The model holds these parameters dense now, and that is how it would be saved.
+        for group in self.quantization_config.groups:
+            group["parameters"] = {}
+        model._weight_conversions = self._unpacking.restore(model._weight_conversions)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -136,7 +156,7 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
             found = find_path(path, modules, prefix)
             if found is not None:
                 grids[found] = group.grid
-    if groups and not grids:
+    if any(group.modules for group in groups) and not grids:
         raise LoftqError(
             f"none of the packed modules of this checkpoint is in {type(model).__name__}: load it as the class in its "
             "config.json, or as another class of the same family."

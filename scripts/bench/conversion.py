@@ -43,16 +43,27 @@ def convert_once(source: Path, output: Path, recipe: dict[str, Any], device: str
     return {"wall_seconds": round(wall, 2), **json.loads(done.stdout)["totals"]}
 
 
+def estimate_once(source: Path, output: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
+    """What `loftq plan` says beforehand, in a process of its own."""
+    words = [sys.executable, "-m", "loftq_cli", "plan", str(source), "-o", str(output), "--json", "--device", device]
+    for name, value in recipe.items():
+        words += [f"--{name}", str(value)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)["estimate"]
+    return {"estimated_seconds": round(said["seconds"], 1), "estimated_peak_bytes": said["peak_memory_bytes"]}
+
+
 def bench(name: str, work: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
     """Convert one shape and set it against the floor."""
     source, output = work / name, work / f"{name}-out"
     if not (source / "config.json").exists():
         write_checkpoint(SHAPES[name], source)
     plan = loftq_cli.plan(source, output=output, **recipe)
+    estimated = estimate_once(source, output, recipe, device)
     totals = convert_once(source, output, recipe, device)
     shutil.rmtree(output)
     weights = plan.quantized_weights
-    result = {"shape": name, "recipe": recipe, "device": device, "quantized_weights": weights, **totals}
+    result = {"shape": name, "recipe": recipe, "device": device, "quantized_weights": weights, **estimated, **totals}
     result["seconds_per_billion"] = round(totals["seconds"] / weights * 1e9, 2)
     if device == "cpu":
         rates = measure_rates(work, torch.get_num_threads())

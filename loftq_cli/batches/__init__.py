@@ -1,0 +1,1 @@
+"""Many conversions: recipes from files, one process each, and what became of them."""

@@ -1,0 +1,129 @@
+"""One job as a process of its own: a crash, or the kernel's out-of-memory killer, takes nothing else down."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.batches.expand import Job
+from loftq_cli.errors import ExitCode
+
+_SENTENCE = "loftq: "
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+_TAIL = 20  # lines of stderr kept for the error of a process that died without a sentence
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code (negative for a signal) and the sentence that says why, if it failed."""
+
+    exit_code: int
+    error: str | None
+
+
+class Children:
+    """The processes of a batch, so that all can be told to stop."""
+
+    def __init__(self, options: Sequence[str], jobs: int) -> None:
+        self._options = list(options)
+        self._environment = _environment(jobs)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self.stopping = False
+
+    def run(self, job: Job, tell: Callable[[str], None]) -> Ended:
+        """Convert; `tell` hears every line the process writes to stderr."""
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="loftq-", encoding="utf-8") as recipe:
+            recipe.write(_yaml(job))
+            recipe.flush()
+            words = [sys.executable, "-m", "loftq_cli", "quantize", "--config", recipe.name, "-o", str(job.output)]
+            process = self._start([*words, *self._options])
+            if process is None:
+                return Ended(int(ExitCode.INTERRUPTED), None)
+            return self._follow(process, tell)
+
+    def interrupt(self) -> None:
+        """Ctrl-C for every process, and no new ones."""
+        self._send(signal.SIGINT)
+
+    def kill(self) -> None:
+        """For those who do not hear."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        with self._lock:
+            self.stopping = True
+            for process in self._running:
+                process.send_signal(number)
+
+    def _start(self, words: list[str]) -> subprocess.Popen[str] | None:
+        with self._lock:
+            if self.stopping:
+                return None
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                env=self._environment,
+                start_new_session=True,  # a Ctrl-C at the terminal reaches it once, through us
+            )
+            self._running.add(process)
+            return process
+
+    def _follow(self, process: subprocess.Popen[str], tell: Callable[[str], None]) -> Ended:
+        assert process.stderr is not None
+        tail: list[str] = []
+        for line in process.stderr:
+            line = line.rstrip()
+            if line:
+                tail = [*tail[1 - _TAIL :], line]
+                tell(line)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return Ended(code, _error(code, tail))
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """Several processes share the cores, unless the user has said how."""
+    environment = dict(os.environ)
+    # `python -m loftq_cli` must find this very package, wherever it was imported from.
+    home = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
+    if jobs > 1 and not any(name in environment for name in _THREADS):
+        share = str(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
+        environment.update(dict.fromkeys(_THREADS, share))
+    return environment
+
+
+def _yaml(job: Job) -> str:
+    import yaml
+
+    values: dict[str, Any] = dict(job.recipe)
+    if job.push_to is not None:
+        values["push_to"] = job.push_to
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _error(code: int, tail: Sequence[str]) -> str | None:
+    if code == 0:
+        return None
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
+        return f"the process was ended by {name}{memory}: run the same command again to go on."
+    said = [line.removeprefix(_SENTENCE) for line in tail if line.startswith(_SENTENCE)]
+    last = said[-1] if said else tail[-1] if tail else "it left without a word"
+    return re.sub(r"\s+", " ", last)

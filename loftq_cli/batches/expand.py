@@ -1,0 +1,133 @@
+"""Recipe files → jobs: one for each recipe, a `matrix:` of lists multiplied out, every output with a readable name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.recipe import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
+
+_IN_DEFAULT_NAME = ("model", "revision", "method", "bits", "rank")
+_LISTS = ("rule", "include", "exclude")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion of a batch.
+
+    Attributes:
+        name: short and unique, the last part of `output`.
+        file: where it stands.
+        recipe: its fields, complete enough for `make_recipe`.
+        problem: what is wrong with it; such a job is reported, never run.
+    """
+
+    name: str
+    file: Path
+    recipe: Mapping[str, Any]
+    output: Path
+    push_to: str | None = None
+    problem: str | None = None
+
+
+def read_jobs(files: Sequence[str | Path], output: str | Path | None = None) -> tuple[Job, ...]:
+    """Every job of these files, in their order. A file or recipe that is broken becomes a job with its problem.
+
+    Args:
+        output: directory for the outputs whose file names none; by default the working directory.
+
+    Raises:
+        UsageError: no file is given, or two jobs would write to the same directory.
+    """
+    if not files:
+        raise UsageError("no recipe file was given: name one or more, such as configs/*.yaml.")
+    parent = Path(output).expanduser() if output else Path()
+    jobs = tuple(job for file in files for job in _jobs_of(Path(file).expanduser(), parent))
+    for path, count in Counter(job.output.resolve() for job in jobs if job.problem is None).items():
+        if count > 1:
+            twice = [job for job in jobs if job.output.resolve() == path]
+            raise UsageError(
+                f"{twice[0].file} and {twice[1].file} would both write to {twice[0].output}: give one of them an "
+                "output:, with fields in braces where it has a matrix, such as 'out/{model}-{bits}bit-{seed}'."
+            )
+    return jobs
+
+
+def _jobs_of(file: Path, parent: Path) -> list[Job]:
+    try:
+        values = read_yaml(file)
+        return [_job(file, fields, varied, parent) for fields, varied in _multiplied(file, values)]
+    except LoftqError as error:
+        return [Job(file.stem, file, {}, parent / file.stem, problem=str(error))]
+
+
+def _multiplied(file: Path, values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The fields of every combination, and which of them vary."""
+    matrix = values.get(MATRIX, {})
+    rest = {name: value for name, value in values.items() if name != MATRIX}
+    if not isinstance(matrix, dict) or (MATRIX in values and not matrix):
+        raise UsageError(f"matrix in {file} is no mapping: write lists of values under it, such as 'bits: [4, 2]'.")
+    matrix = {str(name).replace("-", "_"): choices for name, choices in matrix.items()}
+    for name, choices in matrix.items():
+        if name not in recipe_fields():
+            raise UsageError(f"matrix in {file} names '{name}', which is no field of a recipe.")
+        if name in rest:
+            raise UsageError(f"{file} names {name} twice, in the matrix and beside it: leave one out.")
+        if not isinstance(choices, list) or not choices:
+            raise UsageError(f"{name} in the matrix of {file} is no list of values: write them as [a, b].")
+    for combination in itertools.product(*matrix.values()):
+        yield rest | dict(zip(matrix, combination)), tuple(matrix)
+
+
+def _job(file: Path, fields: Mapping[str, Any], varied: tuple[str, ...], parent: Path) -> Job:
+    """The job, or what is wrong with it; the others of its file are none the worse."""
+    recipe = {name: value for name, value in fields.items() if name not in PLACES}
+    stem = "-".join([file.stem, *(_word(name, fields[name]) for name in varied)])
+    try:
+        name = _default_name(recipe, varied)
+        words = {**recipe_fields(), **recipe, "model": Path(str(recipe["model"])).name, "name": name}
+        output = _place(fields.get("output"), words, varied)
+        if output is None or (varied and "{" not in str(fields["output"])):
+            output = str(Path(output or parent) / name)
+        target = Path(output).expanduser()
+        return Job(target.name, file, recipe, target, _place(fields.get("push_to"), words, varied))
+    except LoftqError as error:
+        return Job(stem, file, recipe, parent / stem, problem=f"{error}")
+
+
+def _default_name(recipe: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """As `quantize` names its output, and the other fields that vary: `Llama-2-7b-loftq-2bit-r64-uniform-seed1`."""
+    from loftq_cli.api import default_output
+
+    made = make_recipe(recipe)
+    usual = default_output(made).name
+    return "-".join([usual, *(_word(name, recipe[name]) for name in varied if name not in _IN_DEFAULT_NAME)])
+
+
+def _word(name: str, value: Any) -> str:
+    """A field's value as part of a name: `seed1`, `uniform`, `keep_last`."""
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    text = str(value) if isinstance(value, str) else f"{name}{value}"
+    return re.sub(r"[^\w.-]+", "-", text.rpartition("/")[2]).strip("-") or name
+
+
+def _place(template: Any, words: Mapping[str, Any], varied: tuple[str, ...]) -> str | None:
+    """`output` or `push_to`; where there is a matrix, with the fields in braces filled in."""
+    if template is None:
+        return None
+    if not isinstance(template, str) or not template:
+        raise UsageError(f"{template!r} is no place to write to: give a text.")
+    if not varied:
+        return template
+    try:
+        return template.format_map(words)
+    except (KeyError, ValueError, IndexError, AttributeError):
+        known = ", ".join(f"{{{name}}}" for name in ("name", *varied))
+        raise UsageError(f"'{template}' has braces that name no field: use fields of the recipe, {known}.") from None

@@ -1,0 +1,158 @@
+"""What became of a batch, for people, for programs and for CI."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from loftq_cli.artifacts.manifest import Manifest
+from loftq_cli.errors import ExitCode
+
+DONE = ("done", "finished", "planned")
+STATUSES = (*DONE, "incomplete", "failed", "interrupted")
+_CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")  # what XML cannot hold
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One recipe's end.
+
+    Attributes:
+        status: `done` now; `finished` before; `planned` in a dry run; `incomplete`, the same command goes on; `failed`;
+            `interrupted`, or not begun when the batch was.
+        exit_code: of its process; negative for a signal; None where there was none.
+        error: the sentence it ended with.
+        resumed: whether it went on where an earlier run had stopped.
+        seconds: of this batch's time.
+    """
+
+    name: str
+    file: str
+    output: str
+    status: str
+    exit_code: int | None = None
+    error: str | None = None
+    resumed: bool = False
+    seconds: float = 0.0
+    push_to: str | None = None
+    format: str | None = None
+    matrices: int | None = None
+    source_bytes: int | None = None
+    output_bytes: int | None = None
+    bits_effective: float | None = None
+    bits_stored: float | None = None
+    plain_residual: float | None = None
+    residual: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status in DONE
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """All outcomes, in the order of the files."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        found = Counter(outcome.status for outcome in self.outcomes)
+        return {status: found[status] for status in STATUSES if found[status]}
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0 only if all are done; 4 where running the same command again is all that is needed."""
+        if self.interrupted:
+            return ExitCode.INTERRUPTED
+        left = {outcome.status for outcome in self.outcomes if not outcome.ok}
+        if not left:
+            return ExitCode.DONE
+        return ExitCode.INCOMPLETE if left == {"incomplete"} else ExitCode.FAILED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `--summary` and `--json`."""
+        return {
+            "ok": self.exit_code == ExitCode.DONE,
+            "exit_code": int(self.exit_code),
+            "seconds": self.seconds,
+            "counts": self.counts,
+            "recipes": [dataclasses.asdict(outcome) for outcome in self.outcomes],
+        }
+
+
+def measured(outcome: Outcome, manifest: Manifest) -> Outcome:
+    """With the numbers of a finished conversion."""
+    totals = manifest.totals
+    return dataclasses.replace(
+        outcome,
+        format=manifest.format,
+        matrices=totals.matrices,
+        source_bytes=totals.source_bytes,
+        output_bytes=totals.backbone_bytes + totals.adapter_bytes,
+        bits_effective=totals.bits_effective,
+        bits_stored=totals.bits_stored,
+        plain_residual=totals.plain_residual,
+        residual=totals.residual,
+    )
+
+
+def junit(report: BatchReport) -> bytes:
+    """JUnit XML: one test case a recipe, so that CI shows each model."""
+    counts = report.counts
+    suite = ElementTree.Element(
+        "testsuite",
+        name="loftq batch",
+        tests=str(len(report.outcomes)),
+        failures=str(counts.get("failed", 0)),
+        errors=str(counts.get("incomplete", 0)),
+        skipped=str(counts.get("interrupted", 0)),
+        time=f"{report.seconds:.3f}",
+    )
+    tags = {"failed": "failure", "incomplete": "error", "interrupted": "skipped"}
+    for outcome in report.outcomes:
+        case = ElementTree.SubElement(
+            suite, "testcase", name=outcome.name, classname=outcome.file, time=f"{outcome.seconds:.3f}"
+        )
+        said = _CONTROL.sub("", outcome.error or outcome.status)
+        if outcome.status in tags:
+            ElementTree.SubElement(case, tags[outcome.status], message=said).text = said
+        else:
+            ElementTree.SubElement(case, "system-out").text = f"{outcome.status}: {outcome.output}"
+    suites = ElementTree.Element("testsuites")
+    suites.append(suite)
+    ElementTree.indent(suites)
+    return ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def markdown(report: BatchReport) -> str:
+    """A table for a GitHub step summary."""
+    lines = [
+        f"### loftq batch: {', '.join(f'{count} {status}' for status, count in report.counts.items())}",
+        "",
+        "| | recipe | bits | size | residual plain → kept | time | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for outcome in report.outcomes:
+        mark = "✅" if outcome.ok else "❌"
+        bits = "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}"
+        size = "" if outcome.output_bytes is None else f"{outcome.output_bytes / 1e9:.3f} GB"
+        gain = "" if outcome.residual is None else f"{outcome.plain_residual:.4f} → {outcome.residual:.4f}"
+        said = (outcome.error or outcome.status).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {mark} | `{outcome.name}` | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A report is there completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,199 @@
+"""`loftq_cli.batch`: many recipes, one after the other or several at a time, past every failure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.artifacts.manifest import NAME as MANIFEST
+from loftq_cli.artifacts.manifest import read_manifest
+from loftq_cli.batches.child import Children
+from loftq_cli.batches.expand import Job, read_jobs
+from loftq_cli.batches.report import BatchReport, Outcome, junit, measured, write_whole
+from loftq_cli.errors import ExitCode, LoftqError, UsageError
+
+_GRACE = 60.0  # seconds between asking the processes to stop and stopping them
+_STATE_OF = {ExitCode.DONE: "done", ExitCode.INCOMPLETE: "incomplete", ExitCode.INTERRUPTED: "interrupted"}
+
+
+class BatchReporter:
+    """Silent. Subclasses show what they like; calls come from several threads."""
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """These are to be done."""
+
+    def line(self, job: Job, text: str) -> None:
+        """A job's process said something."""
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        """A job is over."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the jobs of one batch share."""
+
+    children: Children
+    reporter: BatchReporter
+    stream: bool
+    overwrite: bool
+    dry_run: bool
+
+
+def batch(
+    files: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    jobs: int = 1,
+    device: str = "auto",
+    num_processes: int | None = None,
+    max_memory: str | int | None = None,
+    stream: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    verbose: bool = False,
+    summary: str | Path | None = None,
+    junit_file: str | Path | None = None,
+    reporter: BatchReporter | None = None,
+) -> BatchReport:
+    """Convert every recipe in these YAML files, each in a process of its own.
+
+    What is finished already, with the same recipe and source, is skipped; what is unfinished goes on; what fails does
+    not stop the others. A file may hold lists under `matrix:`, which are multiplied out, and `output:` and `push_to:`.
+
+    Args:
+        files: YAML recipes.
+        output: directory for the outputs whose file names none; by default the working directory.
+        jobs: how many conversions run at the same time.
+        device, num_processes, max_memory, stream, overwrite: as in `quantize`, for every recipe.
+        dry_run: plan every recipe and convert none.
+        verbose: let the processes name every matrix.
+        summary: file for the report as JSON.
+        junit_file: file for the report as JUnit XML.
+        reporter: hears of progress; silent by default.
+
+    Returns:
+        What became of every recipe. After Ctrl-C, `interrupted` is set and all state is kept.
+
+    Raises:
+        UsageError: no files, two outputs in one place, or an argument that cannot be meant.
+    """
+    if jobs < 1:
+        raise UsageError(f"--jobs cannot be {jobs}: give a whole number from 1 on.")
+    started, found = time.monotonic(), read_jobs(files, output)
+    options = ["--device", device]
+    for flag, value in (("--num-processes", num_processes), ("--max-memory", max_memory)):
+        options += [] if value is None else [flag, str(value)]
+    options += [flag for flag, on in (("--stream", stream), ("--overwrite", overwrite), ("--verbose", verbose)) if on]
+    shared = _Batch(Children(options, jobs), reporter or BatchReporter(), stream, overwrite, dry_run)
+    shared.reporter.begin(found)
+    outcomes = _run_all(shared, found, 1 if dry_run else jobs)
+    report = BatchReport(tuple(outcomes), round(time.monotonic() - started, 3), shared.children.stopping)
+    if summary is not None:
+        write_whole(Path(summary), (json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    if junit_file is not None:
+        write_whole(Path(junit_file), junit(report))
+    return report
+
+
+def _run_all(shared: _Batch, jobs: Sequence[Job], at_once: int) -> list[Outcome]:
+    """Outcomes in the order of the jobs."""
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        futures = [pool.submit(_run, shared, job) for job in jobs]
+        with _stopping(shared.children, futures):
+            wait(futures)
+        return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def _stopping(children: Children, futures: Sequence[Future[Outcome]]) -> Iterator[None]:
+    """On Ctrl-C (or SIGTERM, which the command line makes one) every process is asked once to stop, and gets time to
+    keep its state; a second Ctrl-C does not wait."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        children.interrupt()
+        try:
+            _, running = wait(futures, timeout=_GRACE)
+        except KeyboardInterrupt:
+            running = set(futures)
+        if running:
+            children.kill()
+        wait(futures)
+
+
+def _run(shared: _Batch, job: Job) -> Outcome:
+    """One job, whatever happens to it."""
+    started = time.monotonic()
+    blank = Outcome(job.name, str(job.file), str(job.output), "failed", push_to=job.push_to)
+    try:
+        if job.problem is not None:
+            outcome = dataclasses.replace(blank, error=job.problem, exit_code=int(ExitCode.USAGE))
+        elif shared.children.stopping:
+            outcome = dataclasses.replace(blank, status="interrupted", error="not begun")
+        elif shared.dry_run:
+            outcome = _plan(shared, job, blank)
+        else:
+            outcome = _convert(shared, job, blank)
+    except Exception as error:
+        said = str(error) if isinstance(error, LoftqError) else f"unexpected {type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, LoftqError) else ExitCode.FAILED
+        outcome = dataclasses.replace(blank, error=said, exit_code=int(code), status=_STATE_OF.get(code, "failed"))
+    outcome = dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 3))
+    shared.reporter.ended(job, outcome)
+    return outcome
+
+
+def _convert(shared: _Batch, job: Job, blank: Outcome) -> Outcome:
+    from loftq_cli.engine.output import journal_of
+
+    before = not shared.overwrite and _is_finished(shared, job)
+    if before and job.push_to is None:
+        return measured(dataclasses.replace(blank, status="finished"), read_manifest(job.output))
+    resumed = not before and not shared.overwrite and journal_of(job.output).read_header() is not None
+    ended = shared.children.run(job, lambda line: shared.reporter.line(job, line))
+    outcome = dataclasses.replace(blank, exit_code=ended.exit_code, error=ended.error, resumed=resumed)
+    if ended.exit_code == 0:
+        outcome = dataclasses.replace(outcome, status="finished" if before else "done")
+        return measured(outcome, read_manifest(job.output))
+    if shared.children.stopping:
+        return dataclasses.replace(outcome, status="interrupted")
+    # What a signal ended has kept its state, as a run that says so itself.
+    status = "incomplete" if ended.exit_code < 0 else _status(ended.exit_code)
+    return dataclasses.replace(outcome, status=status)
+
+
+def _status(exit_code: int) -> str:
+    return _STATE_OF.get(ExitCode(exit_code), "failed") if exit_code in set(ExitCode) else "failed"
+
+
+def _is_finished(shared: _Batch, job: Job) -> bool:
+    """Whether the output is complete and what this recipe would give; only then is anything but a process needed."""
+    if not (job.output / MANIFEST).is_file():
+        return False
+    from loftq_cli.api import plan
+    from loftq_cli.engine.finished import find_finished
+
+    return find_finished(plan(output=job.output, stream=shared.stream, **job.recipe)) is not None
+
+
+def _plan(shared: _Batch, job: Job, blank: Outcome) -> Outcome:
+    from loftq_cli.api import plan
+
+    made = plan(output=job.output, stream=shared.stream, **job.recipe)
+    return dataclasses.replace(
+        blank,
+        status="planned",
+        format=made.recipe.format,
+        matrices=len(made.matrices),
+        source_bytes=made.source_bytes,
+        output_bytes=made.backbone_bytes + made.adapter_bytes,
+        bits_effective=round(made.bits_effective, 4),
+        bits_stored=round(made.bits_stored, 4),
+    )

@@ -1,0 +1,177 @@
+"""`loftq batch`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results, warn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loftq_cli.batches.expand import Job
+    from loftq_cli.batches.report import BatchReport, Outcome
+
+_COLOURS = {"done": "green", "finished": "green", "planned": "green", "incomplete": "yellow", "interrupted": "yellow"}
+
+
+def batch_command(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML recipes, also with a matrix: of lists.")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory for the outputs whose file names none. [dim]\\[default: .][/]",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    summary: Annotated[
+        Optional[Path],
+        typer.Option("--summary", help="Write the report as JSON.", rich_help_panel="Output", metavar="FILE.json"),
+    ] = None,
+    junit: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--junit", help="Write the report as JUnit XML, for CI.", rich_help_panel="Output", metavar="FILE.xml"
+        ),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Conversions at the same time.", rich_help_panel="Running", metavar="N")
+    ] = 1,
+    device: o.Device = "auto",
+    num_processes: o.NumProcesses = None,
+    max_memory: o.MaxMemory = None,
+    stream: o.Stream = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan every recipe, convert none.", rich_help_panel="Running")
+    ] = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Convert every recipe in these files, and go on past failures.
+
+    Each runs in a process of its own. What is finished is skipped, what is unfinished goes on. The exit code is 0 only
+    if all are done. In GitHub Actions the table also appears in the step's summary.
+
+    Example: loftq batch configs/*.yaml -o converted --summary summary.json --junit junit.xml
+    """
+    with guarded(debug, resumable="interrupted; what is finished is kept: run the same command again to go on."):
+        from loftq_cli.batches.run import BatchReporter, batch
+
+        calm_hub(silent=True)
+        with _ended_as_by_hand():
+            report = batch(
+                files,
+                output=output,
+                jobs=jobs,
+                device=device,
+                num_processes=num_processes,
+                max_memory=max_memory,
+                stream=stream,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                verbose=verbose,
+                summary=summary,
+                junit_file=junit,
+                reporter=BatchReporter() if quiet or json else _lines(),
+            )
+        _step_summary(report)
+        if json:
+            print_json(report.as_dict())
+        elif not quiet:
+            _print(report)
+        if report.interrupted:
+            raise KeyboardInterrupt
+    raise typer.Exit(int(report.exit_code))
+
+
+@contextmanager
+def _ended_as_by_hand() -> Iterator[None]:
+    """SIGTERM, which ends a CI job, is Ctrl-C to us, so that every process keeps its state."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _lines() -> Any:
+    """A reporter that relays every line with the name of its recipe."""
+    from loftq_cli.batches.run import BatchReporter
+
+    class Lines(BatchReporter):
+        def __init__(self, console: Console) -> None:
+            self.console, self.total, self.over = console, 0, 0
+
+        def begin(self, jobs: Sequence[Job]) -> None:
+            self.total = len(jobs)
+
+        def line(self, job: Job, text: str) -> None:
+            if text.startswith("loftq: "):
+                return  # the sentence it ends with is told with its end
+            self.console.print(f"{job.name}: {text}", soft_wrap=True, markup=False)
+
+        def ended(self, job: Job, outcome: Outcome) -> None:
+            self.over += 1
+            why = f": {outcome.error}" if outcome.error and outcome.exit_code is not None else ""
+            said = f"[{self.over}/{self.total}] {job.name}: {outcome.status}{why}"
+            self.console.print(said, soft_wrap=True, markup=False, style=_COLOURS.get(outcome.status, "red"))
+
+    return Lines(messages())
+
+
+def _print(report: BatchReport) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = results()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("recipe", overflow="fold")
+    table.add_column("", no_wrap=True)
+    for column in ("bits", "size", "residual", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("output, or what is wrong", overflow="fold")
+    for outcome in report.outcomes:
+        status = f"{outcome.status}, resumed" if outcome.resumed else outcome.status
+        table.add_row(
+            escape(outcome.name),
+            f"[{_COLOURS.get(outcome.status, 'red')}]{status}[/]",
+            "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}",
+            "" if outcome.output_bytes is None else gigabytes(outcome.output_bytes),
+            "" if outcome.residual is None else f"{outcome.residual:.4f}",
+            duration(outcome.seconds),
+            escape(outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output)),
+        )
+    console.print(table)
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
+    console.print(f"\n{counts} of {len(report.outcomes)} in {duration(report.seconds)}")
+
+
+def _step_summary(report: BatchReport) -> None:
+    from loftq_cli.batches.report import markdown
+
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(markdown(report))
+    except OSError as error:
+        warn(f"the step summary {path} could not be written ({error.strerror}).")

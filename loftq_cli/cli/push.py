@@ -1,0 +1,116 @@
+"""`loftq push`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import calm_hub, gigabytes, guarded, messages, print_json, results, warn
+
+if TYPE_CHECKING:
+    from loftq_cli.hub.push import Pushed
+
+_WHERE = "Where to"
+
+
+def push_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Finished output of `loftq quantize`.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub, made where there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository a private one.", rich_help_panel=_WHERE)
+    ] = False,
+    revision: Annotated[
+        Optional[str],
+        typer.Option(
+            "--revision",
+            help="Branch to push to, made where there is none; or refs/pr/N. [dim]\\[default: main][/]",
+            rich_help_panel=_WHERE,
+            show_default=False,
+            metavar="BRANCH",
+        ),
+    ] = None,
+    create_pr: Annotated[
+        bool,
+        typer.Option(
+            "--create-pr",
+            help="Open a pull request; the same command again goes on with that one.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
+    message: Annotated[
+        Optional[str],
+        typer.Option(
+            "--message",
+            "-m",
+            help="Message of the commit, title of the pull request.",
+            rich_help_panel=_WHERE,
+            show_default=False,
+        ),
+    ] = None,
+    base_model: Annotated[
+        Optional[str],
+        typer.Option(
+            "--base-model",
+            help="The model that was converted, for the card, where it came from a directory.",
+            rich_help_panel=_WHERE,
+            show_default=False,
+            metavar="ORG/NAME",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify, list the files, and send nothing.", rich_help_panel="Running")
+    ] = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Upload a finished conversion to the Hub.
+
+    The directory is verified first. In the pushed copy the adapter, the card and the manifest name the repository; the
+    directory stays as it is. When the upload breaks off, the same command goes on.
+
+    Example: loftq push llama-2bit some-org/Llama-2-13b-loftq-2bit --private
+    """
+    with guarded(debug, resumable="interrupted; what is on the Hub stays: run the same command again to go on."):
+        from loftq_cli.hub.push import push
+
+        silent = quiet or json
+        calm_hub(silent=silent)
+        console = messages()
+        pushed = push(
+            directory,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+            base_model=base_model,
+            dry_run=dry_run,
+            progress=None if silent else lambda step: console.print(step, markup=False, soft_wrap=True),
+        )
+        if json:
+            print_json(dataclasses.asdict(pushed))
+        elif not quiet:
+            _print(pushed)
+
+
+def _print(pushed: Pushed) -> None:
+    from rich.table import Table
+
+    console = results()
+    if pushed.left_out:
+        warn(f"not part of the conversion, so not pushed: {', '.join(pushed.left_out)}.")
+    if pushed.dry_run:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("would push")
+        table.add_column("bytes", justify="right")
+        for name, size in pushed.files.items():
+            table.add_row(name, f"{size:,}")
+        console.print(table)
+    total = gigabytes(sum(pushed.files.values()))
+    verb = "would go" if pushed.dry_run else "pushed"
+    console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True, markup=False)

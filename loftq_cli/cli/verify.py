@@ -1,0 +1,103 @@
+"""`loftq verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results
+from loftq_cli.errors import ExitCode
+
+if TYPE_CHECKING:
+    from loftq_cli.engine.verify import Step, Verification
+
+
+def verify_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    source: Annotated[
+        Optional[str],
+        typer.Option(
+            "--source",
+            metavar="MODEL",
+            help="The model it was made from, a directory or org/name: every residual is recomputed from the files.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: o.Revision = None,
+    stream: o.Stream = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Check that a converted directory still is, to the last bit, what was written.
+
+    Exit code 3 where anything differs: a flipped bit, a missing file, one that does not belong there, a residual that
+    is not the manifest's.
+
+    Example: loftq verify llama-2bit --source path/to/Llama-2-13b
+    """
+    with guarded(debug):
+        from loftq_cli.engine.verify import verify
+
+        calm_hub(silent=quiet or json)
+        with _progress(silent=quiet or json) as progress:
+            found = verify(directory, source=source, revision=revision, stream=stream, progress=progress)
+        if json:
+            print_json({**dataclasses.asdict(found), "ok": found.ok})
+        else:
+            _print(found, quiet)
+    if not found.ok:
+        raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
+
+
+def _print(found: Verification, quiet: bool) -> None:
+    for problem in found.problems:
+        results().print(str(problem), soft_wrap=True, markup=False)
+    if not found.ok:
+        count = "1 difference" if len(found.problems) == 1 else f"{len(found.problems)} differences"
+        messages().print(
+            f"[bold red]loftq:[/] {count} in {found.directory}: convert the model again, or fetch the directory again.",
+            soft_wrap=True,
+        )
+    elif not quiet:
+        text = f"{found.directory} is as it was written: {found.files} files, {gigabytes(found.nbytes)}"
+        if found.source is not None:
+            text += (
+                f"; {found.matrices} residuals recomputed from {found.source} agree within "
+                f"{found.largest_deviation:.1e}, {found.kept} tensors are copied exactly"
+            )
+        results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
+    """A bar in a terminal; nothing elsewhere, where the result says all."""
+    console = messages()
+    if silent or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[amount]}"))
+    last = (TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[name]}[/]"))
+    with Progress(*columns, *last, console=console, transient=True) as bar:
+        task = bar.add_task("files", total=None, amount="", name="")
+
+        def tell(step: Step) -> None:
+            amount = f"{gigabytes(step.done)} of {gigabytes(step.total)}" if step.of_bytes else ""
+            bar.update(
+                task,
+                description="files" if step.of_bytes else "residuals",
+                completed=step.done,
+                total=step.total,
+                amount=amount or f"{step.done}/{step.total}",
+                name=step.name,
+            )
+
+        yield tell

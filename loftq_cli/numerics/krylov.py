@@ -1,0 +1,92 @@
+"""The best directions of a matrix within a block Krylov space (Musco & Musco 2015, arXiv 1504.05477, Algorithm 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.numerics.threads import cholesky, eigh, product, qr
+
+# Shares of a column that outlive the projection: float32 has seven digits, and half of them where it is squared.
+_MUCH_LEFT = {True: 0.5, False: 5e-2}
+_NOTHING_LEFT = {True: 1e-5, False: 2e-3}
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """The r directions that capture most of a matrix M [out, in] within a subspace, largest first.
+
+    Attributes:
+        vectors: float32 [in, r], orthonormal columns.
+        images: M @ vectors, float32 [out, r], as exact as M's products are.
+        captured: float32 [r], the squared norms of the images.
+    """
+
+    vectors: Tensor
+    images: Tensor
+    captured: Tensor
+
+
+def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful: bool) -> RitzPairs:
+    """Directions within the span of Q, MᵀM Q, ..., (MᵀM)^depth Q for Q = `start` [in, l], float32.
+
+    Args:
+        matrix: [out, in]; its dtype is that of the products.
+        careful: squares are taken in float64. Squaring costs half the digits, which float32 affords only for narrow
+            spectra.
+    """
+    width = start.shape[1]
+    basis = start.new_empty(matrix.shape[1], width * (depth + 1))
+    images = start.new_empty(matrix.shape[0], width * (depth + 1))
+    block = start
+    for level in range(depth + 1):
+        here = slice(level * width, (level + 1) * width)
+        basis[:, here] = orthonormal(block, basis[:, : here.start], careful=careful)
+        image = product(matrix, basis[:, here].to(matrix.dtype))
+        images[:, here] = image
+        if level < depth:
+            image = orthonormal(image, image[:, :0], careful=True) if careful else image
+            block = product(matrix.T, image.to(matrix.dtype)).float()
+    wide = images.double() if careful else images
+    captured, vectors = eigh(wide.T @ wide)
+    captured, vectors = captured[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
+    return RitzPairs(basis @ vectors, images @ vectors, captured)
+
+
+def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
+    """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR.
+
+    Where little is left of some column, float32 has lost its digits, and a second round restores orthogonality; where
+    nothing is left, Householder QR fills the block up.
+    """
+    for _ in range(2):
+        before = block.norm(dim=0).max()
+        block = _without(block, basis)
+        wide = block.double() if careful else block
+        factor, failed = cholesky(wide.T @ wide)
+        left = factor.diagonal().min()
+        if failed or left <= _NOTHING_LEFT[careful] * before:
+            return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
+        block = torch.linalg.solve_triangular(factor.float().T, block, upper=True, left=False)
+        if left > _MUCH_LEFT[careful] * before:
+            break
+    return block
+
+
+def _householder(block: Tensor, basis: Tensor) -> Tensor:
+    """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
+    if not basis.shape[1]:
+        return qr(block).Q
+    generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
+    noise = torch.randn(block.shape, generator=generator).to(block.device)
+    block = qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
+    for _ in range(2):  # twice is enough
+        block = qr(_without(block, basis)).Q
+    return block
+
+
+def _without(block: Tensor, basis: Tensor) -> Tensor:
+    """`block` less its projection on the orthonormal `basis`."""
+    return torch.addmm(block, basis, basis.T @ block, alpha=-1) if basis.shape[1] else block

@@ -1,0 +1,65 @@
+"""CPU results that do not hang on the number of threads, so that any worker with any share of the cores gives the same
+bits.
+
+torch's float32 and float64 products and row norms are so already; LAPACK's decompositions and oneDNN's bfloat16
+products, which may part the inner dimension among threads, are not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PANEL = 512  # rows of a product that one thread computes
+
+
+def one_thread(decompose: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A decomposition of a small CPU matrix on one thread; on any other device as it is."""
+
+    @wraps(decompose)
+    def alone(matrix: Tensor) -> Any:
+        threads = torch.get_num_threads()
+        if matrix.device.type != "cpu" or threads == 1:
+            return decompose(matrix)
+        torch.set_num_threads(1)
+        try:
+            return decompose(matrix)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
+eigh, cholesky = one_thread(torch.linalg.eigh), one_thread(torch.linalg.cholesky_ex)
+qr, svd = one_thread(torch.linalg.qr), one_thread(partial(torch.linalg.svd, full_matrices=False))
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """`left` [m, k] @ `right` [k, n]; of bfloat16 on the CPU in panels of rows, each on one of torch's threads."""
+    if left.device.type != "cpu" or left.dtype != torch.bfloat16:
+        return torch.mm(left, right, out=out)
+    result = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype) if out is None else out
+    starts = range(0, left.shape[0], _PANEL)
+
+    def work(start: int) -> None:
+        torch.mm(left[start : start + _PANEL], right, out=result[start : start + _PANEL])
+
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads == 1 and torch.get_num_threads() == 1:
+        for start in starts:
+            work(start)
+    else:
+        list(_pool(os.getpid(), threads).map(work, starts))
+    return result
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads on which torch runs alone; one pool a process, because threads do not survive a fork."""
+    return ThreadPoolExecutor(threads, "loftq-product", initializer=torch.set_num_threads, initargs=(1,))

@@ -1,0 +1,91 @@
+"""Residuals of the fast low-rank step against exact ones, on every matrix of trained models.
+
+    python scripts/bench/quality.py MODEL_DIR... --rank 4 16 64 --bits 2 4
+
+Per matrix the residual of the best of T steps over that of the same algorithm with exact SVDs. Prints and keeps the
+distribution in scripts/bench/results/quality.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine, save_result
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import loftq_cli
+from loftq_cli.checkpoint import open_checkpoint
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
+
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def matrices(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """What `loftq quantize` would quantize, in float32 [out, in]."""
+    plan = loftq_cli.plan(folder, bits=2)
+    with open_checkpoint(folder) as checkpoint:
+        for unit in plan.matrices:
+            weight = checkpoint.read(unit.tensor).float()
+            yield unit.tensor, weight.T.contiguous() if unit.kind == "conv1d" else weight
+
+
+def ratios(folder: Path, bits: int, rank: int, iters: int) -> list[float]:
+    """Fast over exact, the best step of each, for every matrix."""
+    from loftq_cli.numerics.blocks import BlockGrid
+    from loftq_cli.numerics.codebooks import codebook
+
+    quantizer = block_quantizer(BlockGrid(codebook("nf", bits), 64, "rows", torch.float32, torch.float32), "cpu")
+    found = []
+    for _, weight in matrices(folder):
+        exact = loftq(weight, quantizer, iters=iters, low_rank=exact_step(min(rank, *weight.shape)))
+        fast = loftq(weight, quantizer, iters=iters, low_rank=fast_step(rank, torch.Generator().manual_seed(0)))
+        found.append(fast.residual / exact.residual)
+    return found
+
+
+def bench(folder: Path, bits: int, rank: int, iters: int) -> dict[str, Any]:
+    found = torch.tensor(ratios(folder, bits, rank, iters), dtype=torch.float64)
+    quantiles = torch.quantile(found, torch.tensor(_QUANTILES, dtype=torch.float64))
+    return {
+        "matrices": found.numel(),
+        "mean": round(float(found.mean()), 6),
+        "quantiles": {str(q): round(float(value), 6) for q, value in zip(_QUANTILES, quantiles, strict=True)},
+        "above_0.1_percent": int((found > 1.001).sum()),
+        "ratios": [round(value, 6) for value in sorted(found.tolist())],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--rank", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--iters", type=int, default=5)
+    asked = parser.parse_args()
+    table = Table("model", "bits", "rank", "matrices", "mean", *(f"q{q:g}" for q in _QUANTILES), "above 0.1 %")
+    for model in asked.models:
+        for bits in asked.bits:
+            for rank in asked.rank:
+                result = bench(model, bits, rank, asked.iters)
+                save_result(
+                    "quality",
+                    f"{model.name} nf{bits} r{rank} T{asked.iters}",
+                    {"machine": describe_machine(), **result},
+                )
+                quantiles = (f"{value:.5f}" for value in result["quantiles"].values())
+                table.add_row(
+                    model.name, str(bits), str(rank), str(result["matrices"]), f"{result['mean']:.5f}", *quantiles,
+                    str(result["above_0.1_percent"]),
+                )  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
