@@ -157,6 +157,8 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if isinstance(self.calibrate, Path):
+            object.__setattr__(self, "calibrate", str(self.calibrate))
         if self.iters is None:
             object.__setattr__(self, "iters", ITERS.get(self.method, 5))
         if self.method == "refined" and self.init is None:
