@@ -55,10 +55,11 @@ def quantize(
             is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
         **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
-            iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="nf", block_size=64,
-            format="auto", rule=(), include=(), exclude=(), embeddings="keep", lm_head="keep", experts="quantize",
-            allow_nonfinite=False, alpha=None, keep_last=False, svd="fast", dtype="auto", calibrate=None,
-            calibration_tokens=16384, calibrate_kind="diagonal", seed=0, max_shard_size="5GB", meta_version="auto".
+            iters=None (5; refined: 12), method="loftq", init=None, levels=None, data_type="auto", block_size=64,
+            group_size=None, scale="auto", symmetric=None, double_quant=False, format="auto", dequantize=True, rule=(),
+            include=(), exclude=(), embeddings="keep", lm_head="keep", experts="quantize", allow_nonfinite=False,
+            alpha=None, keep_last=False, svd="fast", dtype="auto", calibrate=None, calibration_tokens=16384,
+            calibrate_kind="diagonal", seed=0, max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.

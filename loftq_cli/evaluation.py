@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp, sqrt
 from pathlib import Path
@@ -15,7 +15,6 @@ from torch import Tensor
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.artifacts.summary import peak_memory
 from loftq_cli.checkpoint import Checkpoint, open_source
-from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.engine.verify import recipe_for
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.forward.objectives import Questions, ask
@@ -135,7 +134,7 @@ def evaluate(
             raise UsageError(f"{flag} cannot be {value}: give a whole number from 1 on.")
     path, started, chosen = Path(directory).expanduser(), time.perf_counter(), choose_device(device)
     manifest, read = read_manifest(path), read_text(text, "--text")
-    with _opened_source(manifest, source) as checkpoint, closing(open_safetensors(path)) as stored:
+    with _opened_source(manifest, source) as checkpoint:
         model = open_model(checkpoint, chosen)
         windows = make_windows(
             read,
@@ -147,9 +146,9 @@ def evaluate(
         questions = ask(model.model, tokenizer, windows)
         variants: dict[str, Weights] = {
             "source": SourceWeights(checkpoint),
-            "plain": PlainWeights(checkpoint, stored, manifest),
-            "backbone": BackboneWeights(path, stored, manifest),
-            "start": BackboneWeights(path, stored, manifest, adapter=True),
+            "plain": PlainWeights(checkpoint, path, manifest),
+            "backbone": BackboneWeights(path, manifest),
+            "start": BackboneWeights(path, manifest, adapter=True),
         }
         tallies = _measure(model, variants, questions, reporter or EvalReporter())
     return Evaluation(

@@ -8,54 +8,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
-from loftq_cli.formats.base import OutputTensor
+from loftq_cli.formats.base import OutputTensor, TensorFile
 
 
 def cache_folder() -> Path:
     """Where this user's machine keeps what it need not find out again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file that one unit writes; `name` is "" where none does and they stay zero."""
-
-    name: str
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """One safetensors file: `header` is everything before the data; `starts` are absolute byte positions by name, of
-    the tensors and of the pieces that units write."""
-
-    name: str
-    header: bytes
-    tensors: tuple[OutputTensor, ...]
-    pieces: tuple[OutputTensor, ...]
-    starts: Mapping[str, int]
-
-    def spans(self, tensor: OutputTensor) -> list[Span]:
-        """`tensor`, or the pieces it is written in and what lies between them, in the order of their bytes."""
-        pieces = sorted((self.starts[p.name], p) for p in self.pieces if p.whole and p.whole.name == tensor.name)
-        position, end, found = self.starts[tensor.name], self.starts[tensor.name] + tensor.nbytes, []
-        for start, piece in pieces:
-            if start > position:
-                found.append(Span("", position, start - position))
-            found.append(Span(piece.name, start, piece.nbytes))
-            position = start + piece.nbytes
-        if not pieces:
-            return [Span(tensor.name, position, tensor.nbytes)]
-        return [*found, Span("", position, end - position)] if position < end else found
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:
@@ -80,7 +41,7 @@ def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, s
         starts[tensor.name] = position
         position += tensor.nbytes
     starts |= {piece.name: starts[piece.whole.name] + piece.offset for piece in pieces if piece.whole}
-    return TensorFile(name, header, ordered, pieces, starts)
+    return TensorFile(name, header, ordered, starts, pieces)
 
 
 def wholes(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:

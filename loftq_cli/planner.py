@@ -21,9 +21,10 @@ from loftq_cli.checkpoint.scaled import quantization_of
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor, QuantizedMatrix, Request
 from loftq_cli.modules import ModuleMap, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
+from loftq_cli.resolve import resolve
 from loftq_cli.select import Decision, decide, unused_filters
 from loftq_cli.units import Unit, calibration_notes, expert_notes, make_units
 
@@ -146,15 +147,20 @@ def make_plan(
         *_nonfinite_notes(recipe, nonfinite),
     ]
     dtype = _model_dtype(recipe, checkpoint, decisions)
-    recipe = dataclasses.replace(recipe, format=_resolve_format(recipe, modules, decisions))
-    units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype))
+    recipe = resolve(recipe, modules, decisions)
+    side = checkpoint.side_files()
+    tokenizer = next((file.read for file in side if file.name == "tokenizer.json"), None)
+    request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
+    _refuse_together((), recipe, request)
+    units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
+    _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
+    _refuse_nothing(units, recipe)
     notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
-    if recipe.data_type != "uniform" and any(decision.bits == 8 for decision in decisions.values()):
+    if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
-    files, scratch, weight_index = _lay_out_files(units, recipe, identity)
-    texts = _texts(recipe, checkpoint, modules, units, dtype, output, weight_index)
-    side = checkpoint.side_files()
+    files, scratch, weight_index = _lay_out_files(units, recipe, identity, request)
+    texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
     return Plan(
         recipe,
         checkpoint.path,
@@ -170,6 +176,23 @@ def make_plan(
         tuple(notes),
         dict(nonfinite or {}),
     )
+
+
+def _refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
+    """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
+    reason = get_format(recipe.format).refuse(matrices, request)
+    if reason is not None:
+        raise UsageError(f"this model does not fit --format {recipe.format}: {reason}.")
+
+
+def _refuse_nothing(units: Sequence[Unit], recipe: Recipe) -> None:
+    """A container that holds none of the matrices that were asked for."""
+    if not any(unit.matrix is not None for unit in units):
+        reasons = {unit.reason for unit in units if unit.target is not None}
+        raise UsageError(
+            f"this model has nothing that fits --format {recipe.format} ({'; '.join(sorted(reasons))}): use --format "
+            "packed or --format dense."
+        )
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -267,38 +290,42 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str,
     return most if most in DTYPE_NAMES else torch.float32
 
 
-def _resolve_format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> str:
-    """`auto`: bitsandbytes where everything is 4-bit NF and it can hold every matrix, else `packed`."""
-    if recipe.format != "auto":
-        return recipe.format
-    beyond = ("embedding", "expert")
-    embedding = any(role.kind in beyond and decisions[role.tensor].bits for role in modules.roles)
-    widths = {decision.bits for decision in decisions.values() if decision.bits}
-    in_nf4 = recipe.codebook_type in ("nf", "nf4-subset")
-    fits = widths == {4} and in_nf4 and not embedding and "bitsandbytes" not in modules.rebuilt_for
-    return "bnb" if fits else "packed"
-
-
 def _lay_out_files(
-    units: Sequence[Unit], recipe: Recipe, fingerprint: str
+    units: Sequence[Unit], recipe: Recipe, fingerprint: str, request: Request
 ) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
     """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
     shard)."""
     metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
+    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+    backbone = [tensor for unit in units for tensor in unit.backbone]
+    container = get_format(recipe.format)
+    adapter_files, scratch = _adapter_files(units, recipe, metadata, request)
+    single = container.container(backbone, matrices, request, fingerprint)
+    if single is not None:
+        return (single, *adapter_files), scratch, {}
     shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
     names = shard_names(len(shards))
     files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
     index = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return (*files, *adapter_files), scratch, index if len(shards) > 1 else {}
+
+
+def _adapter_files(
+    units: Sequence[Unit], recipe: Recipe, metadata: Mapping[str, str], request: Request
+) -> tuple[list[TensorFile], TensorFile | None]:
+    """Files of adapters, and what is needed only while work is under way."""
     adapters, apart = [], []
     for unit in units:
-        joint = adapter.joint_b(unit.target) if unit.target else None
-        first, *second = unit.adapter or (None,)
-        adapters += [] if first is None else [first, *([joint] if joint else second)]
-        apart += second if joint else []
-    if adapters:
-        files.append(lay_out(adapter.WEIGHTS, adapters, metadata))
-    scratch = lay_out(_SCRATCH, apart, metadata) if apart else None
-    return tuple(files), scratch, index if len(shards) > 1 else {}
+        if unit.target is None:
+            continue
+        joint = adapter.joint_b(unit.target)
+        first, second = adapter.adapter_tensors(unit.target)
+        adapters += [first, joint or second]
+        apart += [second] if joint else []
+    files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
+    copies = [tensor for unit in units for tensor in unit.copies]
+    other = get_format(recipe.format).copies_container(copies, request, recipe.rank) if copies else None
+    return files if other is None else [*files, other], lay_out(_SCRATCH, apart, metadata) if apart else None
 
 
 def _texts(
@@ -306,6 +333,7 @@ def _texts(
     checkpoint: Checkpoint,
     modules: ModuleMap,
     units: Sequence[Unit],
+    request: Request,
     dtype: torch.dtype,
     output: Path,
     index: Mapping[str, str],
@@ -315,7 +343,7 @@ def _texts(
     dense_linears = [module for module in modules.linear_modules if module not in packed]
     config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
     config["dtype"] = DTYPE_NAMES[dtype]
-    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype)
+    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype, request)
     if quantization is not None and quantization["quant_method"] in modules.rebuilt_for:
         raise UsageError(
             f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "

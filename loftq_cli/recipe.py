@@ -17,10 +17,13 @@ from loftq_cli.numerics.codebooks import DATA_TYPES, LEVELS
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (-1, 32, 64, 128, 256)
+DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")
+SCALES = ("auto", "absmax", "minmax", "mse")
 METHODS = ("loftq", "refined", "qlora")
 ITERS = {"loftq": 5, "refined": 12, "qlora": 5}  # by method, where none are given
 INITS = ("svd", "zero")
-FORMAT_NAMES = ("auto", "packed", "bnb", "dense")
+FORMAT_NAMES = ("auto", "packed", "bnb", "gptq", "gptq-v2", "compressed-tensors", "gguf", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 EXPERTS = ("quantize", "require", "keep")
@@ -35,7 +38,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bits": BITS,
     "block_size": BLOCK_SIZES,
     "method": METHODS,
-    "data_type": DATA_TYPES,
+    "data_type": DATA_TYPE_CHOICES,
+    "scale": SCALES,
     "format": FORMAT_NAMES,
     "embeddings": EMBEDDINGS,
     "lm_head": LM_HEADS,
@@ -125,9 +129,14 @@ class Recipe:
     method: str = "loftq"
     init: str | None = None
     levels: str | None = None
-    data_type: str = "nf"
+    data_type: str = "auto"
     block_size: int = 64
+    group_size: int | None = None
+    scale: str = "auto"
+    symmetric: bool | None = None
+    double_quant: bool = False
     format: str = "auto"
+    dequantize: bool = True
     rule: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -310,13 +319,21 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(
                 f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice."
             )
-    if recipe.levels and recipe.data_type != "nf":
+    if recipe.levels and recipe.data_type not in ("auto", "nf"):
         raise UsageError(
             f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
         )
-    for name in ("keep_last", "allow_nonfinite"):
+    if recipe.double_quant is True and recipe.method == "refined":
+        raise UsageError("--double-quant rounds scales that --method refined would fit: give one of the two.")
+    for name in ("keep_last", "allow_nonfinite", "double_quant", "dequantize"):
         if not isinstance(getattr(recipe, name), bool):
             raise UsageError(f"{name} cannot be {_shown(getattr(recipe, name))}: give true or false.")
+    if recipe.symmetric is not None and not isinstance(recipe.symmetric, bool):
+        raise UsageError(f"symmetric cannot be {_shown(recipe.symmetric)}: give true or false, or leave it out.")
+    group = recipe.group_size
+    if group is not None and not any(type(group) is int and group == size for size in GROUP_SIZES):
+        listed = ", ".join(str(item) for item in GROUP_SIZES)
+        raise UsageError(f"--group-size cannot be {_shown(group)}: choose one of {listed} (-1 is a whole row).")
     alpha = 1.0 if recipe.alpha is None else recipe.alpha
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e30:
         raise UsageError(

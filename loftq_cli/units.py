@@ -17,9 +17,11 @@ from loftq_cli.checkpoint.base import entry, read_named
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.experts import Expert
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal, Request
 from loftq_cli.modules import ModuleMap, TensorRole
+from loftq_cli.numerics.affine import ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.recipe import Recipe
 from loftq_cli.select import Decision
 
@@ -35,7 +37,8 @@ class Unit:
         matrix: None where the tensor is copied; `reason` then says why.
         target: the adapter it gets, if any.
         source: the tensor, or the expert's entry of it, which has the expert's number in its name.
-        backbone, adapter: its output tensors, or its pieces of them.
+        backbone, adapter: its output tensors, or its pieces of them; `copies` are those of the adapter for other
+            readers than PEFT.
     """
 
     source: TensorInfo
@@ -45,6 +48,7 @@ class Unit:
     reason: str
     target: AdapterTarget | None
     backbone: tuple[OutputTensor, ...]
+    copies: tuple[OutputTensor, ...] = ()
 
     @property
     def tensor(self) -> str:
@@ -56,7 +60,7 @@ class Unit:
 
     @property
     def adapter(self) -> tuple[OutputTensor, ...]:
-        return () if self.target is None else adapter.adapter_tensors(self.target)
+        return () if self.target is None else (*adapter.adapter_tensors(self.target), *self.copies)
 
     @property
     def adapter_bytes(self) -> int:
@@ -74,6 +78,7 @@ class _Maker:
     checkpoint: Checkpoint
     recipe: Recipe
     dtype: torch.dtype
+    request: Request
     depths: Mapping[str, int]
 
     def units(self, role: TensorRole, decision: Decision) -> Iterator[Unit]:
@@ -98,13 +103,14 @@ class _Maker:
         target = None
         if decision.rank:
             target = AdapterTarget(name, role.kind, *shape, decision.rank, role.parameter, expert)
-        matrix = self.matrix(role, name, shape, expert, decision)
+        container, matrix = get_format(self.recipe.format), self.matrix(role, name, shape, expert, decision)
         if isinstance(matrix, QuantizedMatrix):
-            outputs = get_format(self.recipe.format).tensors(matrix)
-            return Unit(source, role.module, role.kind, matrix, "", target, outputs)
+            matrix = container.place(matrix, self.request)
+            copies = () if target is None else container.adapter_copies(matrix, target.rank)
+            return Unit(source, role.module, role.kind, matrix, "", target, container.tensors(matrix), copies)
         floating = info.dtype.is_floating_point
         cast_to = self.dtype if self.recipe.dtype != "auto" and floating else info.dtype
-        copied = OutputTensor(info.name, cast_to, info.shape)
+        copied = container.copied(OutputTensor(info.name, cast_to, info.shape))
         output = copied.piece(index) if stacked else copied
         # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
         return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,))
@@ -116,17 +122,32 @@ class _Maker:
         if not decision.bits:
             return Refusal(decision.reason, fatal=False)
         recipe, kind = self.recipe, cast("MatrixKind", role.kind)
-        request = GridRequest(kind, *shape, decision.bits, recipe.codebook_type, recipe.block_size, self.dtype)
+        request = GridRequest(
+            kind,
+            *shape,
+            decision.bits,
+            recipe.codebook_type,
+            max(0, recipe.group_size) if recipe.group_size else recipe.block_size,
+            self.dtype,
+            symmetric=recipe.symmetric,
+            scale_rule=cast("ScaleRule", recipe.scale),
+            double_quant=recipe.double_quant,
+            module=role.module or "",
+        )
         container = get_format(recipe.format)
-        grid: BlockGrid | Refusal
+        grid: Grid | Refusal
         if kind == "expert" and not container.holds_experts:
             grid = Refusal(
                 f"{container.name} holds no experts, which transformers stacks in one parameter", fatal=False
             )
         else:
             grid = container.grid(request)
-        if isinstance(grid, BlockGrid) and grid.codebook.fitted and role.parameter:
-            grid = Refusal("weights that are dequantized while loading cannot have levels of their own", fatal=True)
+        if role.parameter and recipe.format == "packed" and not isinstance(grid, Refusal) and not _is_table(grid):
+            grid = Refusal(
+                "weights dequantized while loading are packed with the levels of a codebook only: use --format dense, "
+                "or drop --levels fitted and --data-type int",
+                fatal=True,
+            )
         if not isinstance(grid, Refusal):
             return QuantizedMatrix(role.tensor, name, kind, *shape, grid, role.parameter, expert)
         if grid.fatal:
@@ -145,12 +166,14 @@ def make_units(
     decisions: Mapping[str, Decision],
     recipe: Recipe,
     dtype: torch.dtype,
+    request: Request,
 ) -> tuple[Unit, ...]:
     """The units in the order of the checkpoint.
 
     Args:
         recipe: with its format resolved.
         dtype: the model's.
+        request: what the container may ask about the whole.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
@@ -163,8 +186,14 @@ def make_units(
         if role.expert is not None:
             chosen = decisions[role.tensor].bits, decisions[role.tensor].rank
             assert alike.setdefault(role.parameter, chosen) == chosen, f"{role.parameter} has one grid and one rank"
-    maker = _Maker(checkpoint, recipe, dtype, _depths([name for name in modules.expert_parameters if name in adapted]))
+    maker = _Maker(
+        checkpoint, recipe, dtype, request, _depths([name for name in modules.expert_parameters if name in adapted])
+    )
     return tuple(unit for role in modules.roles for unit in maker.units(role, decisions[role.tensor]))
+
+
+def _is_table(grid: Grid) -> bool:
+    return isinstance(grid, BlockGrid) and not grid.codebook.fitted
 
 
 def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:

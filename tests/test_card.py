@@ -26,13 +26,31 @@ def blocks(card: str, language: str) -> list[str]:
         ("llama", {"bits": 2}),
         ("llama", {"bits": 4}),
         ("llama", {"bits": 3, "format": "dense"}),
+        ("llama", {"bits": 4, "format": "compressed-tensors", "group_size": 32}),
+        ("llama", {"bits": 4, "format": "gguf"}),
+        ("llama", {"bits": 3, "format": "packed", "data_type": "int", "group_size": 32}),
+        ("llama", {"bits": 4, "format": "gptq", "group_size": 32}),
         ("t5", {"bits": 2}),
         ("bert_classifier", {"bits": 2, "method": "qlora"}),
         ("llama", {"bits": 2, "include": ("*embed_tokens",), "embeddings": "quantize"}),
     ],
-    ids=["packed", "bnb", "dense", "seq2seq", "classifier", "no adapter"],
+    ids=[
+        "packed",
+        "bnb",
+        "dense",
+        "compressed-tensors",
+        "gguf",
+        "integers",
+        "gptq",
+        "seq2seq",
+        "classifier",
+        "no adapter",
+    ],
 )
 def test_snippet_runs_as_it_stands(family: str, recipe: dict, tmp_path: Path) -> None:
+    needs = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel"}.get(recipe.get("format", ""))
+    if needs:
+        pytest.importorskip(needs)
     if recipe == {"bits": 4}:
         pytest.importorskip("bitsandbytes")
     FAMILIES[family]().save_pretrained(tmp_path / "source")

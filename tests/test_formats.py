@@ -13,6 +13,7 @@ from loftq_cli.formats import FORMATS, get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix, Refusal
 from loftq_cli.formats.bnb import safe_block_size
 from loftq_cli.numerics.blocks import BlockGrid, dequantize, quantize
+from loftq_cli.numerics.nested import dynamic_map, quantize_scales
 
 SHAPES = ((8, 128), (7, 100), (5, 33), (3, 1))
 
@@ -33,7 +34,7 @@ def test_what_is_planned_is_encoded_and_decodes_to_what_was_optimised(name: str,
     for shape, bits, kind, data_type in itertools.product(SHAPES, (2, 3, 4, 8), kinds, ("nf", "nf-sym", "uniform")):
         item = matrix(name, shape, bits, kind=kind, dtype=dtype, data_type=data_type)
         if isinstance(item, Refusal):
-            assert name == "bnb"
+            assert name not in ("packed", "dense")
             continue
         quantized = quantize(torch.randn(shape), item.grid)
         encoded = get_format(name).encode(item, quantized)
@@ -103,6 +104,51 @@ def test_bitsandbytes_reads_every_block_size_we_write(in_features: int, block_si
     assert torch.equal(theirs, get_format("bnb").decode(item, ours.__getitem__))
 
 
+def test_nested_map_and_scales_are_bitsandbytes_own() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(torch.tensor(dynamic_map()), functional.create_dynamic_map())
+    for n in (3, 256, 1000):
+        scales = torch.rand(n, generator=torch.Generator().manual_seed(n)) * 0.1
+        ours = quantize_scales(scales)
+        state = functional.QuantState(absmax=ours.absmax, code=torch.tensor(dynamic_map()), blocksize=256)
+        state.dtype = torch.float32
+        theirs = functional.dequantize_blockwise(ours.codes, state) + ours.offset
+        assert torch.equal(ours.dequantized(), theirs)
+        levels = torch.tensor(dynamic_map())
+        centred = (scales - ours.offset) / ours.absmax.repeat_interleave(256)[:n]
+        nearest = (centred.unsqueeze(1) - levels).abs().amin(1)
+        assert torch.allclose((levels[ours.codes.int()] - centred).abs(), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_bitsandbytes_reads_double_quantization_exactly(dtype: torch.dtype, bits: int) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for shape in ((64, 512), (12, 72), (3, 64)):
+        item = matrix("bnb", shape, bits, dtype=dtype, double_quant=True)
+        w = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        w[0] = 0
+        quantized = quantize(w, item.grid)
+        ours = get_format("bnb").encode(item, quantized)
+        planned = {tensor.name: (tensor.dtype, tensor.shape) for tensor in get_format("bnb").tensors(item)}
+        assert {key: (value.dtype, tuple(value.shape)) for key, value in ours.items()} == planned
+        prefix = "a.b.weight."
+        state = functional.QuantState.from_dict(
+            {key.removeprefix(prefix): value for key, value in ours.items() if key.startswith(prefix)}, device="cpu"
+        )
+        theirs = functional.dequantize_4bit(ours["a.b.weight"], state).float()
+        decoded = get_format("bnb").decode(item, ours.__getitem__)
+        assert torch.equal(theirs, decoded) and torch.equal(decoded, dequantize(quantized, item.grid))
+        plain = matrix("bnb", shape, bits, dtype=dtype)
+        assert item.grid.information_bits(*shape) < plain.grid.information_bits(*shape) + 64
+
+
+@pytest.mark.parametrize("name", ["packed", "dense", "gptq", "compressed-tensors"])
+def test_double_quantization_is_bitsandbytes_alone(name: str) -> None:
+    refusal = matrix(name, (64, 128), 4, double_quant=True, data_type="int" if "t" in name else "nf")
+    assert isinstance(refusal, Refusal) and refusal.fatal and "--format bnb" in refusal.reason
+
+
 def test_bnb_refuses_what_it_cannot_hold() -> None:
     for bits, data_type in ((3, "nf"), (8, "nf"), (4, "uniform"), (2, "nf-sym")):
         refusal = matrix("bnb", (8, 128), bits, data_type=data_type)
@@ -132,7 +178,7 @@ def test_dense_conv1d_keeps_its_orientation() -> None:
 
 
 def test_unknown_format_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="auto, packed, bnb, dense"):
+    with pytest.raises(UsageError, match="auto, packed, bnb, gptq"):
         get_format("awq")
 
 

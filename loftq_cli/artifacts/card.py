@@ -7,10 +7,20 @@ import shlex
 from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
+from loftq_cli.formats.capabilities import capability
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
 from loftq_cli.planner import Plan
 from loftq_cli.recipe import Recipe, recipe_fields
 
 _WORST = 5
+_TAGS = {
+    "bnb": "bitsandbytes",
+    "gptq": "gptq",
+    "gptq-v2": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "gguf": "gguf",
+}
+_OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -62,17 +72,26 @@ or, byte for byte, `loftq quantize --config loftq.yaml`, with {_versions(manifes
 def snippet(manifest: Manifest, plan: Plan) -> str:
     """Python that loads backbone and adapter with transformers and PEFT, ready to train."""
     path = json.dumps(str(plan.output), ensure_ascii=False)
-    loader = _auto_class(manifest)
+    loader, gptq = _auto_class(manifest), manifest.format.startswith("gptq")
     lines = (
         ["import loftq_cli.runtime  # teaches transformers the packed layers"] if manifest.format == "packed" else []
     )
     lines += [
         "from peft import PeftModel",
-        f"from transformers import {loader}",
+        f"from transformers import {loader}{', GPTQConfig' if gptq else ''}",
         "",
         f"path = {path}",
-        f"backbone = {loader}.from_pretrained(path)",
     ]
+    if gptq:
+        bits = manifest.matrices[0].bits
+        lines += [
+            f'kernel = GPTQConfig(bits={bits}, backend="auto_trainable")  # others are for inference only',
+            f"backbone = {loader}.from_pretrained(path, quantization_config=kernel)",
+        ]
+    elif manifest.format == "gguf":
+        lines.append(f'backbone = {loader}.from_pretrained(path, gguf_file="{GGUF_FILE}", dtype="{manifest.dtype}")')
+    else:
+        lines.append(f"backbone = {loader}.from_pretrained(path)")
     if manifest.format == "bnb":
         lines += [
             "for module in backbone.modules():  # else bitsandbytes repacks them on some CPUs, and training breaks",
@@ -136,7 +155,7 @@ def _source(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
-    needs = {"packed": "loftq-cli[train]", "bnb": "peft bitsandbytes", "dense": "peft"}[manifest.format]
+    needs = " ".join(capability(manifest.format).needs)
     return f"""## Load it
 
 ```bash
@@ -161,8 +180,8 @@ def _auto_class(manifest: Manifest) -> str:
 
 def _front_matter(manifest: Manifest, plan: Plan) -> str:
     lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
-    if manifest.format == "bnb":
-        lines.append("- bitsandbytes")
+    if manifest.format in _TAGS:
+        lines.append(f"- {_TAGS[manifest.format]}")
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
     if base:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
@@ -220,8 +239,8 @@ def _command(plan: Plan) -> str:
         if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
+        if isinstance(value, bool):
+            words.append(flag if value else _OPPOSITES[name])
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPES, QuantizedMatrix
-from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
+from loftq_cli.formats.gguf import tensor_name
+from loftq_cli.numerics.affine import AffineGrid
+from loftq_cli.numerics.blocks import BlockGrid, Layout
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,24 +71,51 @@ def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     """The matrix with its grid, as the plan had it."""
-    grid = BlockGrid(
-        codebook(record.data_type, record.bits),
-        record.block_size,
-        record.layout,  # type: ignore[arg-type]
-        DTYPES[record.scale_dtype],
-        DTYPES[record.value_dtype],
-    )
     kind: Any = record.kind
     stacked = record.expert is not None and record.expert.stacked
     # A unit's name has the expert's number behind the tensor's.
     tensor = record.tensor.rpartition("[")[0] if stacked else record.tensor
-    return QuantizedMatrix(tensor, record.module, kind, *record.shape, grid, record.parameter, record.expert)
+    return QuantizedMatrix(
+        tensor, record.module, kind, *record.shape, _grid(record), record.parameter, record.expert, record.heads
+    )
+
+
+def affine_values(grid: AffineGrid) -> dict[str, object]:
+    """What a record keeps of an integer grid besides bits, group size and the two dtypes every grid has."""
+    return {
+        "zero": grid.zero,
+        "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+        "product_dtype": DTYPE_NAMES[grid.product_dtype],
+        "least_zero": grid.least_zero,
+        "scale_rule": grid.scale_rule,
+    }
+
+
+def _grid(record: MatrixRecord) -> Grid:
+    scale_dtype, value_dtype = DTYPES[record.scale_dtype], DTYPES[record.value_dtype]
+    if record.affine is None:
+        book = codebook(record.data_type, record.bits)
+        layout = cast("Layout", record.layout)
+        return BlockGrid(book, record.block_size, layout, scale_dtype, value_dtype, nested=record.nested)
+    return AffineGrid(
+        record.bits,
+        record.block_size,
+        record.affine["zero"],
+        scale_dtype,
+        value_dtype,
+        DTYPES[record.affine["product_dtype"]],
+        DTYPES[record.affine["zero_dtype"]],
+        record.affine["scale_rule"],
+        record.affine["least_zero"],
+    )
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
     """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
     from safetensors import safe_open
 
+    if (path / GGUF_FILE).exists():
+        return _read_gguf(path / GGUF_FILE, name)
     index, whole = path / _INDEX, name.partition("[")[0]
     file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
@@ -98,3 +129,13 @@ def _content(handle: Any, name: str) -> Tensor:
         return handle.get_tensor(name)
     content, first = handle.get_slice(piece[1]), int(piece[2])
     return content[first] if piece[3] is None else content[first : int(piece[3][1:])]
+
+
+def _read_gguf(file: Path, name: str) -> Tensor:
+    import torch
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    found = tensors[name if name in tensors else tensor_name(name)]
+    content = torch.from_numpy(found.data.copy())
+    return content.view(torch.bfloat16) if found.tensor_type.name == "BF16" else content

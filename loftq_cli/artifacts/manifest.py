@@ -44,7 +44,10 @@ class MatrixRecord:
         module: path of the module; of an expert's matrix its parameter and number.
         shape: [out, in] as the layer computes, whatever the orientation on disk.
         parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
-        layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
+        block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
+        affine: what an integer grid has besides (`numerics.affine.AffineGrid`); None for codebooks.
+        nested: absmax is quantized too (`--double-quant`).
+        heads: attention heads whose rows the container reorders (`formats.base.QuantizedMatrix`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
     """
@@ -71,6 +74,9 @@ class MatrixRecord:
     adapter_bytes: int
     weighted_plain_residual: float | None = None
     weighted_residual: float | None = None
+    affine: Mapping[str, Any] | None = None
+    nested: bool = False
+    heads: int = 0
 
     @property
     def transposed(self) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.artifacts.card import render_card, source_name
+from loftq_cli.artifacts.decode import affine_values
 from loftq_cli.artifacts.manifest import (
     MANIFEST_VERSION,
     FileRecord,
@@ -27,6 +28,7 @@ from loftq_cli.artifacts.manifest import (
     render,
 )
 from loftq_cli.formats.base import DTYPE_NAMES
+from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.planner import Plan, Unit
 
 CARD = "README.md"
@@ -205,10 +207,10 @@ def matrix_record(
         parameter=matrix.parameter,
         expert=matrix.expert,
         shape=matrix.shape,
-        bits=grid.codebook.bits,
-        data_type=grid.codebook.data_type,
+        bits=grid.bits,
+        data_type=grid.data_type,
         block_size=grid.block_size,
-        layout=grid.layout,
+        layout=grid.layout if isinstance(grid, BlockGrid) else "rows",
         scale_dtype=DTYPE_NAMES[grid.scale_dtype],
         value_dtype=DTYPE_NAMES[grid.value_dtype],
         rank=target.rank if target else 0,
@@ -221,6 +223,9 @@ def matrix_record(
         adapter_bytes=unit.adapter_bytes,
         weighted_plain_residual=weighted_plain_residual,
         weighted_residual=weighted_residual,
+        affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
+        nested=isinstance(grid, BlockGrid) and grid.nested,
+        heads=matrix.heads,
     )
 
 

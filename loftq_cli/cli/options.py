@@ -149,14 +149,67 @@ DataTypeOption = Annotated[
     _option(
         "data_type",
         "--data-type",
-        "Levels: NormalFloat, its symmetric variant, or evenly spaced (8 bits are always uniform).",
+        "Levels: NormalFloat, its symmetric variant, evenly spaced (8 bits are always uniform), or integers with "
+        "fitted scales; auto is int for the containers of integers, else nf.",
         _GRID,
-        choices=r.DATA_TYPES,
+        choices=r.DATA_TYPE_CHOICES,
     ),
 ]
 BlockSize = Annotated[
     Optional[int],
     _option("block_size", "--block-size", "Weights that share a scale.", _GRID, choices=r.BLOCK_SIZES),
+]
+GroupSize = Annotated[
+    Optional[int],
+    _option(
+        "group_size",
+        "--group-size",
+        "The same for integers; -1 is a whole row.",
+        _GRID,
+        choices=r.GROUP_SIZES,
+        show="64, gguf 32",
+    ),
+]
+Scale = Annotated[
+    Optional[str],
+    _option(
+        "scale",
+        "--scale",
+        "Scales by the largest magnitude, by the range, or of least squared error; auto is mse for integers, absmax "
+        "for codebooks.",
+        _GRID,
+        choices=r.SCALES,
+    ),
+]
+Symmetric = Annotated[
+    Optional[bool],
+    _option(
+        "symmetric",
+        "--symmetric/--asymmetric",
+        "Integers without or with a zero of each group.",
+        _GRID,
+        show="symmetric in compressed-tensors and gguf",
+    ),
+]
+DoubleQuant = Annotated[
+    Optional[bool],
+    _option(
+        "double_quant",
+        "--double-quant/--no-double-quant",
+        "Quantize the scales too (bnb).",
+        _GRID,
+        show="no",
+    ),
+]
+Dequantize = Annotated[
+    Optional[bool],
+    _option(
+        "dequantize",
+        "--dequantize/--compressed",
+        "Let transformers unpack a compressed-tensors model while loading (needed to train), or keep it packed.",
+        _GRID,
+        show="dequantize",
+    ),
 ]
 Format = Annotated[
     Optional[str],

@@ -34,7 +34,12 @@ def plan_command(
     bits: o.Bits = None,
     data_type: o.DataTypeOption = None,
     block_size: o.BlockSize = None,
+    group_size: o.GroupSize = None,
+    scale: o.Scale = None,
+    symmetric: o.Symmetric = None,
+    double_quant: o.DoubleQuant = None,
     format: o.Format = None,
+    dequantize: o.Dequantize = None,
     dtype: o.Dtype = None,
     method: o.Method = None,
     rank: o.Rank = None,
@@ -108,8 +113,8 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
                 "tensor": unit.tensor,
                 "module": unit.module,
                 "shape": list(unit.matrix.shape),
-                "bits": unit.matrix.grid.codebook.bits,
-                "data_type": unit.matrix.grid.codebook.data_type,
+                "bits": unit.matrix.grid.bits,
+                "data_type": unit.matrix.grid.data_type,
                 "block_size": unit.matrix.grid.block_size,
                 "rank": unit.target.rank if unit.target else 0,
                 "bytes": unit.backbone_bytes,
@@ -151,7 +156,7 @@ def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) ->
         name = unit.matrix.parameter if unit.kind == "expert" else unit.matrix.module
         name = name if verbose else re.sub(r"\b\d+\b", "*", name)
         shape = f"{unit.matrix.out_features} × {unit.matrix.in_features}"
-        bits = f"{grid.codebook.bits} {grid.codebook.data_type}"
+        bits = f"{grid.bits} {grid.data_type}"
         rank = str(unit.target.rank) if unit.target else "-"
         groups[name, shape, bits, str(grid.block_size), rank].append(unit)
     for (name, *cells), members in groups.items():

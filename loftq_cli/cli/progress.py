@@ -45,7 +45,7 @@ class _Counting(Reporter):
         self.started = time.monotonic()
         self.total = sum(unit.source.nbytes for unit in plan.matrices)
         self.matrices = len(plan.matrices)
-        widths = "/".join(str(b) for b in sorted({u.matrix.grid.codebook.bits for u in plan.matrices if u.matrix}))
+        widths = "/".join(str(b) for b in sorted({u.matrix.grid.bits for u in plan.matrices if u.matrix}))
         self.console.print(
             f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {gigabytes(self.total)} to "
             f"{widths} bits ({plan.recipe.format}), {len(plan.kept)} tensors copied",

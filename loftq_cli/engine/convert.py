@@ -20,6 +20,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import (
     FittingQuantizer,
     FusedQuantizer,
@@ -75,7 +76,11 @@ def convert(
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
     if unit.target is not None:
-        adapter = encode_adapter(unit.target, result.lora_a.cpu(), result.lora_b.cpu(), recipe.scaling)
+        lora_a, lora_b = result.lora_a.cpu(), result.lora_b.cpu()
+        adapter = encode_adapter(unit.target, lora_a, lora_b, recipe.scaling)
+        # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
+        share = unit.target.rank / recipe.rank
+        adapter |= get_format(recipe.format).encode_copies(unit.matrix, lora_a, lora_b * share)
     record = matrix_record(
         unit,
         plain_residual=_rounded(result.plain_residual),
@@ -149,7 +154,7 @@ def _refine(
     weight: Tensor,
     quantizer: Quantizer,
     rank: int,
-    grid: BlockGrid,
+    grid: Grid,
     recipe: Recipe,
     generator: torch.Generator,
     whitening: Whitening | None,
@@ -166,7 +171,7 @@ def _refine(
         iters=recipe.iters,
         low_rank=steps if rank else None,
         init=cast(Init, recipe.init),
-        levels=grid.levels(weight.device) if grid.codebook.fitted else None,
+        levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
         column_weight=None if whitening is None else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),

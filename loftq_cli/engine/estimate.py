@@ -151,7 +151,7 @@ class _Trials:
 
     def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int]) -> float:
         assert unit.matrix is not None
-        matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1])
+        matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
         stored = shape[::-1] if matrix.transposed else shape
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)

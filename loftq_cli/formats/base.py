@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from loftq_cli.experts import Expert
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.grids import Grid, Quantized
 
 MatrixKind = Literal["linear", "conv1d", "head", "embedding", "expert"]
 
@@ -56,6 +58,48 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Bytes of a file that one unit writes; `name` is "" where none does and they stay zero."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name, of
+    the tensors and of the pieces that units write."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+    starts: Mapping[str, int]
+    pieces: tuple[OutputTensor, ...] = ()
+
+    def spans(self, tensor: OutputTensor) -> list[Span]:
+        """`tensor`, or the pieces it is written in and what lies between them, in the order of their bytes."""
+        pieces = sorted(
+            ((self.starts[p.name], p) for p in self.pieces if p.whole and p.whole.name == tensor.name),
+            key=lambda pair: pair[0],
+        )
+        position, end, found = self.starts[tensor.name], self.starts[tensor.name] + tensor.nbytes, []
+        for start, piece in pieces:
+            if start > position:
+                found.append(Span("", position, start - position))
+            found.append(Span(piece.name, start, piece.nbytes))
+            position = start + piece.nbytes
+        if not pieces:
+            return [Span(tensor.name, position, tensor.nbytes)]
+        return [*found, Span("", position, end - position)] if position < end else found
+
+    @property
+    def nbytes(self) -> int:
+        ends = (self.starts[tensor.name] + tensor.nbytes for tensor in self.tensors)
+        return max(ends, default=len(self.header))
+
+
+@dataclass(frozen=True)
 class QuantizedMatrix:
     """One weight matrix as a container holds it.
 
@@ -69,6 +113,7 @@ class QuantizedMatrix:
         parameter: the parameter that PEFT adapts in place of a module, such as
             `model.layers.0.mlp.experts.gate_up_proj`; it has to be dense in the running model. "" for a module.
         expert: which expert's matrix this is.
+        heads: attention heads whose rotary halves the container stores interleaved; 0 where rows keep their order.
     """
 
     tensor: str
@@ -76,9 +121,10 @@ class QuantizedMatrix:
     kind: MatrixKind
     out_features: int
     in_features: int
-    grid: BlockGrid
+    grid: Grid
     parameter: str = ""
     expert: Expert | None = None
+    heads: int = 0
 
     @property
     def prefix(self) -> str:
@@ -107,14 +153,20 @@ class QuantizedMatrix:
     @property
     def information_bits(self) -> int:
         """Bits that codes, scales and levels of the matrix's own carry, however the container stores them."""
-        scales = self.grid.n_blocks(*self.shape) * self.grid.scale_dtype.itemsize * 8
-        levels = 32 * len(self.grid.codebook.levels) if self.grid.codebook.fitted else 0
-        return self.weights * self.grid.codebook.bits + scales + levels
+        return self.grid.information_bits(*self.shape)
 
 
 @dataclass(frozen=True)
 class GridRequest:
-    """What the user asks of one matrix, before the container has its say."""
+    """What the user asks of one matrix, before the container has its say.
+
+    Attributes:
+        block_size: weights that share a scale; 0 is a whole row (integers only).
+        dtype: the model's.
+        symmetric, scale_rule: of integers; None leaves the choice to the container.
+        double_quant: quantize the scales too.
+        module: path in the transformers model.
+    """
 
     kind: MatrixKind
     out_features: int
@@ -123,6 +175,35 @@ class GridRequest:
     data_type: str
     block_size: int
     dtype: torch.dtype
+    symmetric: bool | None = None
+    scale_rule: ScaleRule = "mse"
+    double_quant: bool = False
+    module: str = ""
+
+    @property
+    def group_divides(self) -> bool:
+        """Whether rows are a whole number of groups."""
+        return self.block_size == 0 or self.in_features % self.block_size == 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of the whole output, before the container has its say.
+
+    Attributes:
+        task_type: PEFT's name of what the model does, None where it has none.
+        dequantize: let the loader unpack while loading, where it can.
+        config: the model's config.json.
+        tokenizer: reads its tokenizer.json; None where it has none.
+    """
+
+    task_type: str | None
+    dequantize: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Callable[[], bytes] | None = None
+
+
+ANY_REQUEST = Request(None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +213,30 @@ class Refusal:
 
     reason: str
     fatal: bool
+
+
+def block_grid(matrix: QuantizedMatrix) -> BlockGrid:
+    """The grid of a matrix in a container of codebooks."""
+    assert isinstance(matrix.grid, BlockGrid), "this container gave the grid"
+    return matrix.grid
+
+
+def affine_grid(matrix: QuantizedMatrix) -> AffineGrid:
+    """The grid of a matrix in a container of integers."""
+    assert isinstance(matrix.grid, AffineGrid), "this container gave the grid"
+    return matrix.grid
+
+
+def blocks_of(quantized: Quantized) -> QuantizedBlocks:
+    """What a codebook grid gave."""
+    assert isinstance(quantized, QuantizedBlocks), "blocks belong to a codebook grid"
+    return quantized
+
+
+def groups_of(quantized: Quantized) -> QuantizedGroups:
+    """What an integer grid gave."""
+    assert isinstance(quantized, QuantizedGroups), "groups belong to an integer grid"
+    return quantized
 
 
 class Format(Protocol):
@@ -144,20 +249,78 @@ class Format(Protocol):
     name: str
     holds_experts: bool
 
-    def grid(self, request: GridRequest) -> BlockGrid | Refusal:
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        """Why the model, or these matrices in one checkpoint, do not fit, as a sentence's end that names a format that
+        can. Asked first without matrices."""
+
+    def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
+        """The matrix with what the container makes of its place in the model."""
+
+    def copied(self, tensor: OutputTensor) -> OutputTensor:
+        """What becomes of a tensor that is not quantized; of the same shape."""
+
+    def container(
+        self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
+    ) -> TensorFile | None:
+        """The one file that holds everything, or None for safetensors shards."""
+
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        """A and B once more, for readers that know nothing of PEFT."""
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        """The bytes of `adapter_copies`, by name. A [r, in] and B [out, r] as PEFT has them."""
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
+        """The file of all adapter copies."""
+
+    def grid(self, request: GridRequest) -> Grid | Refusal:
         """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         """The output tensors of a matrix: names, dtypes and shapes follow from the plan alone."""
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         """The bytes of `tensors`, by name."""
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
         """Q as the container's loader computes it: float32 [out, in]. `read` gives an output tensor by name."""
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> Mapping[str, Any] | None:
         """`quantization_config` of config.json (None: plain dense weights). `dense_linears` are the module paths of
         linear layers that stay in full precision."""
+
+
+class FormatDefaults:
+    """What most containers do: refuse nothing as a whole, hold no experts, keep names and order, live in safetensors
+    shards."""
+
+    holds_experts = False
+
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        return None
+
+    def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
+        return matrix
+
+    def copied(self, tensor: OutputTensor) -> OutputTensor:
+        return tensor
+
+    def container(
+        self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
+    ) -> TensorFile | None:
+        return None
+
+    def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
+        return ()
+
+    def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
+        return None

@@ -21,12 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loftq_cli.formats.base import DTYPE_NAMES, GridRequest, OutputTensor, QuantizedMatrix, Refusal
+from loftq_cli.formats.base import (
+    ANY_REQUEST,
+    DTYPE_NAMES,
+    FormatDefaults,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+    block_grid,
+    blocks_of,
+)
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.codebooks import Codebook, codebook
+from loftq_cli.numerics.grids import Quantized
+from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, dynamic_map
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)
+_INSTEAD = "use --format packed or --format dense"
+_WIDEST_OFFSET = 1.2345678901234567e-100
 _SMALLEST_BLOCK = 32  # bitsandbytes 0.50 takes powers of two from 32 on
 
 
@@ -52,67 +67,92 @@ def safe_block_size(block_size: int, in_features: int) -> int | None:
     return None
 
 
-class BnbFormat:
+class BnbFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "bnb"
-    holds_experts = False
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
+        if request.data_type == "int":
+            return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, no integers: {_INSTEAD}", fatal=True)
         book = codebook(request.data_type, request.bits)
         if nf4_codes_of(book) is None:
             reason = (
                 f"a bitsandbytes checkpoint holds NF4's sixteen levels, which {request.bits}-bit {book.data_type} "
-                "levels are not among: use --format packed or --format dense"
+                f"levels are not among: {_INSTEAD}"
             )
             return Refusal(reason, fatal=True)
         if book.fitted:
             return Refusal("only packed files have room for --levels fitted: use --levels nf4-subset", fatal=True)
         if request.kind == "embedding":
-            return Refusal("bitsandbytes quantizes no embeddings: use --format packed or --format dense", fatal=True)
+            return Refusal(f"bitsandbytes quantizes no embeddings: {_INSTEAD}", fatal=True)
         block_size = safe_block_size(request.block_size, request.in_features)
         if block_size is None:
             return Refusal(f"bitsandbytes' CPU kernel misreads rows of {request.in_features} elements", fatal=False)
+        if request.double_quant:
+            return BlockGrid(book, block_size, "flat", torch.float32, request.dtype, nested=True)
         return BlockGrid(book, block_size, "flat", scale_dtype=request.dtype, value_dtype=request.dtype)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         name, elements = matrix.tensor, matrix.out_features * matrix.in_features
-        return (
+        grid, n_blocks = block_grid(matrix), matrix.grid.n_blocks(*matrix.shape)
+        found = (
             OutputTensor(name, torch.uint8, (-(-elements // 2), 1)),
-            OutputTensor(f"{name}.absmax", torch.float32, (matrix.grid.n_blocks(*matrix.shape),)),
+            OutputTensor(f"{name}.absmax", torch.uint8 if grid.nested else torch.float32, (n_blocks,)),
             OutputTensor(f"{name}.quant_map", torch.float32, (len(_NF4.levels),)),
-            OutputTensor(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(_quant_state(matrix)),)),
+            OutputTensor(f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(_quant_state(matrix, 0.0)),)),
+        )
+        if not grid.nested:
+            return found
+        return (
+            *found,
+            OutputTensor(f"{name}.nested_absmax", torch.float32, (-(-n_blocks // NESTED_BLOCK),)),
+            OutputTensor(f"{name}.nested_quant_map", torch.float32, (len(dynamic_map()),)),
         )
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
-        weight, absmax, quant_map, state = self.tensors(matrix)
-        mapping = torch.tensor(nf4_codes_of(matrix.grid.codebook), dtype=torch.uint8, device=quantized.codes.device)
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
+        weight, absmax, quant_map, state, *nested = self.tensors(matrix)
+        book, quantized = block_grid(matrix).codebook, blocks_of(quantized)
+        mapping = torch.tensor(nf4_codes_of(book), dtype=torch.uint8, device=quantized.codes.device)
         codes = mapping[quantized.codes.reshape(-1).int()]
         codes = F.pad(codes, (0, codes.numel() % 2), value=_ZERO_CODE)
-        return {
+        scales, offset = quantized.nested, 0.0
+        found = {
             weight.name: (codes[0::2] << 4 | codes[1::2]).unsqueeze(1),
-            absmax.name: quantized.absmax,
+            absmax.name: quantized.absmax if scales is None else scales.codes,
             quant_map.name: torch.tensor(_NF4.levels, dtype=torch.float32),
-            state.name: torch.frombuffer(bytearray(_quant_state(matrix)), dtype=torch.uint8),
         }
+        if scales is not None:
+            offset = float(scales.offset)
+            found |= {nested[0].name: scales.absmax, nested[1].name: torch.tensor(dynamic_map(), dtype=torch.float32)}
+        found[state.name] = torch.frombuffer(bytearray(_quant_state(matrix, offset)), dtype=torch.uint8)
+        return found
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
-        weight, absmax, _, _ = self.tensors(matrix)
+        weight, absmax, _, state, *nested = self.tensors(matrix)
+        grid, scales = block_grid(matrix), read(absmax.name)
+        if nested:
+            offset = torch.tensor(json.loads(bytes(read(state.name).tolist()))["nested_offset"], dtype=torch.float32)
+            scales = NestedScales(scales, read(nested[0].name), offset).dequantized()
         packed = read(weight.name).reshape(-1)
         codes = torch.stack([packed >> 4, packed & 0xF], dim=1).reshape(-1)
         codes = codes[: matrix.out_features * matrix.in_features].reshape(matrix.shape)
-        nf4 = BlockGrid(_NF4, matrix.grid.block_size, "flat", matrix.grid.scale_dtype, matrix.grid.value_dtype)
-        return dequantize(QuantizedBlocks(codes, read(absmax.name)), nf4)
+        nf4 = BlockGrid(_NF4, grid.block_size, "flat", grid.scale_dtype, grid.value_dtype)
+        return dequantize(QuantizedBlocks(codes, scales), nf4)
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_use_double_quant": any(block_grid(matrix).nested for matrix in matrices),
             "bnb_4bit_compute_dtype": DTYPE_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             # Replaces transformers' own list, so it names every linear layer that is not packed.
@@ -126,12 +166,15 @@ def _skip_entry(module: str, matrices: Sequence[QuantizedMatrix]) -> str:
     return f"^{re.escape(module)}$" if ambiguous else module
 
 
-def _quant_state(matrix: QuantizedMatrix) -> bytes:
-    """The JSON bitsandbytes keeps beside the codes (QuantState.as_dict)."""
-    state = {
+def _quant_state(matrix: QuantizedMatrix, offset: float) -> bytes:
+    """The JSON bitsandbytes keeps beside the codes (QuantState.as_dict); as long for any offset."""
+    state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": matrix.grid.block_size,
         "dtype": DTYPE_NAMES[matrix.grid.value_dtype],
         "shape": list(matrix.shape),
     }
-    return json.dumps(state).encode()
+    if not block_grid(matrix).nested:
+        return json.dumps(state).encode()
+    state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).ljust(len(json.dumps({**state, "nested_offset": _WIDEST_OFFSET}))).encode()

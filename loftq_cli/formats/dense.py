@@ -9,32 +9,42 @@ bits, all but some 0.1 % at 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import GridRequest, OutputTensor, QuantizedMatrix, Refusal
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
-from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.formats.base import (
+    ANY_REQUEST,
+    FormatDefaults,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+)
+from loftq_cli.formats.packed import PackedFormat
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
 
-class DenseFormat:
+class DenseFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "dense"
     holds_experts = True
 
-    def grid(self, request: GridRequest) -> BlockGrid | Refusal:
-        book = codebook(request.data_type, request.bits)
-        if book.fitted:
+    def grid(self, request: GridRequest) -> Grid | Refusal:
+        if request.data_type == "fitted":
             return Refusal("only packed files have room for --levels fitted: use --format packed", fatal=True)
-        return BlockGrid(book, request.block_size, "rows", scale_dtype=request.dtype, value_dtype=request.dtype)
+        found = PackedFormat().grid(request)
+        return replace(found, signed=False) if isinstance(found, BlockGrid) else found
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
         shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
         return (matrix.stored(matrix.tensor, matrix.grid.value_dtype, shape),)
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         dense = dequantize(quantized, matrix.grid).to(matrix.grid.value_dtype)
         (weight,) = self.tensors(matrix)
         return {weight.name: dense.T.contiguous() if matrix.transposed else dense}
@@ -45,6 +55,10 @@ class DenseFormat:
         return dense.T.contiguous() if matrix.transposed else dense
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> None:
         return None

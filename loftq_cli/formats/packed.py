@@ -1,21 +1,24 @@
-"""`packed`: true 2-, 3-, 4- and 8-bit storage of any codebook, read by `loftq_cli.runtime`.
+"""`packed`: true 2-, 3-, 4- and 8-bit storage of any codebook and of integers, read by `loftq_cli.runtime`.
 
 For a linear layer at on-disk path P:
 
 | tensor | dtype | shape |
 |---|---|---|
 | `P.weight` | uint8 | [out, ceil(in * bits / 8)], each row a bit stream of codes, least significant bit first |
-| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)]; may be negative |
+| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)], codebooks only; may be negative |
 | `P.weight_levels` | float32 | [2**bits], only where each matrix has levels of its own (`fitted`) |
+| `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
+| `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
 
 A tensor X that stacks the matrices of all experts keeps its name; its codes are [experts, out, ...] whatever the order
 of the source, and its scales are `X.absmax`. Experts, and what else PEFT adapts as a parameter and not as a module, are
 dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the
-checkpoint's own order is [..., in, out].
+checkpoint's own order is [..., in, out]. They have codebooks, and no levels of their own.
 
-Q = round(level[code] * absmax) with the product in float32 and one rounding to the model's dtype. Levels, bits, block
-size and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels are
-tensors instead, since everything in config.json is known before a weight is read.
+Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
+Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
+bits, sizes and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels
+are tensors instead, since everything in config.json is known before a weight is read.
 """
 
 from __future__ import annotations
@@ -26,63 +29,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import DTYPE_NAMES, GridRequest, OutputTensor, QuantizedMatrix
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
+from loftq_cli.formats.base import (
+    ANY_REQUEST,
+    DTYPE_NAMES,
+    FormatDefaults,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+    blocks_of,
+    groups_of,
+)
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
+from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.packing import pack_rows, packed_width, unpack_rows
 
 QUANT_METHOD = "loftq"
-CONFIG_VERSION = 2  # 1 without levels of the matrices' own
+CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written
+SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
 
 
-class PackedFormat:
+class PackedFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "packed"
     holds_experts = True
 
-    def grid(self, request: GridRequest) -> BlockGrid:
-        book = codebook(request.data_type, request.bits)
+    def grid(self, request: GridRequest) -> Grid | Refusal:
+        if request.double_quant:
+            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
         dtype = request.dtype
+        if request.data_type == "int":
+            zero: Zero = "none" if request.symmetric else "float"
+            rule = request.scale_rule
+            return AffineGrid(request.bits, request.block_size, zero, dtype, dtype, scale_rule=rule)
+        book = codebook(request.data_type, request.bits)
         return BlockGrid(book, request.block_size, "rows", scale_dtype=dtype, value_dtype=dtype, signed=True)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        n_out, n_in = matrix.shape
-        bits, blocks_per_row = matrix.grid.codebook.bits, matrix.grid.n_blocks(1, n_in)
+        grid, prefix, (n_out, n_in) = matrix.grid, matrix.prefix, matrix.shape
         stacked = matrix.expert is not None and matrix.expert.stacked
-        codes, absmax = (
-            (matrix.tensor, f"{matrix.tensor}.absmax")
-            if stacked
-            else (f"{matrix.prefix}.weight", f"{matrix.prefix}.weight_absmax")
-        )
-        stored = (
-            matrix.stored(codes, torch.uint8, (n_out, packed_width(n_in, bits))),
-            matrix.stored(absmax, matrix.grid.scale_dtype, (n_out, blocks_per_row)),
-        )
-        if not matrix.grid.codebook.fitted:
-            return stored
-        return (*stored, OutputTensor(f"{matrix.prefix}.weight_levels", torch.float32, (2**bits,)))
+        name = matrix.tensor if stacked else f"{prefix}.weight"
+        codes = matrix.stored(name, torch.uint8, (n_out, packed_width(n_in, grid.bits)))
+        shape = n_out, grid.n_blocks(1, n_in)
+        if isinstance(grid, BlockGrid):
+            absmax = matrix.stored(f"{name}{'.' if stacked else '_'}absmax", grid.scale_dtype, shape)
+            levels = OutputTensor(f"{prefix}.weight_levels", torch.float32, (2**grid.bits,))
+            return (codes, absmax, levels) if grid.codebook.fitted else (codes, absmax)
+        scales = OutputTensor(f"{prefix}.weight_scales", grid.scale_dtype, shape)
+        if grid.zero == "none":
+            return codes, scales
+        return codes, scales, OutputTensor(f"{prefix}.weight_zeros", grid.zero_dtype, shape)
 
-    def encode(self, matrix: QuantizedMatrix, quantized: QuantizedBlocks) -> dict[str, Tensor]:
-        weight, absmax, *levels = self.tensors(matrix)
-        own = matrix.grid.levels() if quantized.levels is None else quantized.levels
-        return {
-            weight.name: pack_rows(quantized.codes, matrix.grid.codebook.bits),
-            absmax.name: quantized.absmax.to(absmax.dtype).reshape(absmax.shape),
-            **{tensor.name: own for tensor in levels},
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
+        weight, *others = self.tensors(matrix)
+        if isinstance(matrix.grid, BlockGrid):
+            found = blocks_of(quantized)
+            own = matrix.grid.levels() if found.levels is None else found.levels
+            numbers: tuple[Tensor | None, ...] = (found.absmax, own)
+        else:
+            numbers = groups_of(quantized).scales, groups_of(quantized).zeros
+        stored = {
+            tensor.name: value.to(tensor.dtype).reshape(tensor.shape)
+            for tensor, value in zip(others, numbers)
+            if value is not None
         }
+        return {weight.name: pack_rows(quantized.codes, matrix.grid.bits), **stored}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
-        weight, absmax, *levels = self.tensors(matrix)
-        codes = unpack_rows(read(weight.name), matrix.grid.codebook.bits, matrix.in_features)
-        own = read(levels[0].name) if levels else None
-        return dequantize(QuantizedBlocks(codes, read(absmax.name).float().reshape(-1), own), matrix.grid)
+        weight, *others = self.tensors(matrix)
+        codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
+        first, second = [*(read(tensor.name).float() for tensor in others), None][:2]
+        assert first is not None
+        if isinstance(matrix.grid, BlockGrid):
+            return dequantize(QuantizedBlocks(codes, first.reshape(-1), second), matrix.grid)
+        return dequantize(QuantizedGroups(codes, first, second), matrix.grid)
 
     def quantization_config(
-        self, matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], dtype: torch.dtype
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
         # In the order of the model; all experts of a parameter share a grid and are named once.
-        groups: dict[BlockGrid, tuple[list[str], dict[str, dict[str, Any]]]] = {}
+        groups: dict[Grid, tuple[list[str], dict[str, dict[str, Any]]]] = {}
         for matrix in matrices:
             modules, parameters = groups.setdefault(matrix.grid, ([], {}))
             if matrix.parameter:
@@ -90,20 +124,32 @@ class PackedFormat:
                 parameters[matrix.parameter] = {"in_features": matrix.in_features, "transposed": transposed}
             else:
                 modules.append(matrix.module)
+        new = any(isinstance(grid, AffineGrid) or grid.codebook.fitted for grid in groups)
         return {
             "quant_method": QUANT_METHOD,
-            "version": CONFIG_VERSION if any(grid.codebook.fitted for grid in groups) else 1,
+            "version": 2 if new else 1,
             "dtype": DTYPE_NAMES[dtype],
             "groups": [
-                {
-                    "bits": grid.codebook.bits,
-                    "data_type": grid.codebook.data_type,
-                    "levels": list(grid.codebook.levels),
-                    "block_size": grid.block_size,
-                    "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
-                    "modules": modules,
-                    "parameters": parameters,
-                }
+                {**_grid_values(grid), "modules": modules, "parameters": parameters}
                 for grid, (modules, parameters) in groups.items()
             ],
         }
+
+
+def _grid_values(grid: Grid) -> dict[str, Any]:
+    if isinstance(grid, BlockGrid):
+        return {
+            "bits": grid.bits,
+            "data_type": grid.data_type,
+            "levels": list(grid.codebook.levels),
+            "block_size": grid.block_size,
+            "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
+        }
+    return {
+        "bits": grid.bits,
+        "data_type": grid.data_type,
+        "zero": grid.zero,
+        "group_size": grid.group_size,
+        "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
+        "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+    }

@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loftq_cli.artifacts.decode import decode_matrix, decode_product, quantized_matrix
+from loftq_cli.artifacts.decode import decode_matrix, decode_product, quantized_matrix, read_tensor
 from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import FusedQuantizer
 
 
@@ -83,18 +84,17 @@ class BackboneWeights(_Converted):
     """Q of every quantized matrix, decoded from the container's own bytes, and the tensors that were kept.
 
     Attributes:
-        path: the output directory; `stored`: its safetensors files.
+        path: the output directory.
         adapter: add scaling · BA to Q, in float32.
     """
 
     path: Path
-    stored: Checkpoint
     manifest: Manifest
     adapter: bool = False
 
     def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
         if isinstance(record, KeptRecord):
-            return read_named(self.stored, record.tensor)
+            return read_tensor(self.path, record.tensor)
         weight = decode_matrix(self.path, self.manifest, record)
         if self.adapter and record.rank:
             weight += decode_product(self.path, self.manifest, record)
@@ -109,12 +109,12 @@ class PlainWeights(_Converted):
     """
 
     source: Checkpoint
-    stored: Checkpoint
+    path: Path
     manifest: Manifest
 
     def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
         if isinstance(record, KeptRecord):
-            return read_named(self.stored, record.tensor)
+            return read_tensor(self.path, record.tensor)
         weight = _as_stored(read_named(self.source, record.tensor).float(), record).contiguous()
         grid = plain_grid(self.manifest, record)
         quantizer = block_quantizer(grid, weight.device)
@@ -123,10 +123,10 @@ class PlainWeights(_Converted):
         return _as_stored(quantizer.restore(torch.zeros_like(weight), codes).neg_(), record)
 
 
-def plain_grid(manifest: Manifest, record: MatrixRecord) -> BlockGrid:
+def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:
     """The grid that plain quantization at the same bits takes."""
     grid = quantized_matrix(record).grid
-    if record.data_type != manifest.recipe.get("levels"):
+    if not isinstance(grid, BlockGrid) or record.data_type != manifest.recipe.get("levels"):
         return grid
     return replace(grid, codebook=codebook("nf", record.bits))
 

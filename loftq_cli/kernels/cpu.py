@@ -17,7 +17,8 @@ from torch import Tensor
 from loftq_cli.kernels import numba_blocks, numba_fitted
 from loftq_cli.numerics import fitted
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
-from loftq_cli.numerics.loftq import QuantizeStep
+from loftq_cli.numerics.grids import Quantized
+from loftq_cli.numerics.loftq import QuantizeStep, blocks_of
 from loftq_cli.numerics.lowrank import LowRank
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
@@ -62,7 +63,7 @@ class CompiledQuantizer:
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
         residual = torch.empty_like(weight) if previous is None else previous.residual
-        fit = _Fit(None if previous is None else previous.quantized.absmax, column_weight)
+        fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight)
         return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
@@ -71,9 +72,10 @@ class CompiledQuantizer:
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
         """Better levels for the codes and scales of `step`."""
-        return fitted.fit_levels(target, step.quantized, self.grid, column_weight)
+        return fitted.fit_levels(target, blocks_of(step), self.grid, column_weight)
 
-    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
+    def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
+        assert isinstance(quantized, QuantizedBlocks)
         residual = torch.empty_like(weight)
         arrays = _flat(weight, quantized.codes, quantized.absmax, residual)
         levels, settings = _levels(self.grid, quantized.levels), self._settings(weight)

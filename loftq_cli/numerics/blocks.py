@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, quantize_scales
 
 Layout = Literal["rows", "flat"]
 
@@ -33,6 +34,7 @@ class BlockGrid:
         scale_dtype: dtype absmax is rounded to, before any code is chosen.
         value_dtype: dtype the loader rounds `level * absmax` to (the product is taken in float32).
         signed: whether the container takes negative scales, which turn an asymmetric codebook around.
+        nested: absmax itself is quantized to 8 bits (double quantization), before any code is chosen.
     """
 
     codebook: Codebook
@@ -41,6 +43,26 @@ class BlockGrid:
     scale_dtype: torch.dtype
     value_dtype: torch.dtype
     signed: bool = False
+    nested: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.codebook.bits
+
+    @property
+    def data_type(self) -> str:
+        """The name of the levels, as a recipe calls them."""
+        return self.codebook.data_type
+
+    def information_bits(self, out_features: int, in_features: int) -> int:
+        """Bits that codes, scales and levels of the matrix's own carry, however a container stores them."""
+        n_blocks = self.n_blocks(out_features, in_features)
+        scale_bits = self.scale_dtype.itemsize * 8 * n_blocks
+        if self.nested:
+            scale_bits = 8 * n_blocks + 32 * -(-n_blocks // NESTED_BLOCK) + 32
+        levels = 32 * len(self.codebook.levels) if self.codebook.fitted else 0
+        return out_features * in_features * self.bits + scale_bits + levels
 
     def n_blocks(self, out_features: int, in_features: int) -> int:
         """How many absmax values a matrix of this shape has."""
@@ -55,15 +77,17 @@ class BlockGrid:
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
-    """Codes uint8 [out, in]; absmax float32 [n_blocks] holding values of the grid's scale dtype.
+    """Codes uint8 [out, in]; absmax float32 [n_blocks] as the loader has it, holding values of the grid's scale dtype.
 
     `absmax` is a block's scale: its largest magnitude, or what was fitted instead (`numerics.fitted`). `levels`,
-    float32 [2**bits], are the matrix's own where the codebook says `fitted`.
+    float32 [2**bits], are the matrix's own where the codebook says `fitted`. `nested`: what is stored instead of
+    absmax, where that is quantized too.
     """
 
     codes: Tensor
     absmax: Tensor
     levels: Tensor | None = None
+    nested: NestedScales | None = None
 
 
 def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
@@ -77,11 +101,13 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
     """
     blocks = to_blocks(x, grid)  # [n_blocks, block_size]
     absmax = round_to(blocks.abs().amax(dim=1), grid.scale_dtype)
+    nested = quantize_scales(absmax) if grid.nested else None
+    absmax = absmax if nested is None else nested.dequantized()
     scaled = blocks * absmax.clamp(min=_SMALLEST_ABSMAX).reciprocal().unsqueeze(1)
     if grid.layout == "flat" and x.numel() % grid.block_size and absmax[-1] >= _SMALLEST_ABSMAX:
         scaled[-1] = blocks[-1] / absmax[-1]
     codes = torch.bucketize(scaled.clamp_(-1.0, 1.0), midpoints(grid.levels(x.device)), out_int32=True)
-    return QuantizedBlocks(codes=_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax=absmax)
+    return QuantizedBlocks(_from_blocks(codes.to(torch.uint8), x.shape, grid), absmax, nested=nested)
 
 
 def assign(x: Tensor, scales: Tensor, grid: BlockGrid, levels: Tensor) -> Tensor:

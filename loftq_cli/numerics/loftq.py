@@ -13,6 +13,7 @@ from torch import Tensor
 from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.fitted import fit_levels, fit_scales
+from loftq_cli.numerics.grids import Quantized, dequantize
 from loftq_cli.numerics.lowrank import (
     LowRank,
     exact_low_rank,
@@ -34,7 +35,7 @@ class QuantizeStep:
     `norm` is ‖W - Q‖_F before any rounding, where the quantizer took it on its way.
     """
 
-    quantized: QuantizedBlocks
+    quantized: Quantized
     residual: Tensor
     norm: float | None = None
 
@@ -61,7 +62,7 @@ class FusedQuantizer(Quantizer, Protocol):
         overwritten. `half`: BA is multiplied, and the residual rounded, in bfloat16. An error of 2⁻⁹ in the target's
         smaller part moves codes only where they were ties but for that; Q and ‖W - Q‖ stay exact."""
 
-    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
+    def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
         """W - Q, float32 [out, in]."""
 
 
@@ -106,8 +107,8 @@ class BlockQuantizer:
         step = self.quantize_residual(weight, weight if product is None else weight - product.float())
         return QuantizeStep(step.quantized, step.residual.bfloat16(), step.residual_norm()) if half else step
 
-    def restore(self, weight: Tensor, quantized: QuantizedBlocks) -> Tensor:
-        return weight - blocks.dequantize(quantized, self.grid)
+    def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
+        return weight - dequantize(quantized, self.grid)
 
     def quantize_fitted(
         self,
@@ -118,7 +119,7 @@ class BlockQuantizer:
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
         levels = self.grid.levels(target.device) if self.levels is None else self.levels
-        before = None if previous is None else previous.quantized.absmax
+        before = None if previous is None else blocks_of(previous).absmax
         scales = fit_scales(target, self.grid, levels, previous=before, column_weight=column_weight)
         codes = blocks.assign(target, scales, self.grid, levels)
         quantized = QuantizedBlocks(codes, scales, self.levels)
@@ -130,7 +131,13 @@ class BlockQuantizer:
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
         """Better levels for the codes and scales of `step`."""
-        return fit_levels(target, step.quantized, self.grid, column_weight)
+        return fit_levels(target, blocks_of(step), self.grid, column_weight)
+
+
+def blocks_of(step: QuantizeStep) -> QuantizedBlocks:
+    """What a codebook grid gave."""
+    assert isinstance(step.quantized, QuantizedBlocks), "blocks belong to a codebook grid"
+    return step.quantized
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class LoftQResult:
         best: the step that was kept, counted from 1; 0 where no step was made.
     """
 
-    quantized: QuantizedBlocks
+    quantized: Quantized
     lora_a: Tensor
     lora_b: Tensor
     plain_residual: float
@@ -199,7 +206,7 @@ def loftq(
     found: LowRank | None = None
     plain = 0.0
     residuals: list[float] = []
-    kept: tuple[int, QuantizedBlocks, LowRank] | None = None
+    kept: tuple[int, Quantized, LowRank] | None = None
     for t in range(1, iters + 1):
         step = steps.quantize(found, step)  # LoftQ eq. 7
         plain = plain or _relative(step.residual_norm(), norm)
@@ -250,7 +257,7 @@ class _Steps:
         """Whether `found` came from a rounded residual and holds so much that the rounding shows."""
         return step.residual.dtype == torch.bfloat16 and found.energy > _SHOWS * step.residual_norm() ** 2
 
-    def settle(self, quantized: QuantizedBlocks, found: LowRank) -> tuple[LowRank, float]:
+    def settle(self, quantized: Quantized, found: LowRank) -> tuple[LowRank, float]:
         """The exact projection of W - Q on the directions of `found`, and what it leaves."""
         assert isinstance(self.quantizer, FusedQuantizer)
         residual = self.quantizer.restore(self.weight, quantized)

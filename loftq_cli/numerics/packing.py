@@ -42,3 +42,14 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     mask = 2**bits - 1
     codes = torch.stack([(word >> (i * bits)) & mask for i in range(group)], dim=-1).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [rows, columns] -> int32 [rows, ceil(columns * bits / 32)]: the same bit stream in 32-bit words."""
+    packed = pack_rows(codes, bits)
+    return F.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_words`: uint8 codes [rows, columns]."""
+    return unpack_rows(words.contiguous().view(torch.uint8), bits, columns)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics.blocks import QuantizedBlocks
+from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, LowRankStep, QuantizeStep
 from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, half_low_rank, krylov_low_rank
 
@@ -136,7 +137,7 @@ class _Iterate:
     """Step `number` (from 1): Q, BA and what is minimised."""
 
     number: int
-    quantized: QuantizedBlocks
+    quantized: Quantized
     found: LowRank | None
     objective: float
 
@@ -226,7 +227,7 @@ class _Run:
         assert self.quantize_step is not None
         self.feeds, self.fed, self.found, self.tried = False, None, best.found, best
         self.quantize_step = QuantizeStep(best.quantized, self.quantize_step.residual)
-        if best.quantized.levels is not None:
+        if isinstance(best.quantized, QuantizedBlocks) and best.quantized.levels is not None:
             self.quantizer = self._with_levels().with_levels(best.quantized.levels)
         self.aim()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.blocks import QuantizedBlocks
+from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.loftq import FusedQuantizer, LoftQResult, LowRankStep, Quantizer
 from loftq_cli.numerics.lowrank import LowRank, frobenius
 
@@ -130,7 +130,7 @@ def weighted_loftq(
     plain = _relative(step.residual, norm), _relative(whitening.apply(step.residual), weighted_norm)
     found: LowRank | None = None
     residuals: list[float] = []
-    kept: tuple[float, int, QuantizedBlocks, LowRank] | None = None
+    kept: tuple[float, int, Quantized, LowRank] | None = None
     for t in range(1, iters + 1):
         if found is not None:
             step = quantizer.quantize_residual(weight, _less(weight, found))

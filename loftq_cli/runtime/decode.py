@@ -1,11 +1,12 @@
 """From packed codes to dense rows, fast enough to do it again in every forward and backward pass.
 
-The result is `formats.packed.PackedFormat.decode`, bit for bit: level * absmax in float32, one rounding to the grid's
-value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time, so there is no tensor of single codes.
+The result is `formats.packed.PackedFormat.decode`, bit for bit: level * scale (+ zero) in float32, one rounding to the
+grid's value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time: there is no tensor of single codes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.numerics.grids import Grid
 
 # Bits looked up at once: a whole number of codes, and a table that stays in the first-level cache (3 bits: second).
 _INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
@@ -28,13 +29,20 @@ _STEP_GPU = 2**25
 
 
 def decode_rows(
-    packed: Tensor, absmax: Tensor, grid: BlockGrid, columns: int, dtype: torch.dtype, levels: Tensor | None = None
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: Grid,
+    columns: int,
+    dtype: torch.dtype,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Dense rows of a packed matrix.
 
     Args:
         packed: uint8 [rows, packed_width(columns, bits)].
-        absmax: [rows, ceil(columns / block_size)] in the grid's scale dtype.
+        scales: [rows, blocks of a row] in the grid's scale dtype: absmax of a codebook, scale of integers.
+        zeros: the same shape, the value of code 0, where the grid has one.
         dtype: what the values, already rounded to `grid.value_dtype`, are cast to.
         levels: float32 [2**bits], the matrix's own; None takes the codebook's.
 
@@ -45,19 +53,31 @@ def decode_rows(
     # A compiler traces the function itself and warns about the cache.
     compiling = torch.compiler.is_compiling()
     if levels is None:
-        table = (_lookup_table.__wrapped__ if compiling else _lookup_table)(grid.codebook, packed.device)
+        table = (_lookup_table.__wrapped__ if compiling else _lookup_table)(levels_of(grid), packed.device)
     else:
-        index = (_code_table.__wrapped__ if compiling else _code_table)(grid.codebook.bits, packed.device)
+        index = (_code_table.__wrapped__ if compiling else _code_table)(grid.bits, packed.device)
         table = _widened(levels.to(packed.device)[index])
+    block_size = grid.block_size or columns
     out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     step = max(1, (_STEP_CPU if packed.device.type == "cpu" else _STEP_GPU) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        found = _look_up(table, packed[part], grid.codebook.bits)[:, :columns]
-        values = _saturate(_scale(found, absmax[part].float(), grid.block_size), grid)
+        values = _look_up(table, packed[part], grid.bits)[:, :columns]
+        _blockwise(Tensor.mul_, values, scales[part].float(), block_size)
+        if zeros is not None:
+            _blockwise(Tensor.add_, values, zeros[part].float(), block_size)
+        values = _saturate(values, grid)
         # Copying into `out` is the one rounding where it has the value dtype.
         out[part] = values if dtype == grid.value_dtype else values.to(grid.value_dtype)
     return out
+
+
+def levels_of(grid: Grid) -> tuple[float, ...]:
+    """What code 0, 1, … stands for before scale and zero."""
+    if isinstance(grid, BlockGrid):
+        return grid.codebook.levels
+    lowest = -(2 ** (grid.bits - 1)) if grid.zero == "none" else 0
+    return tuple(float(lowest + code) for code in range(2**grid.bits))
 
 
 def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
@@ -72,30 +92,31 @@ def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
     return found.view(torch.float32).reshape(packed.shape[0], -1)
 
 
-def _scale(levels: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply each block by its absmax, in place; the last block of a row may be short."""
-    n_full = levels.shape[1] // block_size
+def _blockwise(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, numbers: Tensor, block_size: int) -> None:
+    """Apply an in-place operation to each block and its number; the last block of a row may be short."""
+    n_full = values.shape[1] // block_size
     cut = n_full * block_size
     if n_full:
-        levels[:, :cut].unflatten(1, (n_full, block_size)).mul_(absmax[:, :n_full].unsqueeze(-1))
-    if cut < levels.shape[1]:
-        levels[:, cut:].mul_(absmax[:, n_full:])
-    return levels
+        operation(values[:, :cut].unflatten(1, (n_full, block_size)), numbers[:, :n_full].unsqueeze(-1))
+    if cut < values.shape[1]:
+        operation(values[:, cut:], numbers[:, n_full:])
 
 
-def _saturate(values: Tensor, grid: BlockGrid) -> Tensor:
-    """Keep values finite in the value dtype, as `blocks.round_to` does, where scales can be larger than values."""
+def _saturate(values: Tensor, grid: Grid) -> Tensor:
+    """Keep values finite in the value dtype, as `blocks.round_to` does, where they can exceed it: levels of a codebook
+    are at most 1."""
     limit = torch.finfo(grid.value_dtype).max
-    return values.clamp_(-limit, limit) if torch.finfo(grid.scale_dtype).max > limit else values
+    safe = isinstance(grid, BlockGrid) and torch.finfo(grid.scale_dtype).max <= limit
+    return values if safe or grid.value_dtype == torch.float32 else values.clamp_(-limit, limit)
 
 
 @lru_cache(maxsize=64)
-def _lookup_table(codebook: Codebook, device: torch.device) -> Tensor:
+def _lookup_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """Row i: the levels of the codes that the bits of i stand for, as one wide element where the device has those."""
     # A cached inference tensor would poison later training.
     with torch.inference_mode(False), torch.no_grad():
-        levels = torch.tensor(codebook.levels, dtype=torch.float32, device=device)
-        return _widened(levels[_code_table.__wrapped__(codebook.bits, device)])
+        bits = len(levels).bit_length() - 1
+        return _widened(torch.tensor(levels, dtype=torch.float32, device=device)[_code_table.__wrapped__(bits, device)])
 
 
 @lru_cache(maxsize=64)

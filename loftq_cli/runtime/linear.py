@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.packing import packed_width
 from loftq_cli.runtime.codes import guard
 from loftq_cli.runtime.decode import decode_rows
@@ -23,15 +25,18 @@ from loftq_cli.runtime.decode import decode_rows
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+LEVELS = "weight_levels"
+
 
 class PackedWeight(nn.Module):
-    """What both layers share: the codes `weight`, the scales `weight_absmax` and the grid that gives them meaning.
+    """What both layers share: the codes `weight`, their scales and the grid that gives them meaning.
 
     Attributes:
         weight: uint8 parameter [rows, packed_width(columns, bits)], frozen.
-        weight_absmax: buffer [rows, ceil(columns / block_size)] in the grid's scale dtype, whatever the model's is. A
-            layer tied to another has none and uses the other's.
-        weight_levels: buffer float32 [2**bits] where the codebook is `fitted`, else None; shared like the scales.
+        weight_absmax: buffer [rows, blocks of a row] in the grid's scale dtype, whatever the model's is. Integer grids
+            have `weight_scales` instead, and `weight_zeros` where they are asymmetric. A layer tied to another has
+            none and uses the other's.
+        weight_levels: buffer float32 [2**bits] where the codebook is `fitted`; shared like the scales.
         grid: levels, block size, dtypes.
         columns: the dense width.
     """
@@ -39,34 +44,39 @@ class PackedWeight(nn.Module):
     # transformers would draw random weights for modules that do not say so.
     _is_hf_initialized = True
 
-    grid: BlockGrid
+    grid: Grid
     columns: int
 
-    def _hold(self, rows: int, columns: int, grid: BlockGrid, device: torch.device | str | None) -> None:
-        assert grid.layout == "rows", "packed storage has blocks along rows"
+    def _hold(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None) -> None:
         self.grid, self.columns = grid, columns
         # In a tuple, so that the other layer does not become a part of this one.
         self._scales_of: tuple[PackedWeight, ...] = ()
-        codes = torch.zeros(rows, packed_width(columns, grid.codebook.bits), dtype=torch.uint8, device=device)
-        absmax = torch.zeros(rows, grid.n_blocks(1, columns), dtype=grid.scale_dtype, device=device)
+        codes = torch.zeros(rows, packed_width(columns, grid.bits), dtype=torch.uint8, device=device)
         self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
-        self.register_buffer("weight_absmax", absmax)
-        self.register_buffer("weight_levels", grid.levels(device or "cpu") if grid.codebook.fitted else None)
+        self._scale_dtypes = scale_dtypes(grid)
+        for name, dtype in self._scale_dtypes.items():
+            shape = (2**grid.bits,) if name == LEVELS else (rows, grid.n_blocks(1, columns))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        if isinstance(grid, BlockGrid) and LEVELS in self._scale_dtypes:
+            self._buffers[LEVELS] = grid.levels(device or "cpu")
 
     def use_scales_of(self, other: PackedWeight) -> None:
         """Become the tied twin of `other`: transformers shares the codes between the two, this shares the scales."""
         self._scales_of = (other,)
-        self._buffers["weight_absmax"] = self._buffers["weight_levels"] = None
+        for name in self._scale_dtypes:
+            self._buffers[name] = None
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Codes and scales, on one device."""
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and, where the grid has them, zeros, on one device."""
         codes: Any = self._parameters["weight"]
-        absmax: Any = (self._scales_of[0] if self._scales_of else self)._buffers["weight_absmax"]
-        return codes, absmax.to(codes.device)
+        owner = self._scales_of[0] if self._scales_of else self
+        found: list[Any] = [owner._buffers[name] for name in self._scale_dtypes if name != LEVELS]
+        scales, zeros = [*(numbers.to(codes.device) for numbers in found), None][:2]
+        return codes, scales, zeros
 
     def own_levels(self) -> Tensor | None:
         """The levels, where they are not the codebook's."""
-        levels: Any = (self._scales_of[0] if self._scales_of else self)._buffers["weight_levels"]
+        levels: Any = (self._scales_of[0] if self._scales_of else self)._buffers.get(LEVELS)
         return levels
 
     def __getattr__(self, name: str) -> Any:
@@ -74,13 +84,13 @@ class PackedWeight(nn.Module):
         return guard(value) if name == "weight" else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move scales and levels but never cast them: they are stored numbers, whatever dtype is computed in."""
-        before = {name: self._buffers[name] for name in ("weight_absmax", "weight_levels")}
+        """Move the scales but never cast them: they are part of the stored numbers, not of the compute dtype."""
+        before = {name: self._buffers[name] for name in self._scale_dtypes}
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
+        for name, numbers in before.items():
             moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
+            if numbers is not None and moved is not None and moved.dtype != numbers.dtype:
+                self._buffers[name] = numbers.to(moved.device)
         return self
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -90,33 +100,51 @@ class PackedWeight(nn.Module):
             return decode_rows(*self.stored(), self.grid, self.columns, kind, self.own_levels())
 
     def extra_repr(self) -> str:
-        book = self.grid.codebook
-        kind = f"bits={book.bits}, data_type={book.data_type}, block_size={self.grid.block_size}"
+        grid = self.grid
+        kind = f"bits={grid.bits}, data_type={grid.data_type}, block_size={grid.block_size or self.columns}"
         return f"{super().extra_repr()}, {kind}"
+
+
+def scale_dtypes(grid: Grid) -> dict[str, torch.dtype]:
+    """The buffers beside the codes, and the dtype each is stored in."""
+    if isinstance(grid, BlockGrid):
+        assert grid.layout == "rows", "packed storage has blocks along rows"
+        return {"weight_absmax": grid.scale_dtype, **({LEVELS: torch.float32} if grid.codebook.fitted else {})}
+    assert isinstance(grid, AffineGrid) and grid.zero != "integer", "packed storage has offsets, no zero points"
+    zeros = {"weight_zeros": grid.zero_dtype} if grid.zero == "float" else {}
+    return {"weight_scales": grid.scale_dtype, **zeros}
 
 
 class _PackedLinear(torch.autograd.Function):
     """y = x Q^T + b. Backward dequantizes again, so that no dense weight outlives the call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, layer: LoftqLinear) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        layer: LoftqLinear,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, zeros)
         ctx.grid, ctx.columns, ctx.levels = layer.grid, layer.columns, layer.own_levels()
-        return F.linear(x, decode_rows(codes, absmax, layer.grid, layer.columns, x.dtype, ctx.levels), bias)
+        return F.linear(x, decode_rows(codes, scales, zeros, layer.grid, layer.columns, x.dtype, ctx.levels), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
-        codes, absmax = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
+        codes, scales, zeros = ctx.saved_tensors
         grad_x = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         # The dtype was settled in the forward pass.
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                weight = decode_rows(codes, absmax, ctx.grid, ctx.columns, grad.dtype, ctx.levels)
+                weight = decode_rows(codes, scales, zeros, ctx.grid, ctx.columns, grad.dtype, ctx.levels)
                 grad_x = (rows @ weight).reshape(*grad.shape[:-1], ctx.columns)
-            if ctx.needs_input_grad[3]:
+            if ctx.needs_input_grad[4]:
                 grad_bias = rows.sum(0)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, None, None, grad_bias, None
 
 
 class LoftqLinear(PackedWeight, nn.Linear):
@@ -135,7 +163,7 @@ class LoftqLinear(PackedWeight, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool,
-        grid: BlockGrid,
+        grid: Grid,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -190,7 +218,7 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        grid: BlockGrid,
+        grid: Grid,
         *,
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -210,8 +238,10 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """int [...] -> compute dtype [..., embedding_dim]."""
         flat = ids.reshape(-1)
-        codes, absmax = (tensor.index_select(0, flat) for tensor in self.stored())
-        rows = decode_rows(codes, absmax, self.grid, self.columns, self.compute_dtype, self.own_levels())
+        codes, scales, zeros = self.stored()
+        codes, scales = codes.index_select(0, flat), scales.index_select(0, flat)
+        zeros = None if zeros is None else zeros.index_select(0, flat)
+        rows = decode_rows(codes, scales, zeros, self.grid, self.columns, self.compute_dtype, self.own_levels())
         return rows.reshape(*ids.shape, self.columns)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:

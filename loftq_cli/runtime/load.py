@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.artifacts.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats.gguf import FILE as GGUF_FILE
+from loftq_cli.formats.packed import SCALE_NAMES
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path
 
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
 FINGERPRINT = "loftq_fingerprint"
 
 # Names of the scales in packed and in bitsandbytes checkpoints.
-_SCALES = (".weight_absmax", ".absmax")
+_PACKED_SCALES = tuple(f".{name}" for name in SCALE_NAMES)
+_SCALES = (*_PACKED_SCALES, ".absmax")
+
+# What reads a checkpoint of a quant_method: modules and the extra they come with.
+_LOADERS = {
+    "bitsandbytes": (("bitsandbytes", "bnb"),),
+    "gptq": (("optimum", "gptq"), ("gptqmodel", "gptq")),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+}
 
 # What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -59,6 +69,10 @@ def load(
     _check_request(Path(path), adapter)
     config = _read_config(name, source, options)
     home = find_adapter(name, source) if adapter else None
+    if adapter:
+        options = {**_trainable_kernel(config), **options}
+    if (Path(path) / GGUF_FILE).is_file():
+        options = {"gguf_file": GGUF_FILE, "dtype": config.dtype, **options}
     model = _load_backbone(_model_class(config, auto_class), name, options)
     if home is None:
         return model
@@ -90,9 +104,18 @@ def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
-    if _quant_method(config) == "bitsandbytes":
-        _require("bitsandbytes", "bnb", "read this checkpoint")
+    for module, extra in _LOADERS.get(_quant_method(config) or "", ()):
+        _require(module, extra, "read this checkpoint")
     return config
+
+
+def _trainable_kernel(config: PretrainedConfig) -> dict[str, Any]:
+    """GPTQ's fastest kernel is for inference only; an adapter needs one with gradients."""
+    if _quant_method(config) != "gptq":
+        return {}
+    from transformers import GPTQConfig
+
+    return {"quantization_config": GPTQConfig(bits=_quantization(config)["bits"], backend="auto_trainable")}
 
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -116,10 +139,11 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
     head that this class does not have are no loss."""
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
-    lost = [key for key in missing if key.endswith((".weight_absmax", ".weight_levels"))]
+    lost = [key for key in missing if key.endswith(_PACKED_SCALES)]
     for key in unexpected:
         if key.endswith(_SCALES):
-            module = key.removesuffix(".absmax").removesuffix("_absmax")
+            module = key.removesuffix(".absmax")
+            module = next((module.removesuffix(name[7:]) for name in _PACKED_SCALES if module.endswith(name)), module)
             # A weight's module, or the module that holds a stacked parameter.
             lost += [key] if find_path(module.rpartition(".")[0], modules, prefix) else []
     return sorted(lost)
@@ -149,10 +173,13 @@ def _model_class(config: PretrainedConfig, wanted: Any) -> Any:
 
 
 def _quant_method(config: PretrainedConfig) -> str | None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    return quantization.get("quant_method") if isinstance(quantization, dict) else str(quantization.quant_method)
+    found = _quantization(config).get("quant_method")
+    return None if found is None else str(getattr(found, "value", found))
+
+
+def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, Mapping) else found.to_dict()
 
 
 def _require(module: str, extra: str, purpose: str) -> None:

@@ -15,10 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import DTYPES
-from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD
+from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD, SCALE_NAMES
 from loftq_cli.module_exceptions import PLAIN_LINEAR_CLASSES
+from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import Codebook
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
 from loftq_cli.runtime.paths import find_path
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
@@ -29,7 +31,7 @@ class PackedGroup:
     """The modules that share a grid; paths are those of the class the checkpoint was converted with. `parameters` are
     dequantized when they are loaded."""
 
-    grid: BlockGrid
+    grid: Grid
     modules: tuple[str, ...]
     parameters: tuple[PackedParameter, ...] = ()
 
@@ -71,8 +73,19 @@ class LoftqConfig(QuantizationConfigMixin):
 
 
 def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedGroup:
-    book = Codebook(str(group["data_type"]), int(group["bits"]), tuple(float(level) for level in group["levels"]))
     scale_dtype = DTYPES[group["scale_dtype"]]
+    if group["data_type"] == "int":
+        integers = AffineGrid(
+            int(group["bits"]),
+            int(group["group_size"]),
+            group["zero"],
+            scale_dtype,
+            value_dtype,
+            zero_dtype=DTYPES[group["zero_dtype"]],
+        )
+        assert integers.zero in ("none", "float"), f"zero is {integers.zero!r}"
+        return PackedGroup(integers, tuple(group["modules"]))
+    book = Codebook(str(group["data_type"]), int(group["bits"]), tuple(float(level) for level in group["levels"]))
     grid = BlockGrid(book, int(group["block_size"]), "rows", scale_dtype=scale_dtype, value_dtype=value_dtype)
     parameters = [
         PackedParameter(name, grid, int(entry["in_features"]), bool(entry["transposed"]))
@@ -108,7 +121,7 @@ class LoftqHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales and levels keep the dtype they are stored in, whatever the model is loaded in."""
-        if any(name.endswith(("weight_absmax", "weight_levels")) for name in converter.target_patterns):
+        if any(name.endswith(SCALE_NAMES) for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -150,7 +163,7 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
-    grids: dict[str, BlockGrid] = {}
+    grids: dict[str, Grid] = {}
     for group in groups:
         for path in group.modules:
             found = find_path(path, modules, prefix)
@@ -207,7 +220,7 @@ def _tied_modules(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _packed_module(path: str, module: nn.Module, grid: BlockGrid) -> PackedWeight:
+def _packed_module(path: str, module: nn.Module, grid: Grid) -> PackedWeight:
     if not is_packable(module):
         raise LoftqError(
             f"'{path}' is a {type(module).__name__}, which cannot run on packed weights: convert the model again with "

@@ -147,7 +147,7 @@ class Unpack(ConversionOps):
 
     def _dense(self, codes: Tensor, absmax: Tensor, parameter: PackedParameter, dtype: torch.dtype) -> Tensor:
         rows = codes.flatten(0, -2), absmax.flatten(0, -2)
-        dense = decode_rows(*rows, parameter.grid, parameter.in_features, dtype)
+        dense = decode_rows(*rows, None, parameter.grid, parameter.in_features, dtype)
         dense = dense.unflatten(0, codes.shape[:-1])
         return dense.transpose(-1, -2).contiguous() if parameter.transposed else dense
 

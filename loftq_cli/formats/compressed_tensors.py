@@ -1,0 +1,150 @@
+"""`compressed-tensors`: packed integers as the compressed-tensors library stores them (`pack-quantized`).
+
+For a linear layer at on-disk path P with K inputs and N outputs:
+
+| tensor | dtype | shape |
+|---|---|---|
+| `P.weight_packed` | int32 | [N, ceil(K * bits / 32)], each row a bit stream of codes, least significant bit first |
+| `P.weight_scale` | the model's dtype | [N, groups] |
+| `P.weight_shape` | int64 | [2] |
+| `P.weight_zero_point` | int32 | [ceil(N * bits / 32), groups], packed along N; asymmetric only |
+
+Q = scale · (code - zero) in the scale's dtype, which is the model's, so that every path through the library gives the
+same numbers. `dequantize` in the config makes transformers unpack while loading: plain layers that train and merge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq_cli.formats.base import (
+    ANY_REQUEST,
+    FormatDefaults,
+    GridRequest,
+    OutputTensor,
+    QuantizedMatrix,
+    Refusal,
+    Request,
+    affine_grid,
+    groups_of,
+)
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
+from loftq_cli.numerics.packing import pack_words, unpack_words
+
+_INSTEAD = "use --format packed or --format dense"
+
+
+class CompressedTensorsFormat(FormatDefaults):
+    """See the module's docstring; implements `formats.base.Format`."""
+
+    name = "compressed-tensors"
+
+    def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
+        grids = {affine_grid(matrix) for matrix in matrices}
+        if len(grids) > 1 and request.dequantize:
+            return f"unpacking while loading knows one bit width for all matrices: give --compressed, or {_INSTEAD}"
+        if any(grid.zero == "integer" for grid in grids) and not request.dequantize:
+            return "asymmetric integers load only with --dequantize: drop --compressed, or give --symmetric"
+        return None
+
+    def grid(self, request: GridRequest) -> Grid | Refusal:
+        if request.double_quant:
+            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
+        if request.data_type != "int":
+            return Refusal(f"it holds integers, no '{request.data_type}' levels: {_INSTEAD}", fatal=True)
+        if request.kind == "embedding":
+            return Refusal(f"it quantizes no embeddings: {_INSTEAD}", fatal=True)
+        if request.kind == "conv1d":
+            return Refusal(f"the library knows linear layers, no Conv1D: {_INSTEAD}", fatal=True)
+        if not request.group_divides:
+            reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
+            return Refusal(f"{reason}: choose another --group-size, or {_INSTEAD}", fatal=True)
+        dtype, rule = request.dtype, request.scale_rule
+        zero = "none" if request.symmetric else "integer"
+        return AffineGrid(
+            request.bits,
+            request.block_size,
+            zero,  # type: ignore[arg-type]
+            scale_dtype=dtype,
+            value_dtype=dtype,
+            product_dtype=dtype,
+            scale_rule=rule,
+        )
+
+    def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
+        grid, prefix, (n_out, n_in) = affine_grid(matrix), matrix.prefix, matrix.shape
+        n_groups = grid.n_blocks(1, n_in)
+        found = (
+            OutputTensor(f"{prefix}.weight_packed", torch.int32, (n_out, -(-n_in * grid.bits // 32))),
+            OutputTensor(f"{prefix}.weight_scale", grid.scale_dtype, (n_out, n_groups)),
+            OutputTensor(f"{prefix}.weight_shape", torch.int64, (2,)),
+        )
+        if grid.zero == "none":
+            return found
+        words = -(-n_out * grid.bits // 32)
+        return *found, OutputTensor(f"{prefix}.weight_zero_point", torch.int32, (words, n_groups))
+
+    def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
+        grid, found = affine_grid(matrix), groups_of(quantized)
+        packed, scale, shape, *zeros = self.tensors(matrix)
+        encoded = {
+            packed.name: pack_words(found.codes, grid.bits),
+            scale.name: found.scales.to(scale.dtype),
+            shape.name: torch.tensor(matrix.shape),
+        }
+        if found.zeros is not None:
+            encoded[zeros[0].name] = pack_words(found.zeros.to(torch.uint8).T, grid.bits).T.contiguous()
+        return encoded
+
+    def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
+        grid = affine_grid(matrix)
+        packed, scale, _, *zeros = self.tensors(matrix)
+        codes = unpack_words(read(packed.name), grid.bits, matrix.in_features)
+        points = None
+        if zeros:
+            points = unpack_words(read(zeros[0].name).T, grid.bits, matrix.out_features).T.float()
+        return dequantize(QuantizedGroups(codes, read(scale.name).float(), points), grid)
+
+    def quantization_config(
+        self,
+        matrices: Sequence[QuantizedMatrix],
+        dense_linears: Sequence[str],
+        dtype: torch.dtype,
+        request: Request = ANY_REQUEST,
+    ) -> dict[str, Any]:
+        groups: dict[AffineGrid, list[str]] = {}
+        for matrix in matrices:
+            groups.setdefault(affine_grid(matrix), []).append(matrix.module)
+        # With several widths the common one is that of all linear layers; the others are named.
+        common = max(groups, key=lambda grid: len(groups[grid]))
+        named = {grid: [f"re:^{re.escape(module)}$" for module in groups[grid]] for grid in groups if grid != common}
+        ordered = [*named, common]
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "dequantize": request.dequantize,
+            "ignore": list(dense_linears),
+            "config_groups": {
+                f"group_{i}": {"targets": named.get(grid, ["Linear"]), "weights": _weights(grid)}
+                for i, grid in enumerate(ordered)
+            },
+        }
+
+
+def _weights(grid: AffineGrid) -> dict[str, Any]:
+    """One scheme, in the library's own terms."""
+    return {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.zero == "none",
+        "strategy": "group" if grid.group_size else "channel",
+        "group_size": grid.group_size or None,
+        "dynamic": False,
+    }

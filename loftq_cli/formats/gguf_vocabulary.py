@@ -1,0 +1,72 @@
+"""The tokenizer's vocabulary as GGUF key-values, from tokenizer.json: byte-level BPE, and SentencePiece-like BPE.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+# How ggml names the regular expression that parts words, by a piece of it that the others lack.
+_PARTS = {r"\p{N}{1,3}": "llama-bpe", r"\p{N}|": "qwen2"}
+
+
+def vocabulary_values(tokenizer: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Key-values of `tokenizer.ggml.*`; none for a kind of tokenizer that is not known here."""
+    try:
+        content = json.loads(tokenizer)
+        model = content["model"]
+        splitting = _splitting(content)
+        if model["type"] != "BPE" or splitting is None:
+            return {}
+        return _values(content, splitting, config)
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _splitting(content: Mapping[str, Any]) -> str | None:
+    """The name of the word splitting; "" for SentencePiece, None for one that is not known."""
+    if content["model"].get("byte_fallback"):
+        return ""
+    before = content.get("pre_tokenizer") or {}
+    if before.get("type") == "ByteLevel":
+        return "gpt-2" if before.get("use_regex", True) else None
+    text = json.dumps(before).replace("\\\\", "\\")
+    return next((name for piece, name in _PARTS.items() if piece in text), None)
+
+
+def _values(content: Mapping[str, Any], splitting: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    model, size = content["model"], int(config["vocab_size"])
+    merges = [item if isinstance(item, str) else " ".join(item) for item in model["merges"]]
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
+    for token, place in model["vocab"].items():
+        is_byte = not splitting and len(token) == 6 and token.startswith("<0x")
+        tokens[place], kinds[place] = token, _BYTE if is_byte else _NORMAL
+    for added in content.get("added_tokens", ()):
+        place = added["id"]
+        tokens[place], kinds[place] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
+    if model.get("unk_token"):
+        kinds[tokens.index(model["unk_token"])] = _UNKNOWN
+    found: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2" if splitting else "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+    }
+    if splitting:
+        found |= {"tokenizer.ggml.pre": splitting, "tokenizer.ggml.merges": merges}
+    else:
+        # What SentencePiece merges first has the highest score.
+        rank = {merge.replace(" ", ""): -float(i) for i, merge in reversed(list(enumerate(merges)))}
+        found["tokenizer.ggml.scores"] = [
+            rank.get(token, -1e6 if kind == _NORMAL else 0.0) for token, kind in zip(tokens, kinds)
+        ]
+    for name in ("bos", "eos"):
+        chosen = config.get(f"{name}_token_id")
+        chosen = chosen[0] if isinstance(chosen, list) else chosen
+        if isinstance(chosen, int):
+            found[f"tokenizer.ggml.{name}_token_id"] = chosen
+    return found
