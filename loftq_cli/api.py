@@ -128,12 +128,13 @@ def plan(
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
     """
+    from loftq_cli.calibration import pin_calibration
     from loftq_cli.checkpoint import open_source
 
     file = Path(config) if config else None
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+        return _plan(pin_calibration(resolved), checkpoint, output or read_places(file).get("output"))
 
 
 def _follow(order: Order, run_id: str) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import typer.testing
 from family_checkpoints import saved
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_eval import write_tokenizer
+from test_resume import tensors
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
@@ -160,6 +162,54 @@ def test_calibration_weighs_the_refined_method_too(kind: str, text: Path, tmp_pa
         weighted += record.weighted_residual
         unweighted += float(whiten(moment).apply(left).norm() / whiten(moment).apply(w).norm())
     assert weighted < unweighted
+
+
+@pytest.mark.parametrize("method", ["loftq", "refined"])
+def test_integer_groups_are_calibrated_too(method: str, text: Path, tmp_path: Path, own_cache: Path) -> None:
+    source = llama(tmp_path / "llama")
+    options = {"bits": 2, "rank": 8, "iters": 2, "data_type": "int", "group_size": 32, "method": method}
+    found = loftq_cli.quantize(source, output=tmp_path / "a", calibrate=text, calibration_tokens=250, **options)
+    (kept,) = (own_cache / "loftq" / "moments").glob("*.safetensors")
+    check_records(found, tmp_path / "a", source, "diagonal", kept)
+    assert loftq_cli.verify(tmp_path / "a", source=source).ok
+
+
+def test_two_workers_give_the_bytes_of_one(text: Path, tmp_path: Path, own_cache: Path) -> None:
+    """They find the second moments that the main process has collected, and `verify` the unweighted residuals."""
+    source = llama(tmp_path / "llama")
+    options = {"bits": 2, "rank": 8, "iters": 2, "calibrate": text, "calibration_tokens": 250}
+    loftq_cli.quantize(source, output=tmp_path / "one", **options)
+    (kept,) = (own_cache / "loftq" / "moments").glob("*.safetensors")
+    kept.unlink()
+    loftq_cli.quantize(source, output=tmp_path / "two", num_processes=2, **options)
+    assert tensors(tmp_path / "one") == tensors(tmp_path / "two")
+    found = loftq_cli.verify(tmp_path / "two", source=source)
+    assert found.ok and found.matrices and found.largest_deviation < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_fitted_without_weights_and_it_is_said(name: str, text: Path, tmp_path: Path) -> None:
+    source = tmp_path / name
+    shutil.copytree(saved(name).folder, source)
+    write_tokenizer(source)
+    options = {"bits": 2, "rank": 4, "iters": 1, "format": "packed"}
+    plain = loftq_cli.quantize(source, output=tmp_path / "plain", **options)
+    options |= {"calibrate": text, "calibration_tokens": 250}
+    assert any("of experts are fitted without weights" in note for note in loftq_cli.plan(source, **options).notes)
+    found = loftq_cli.quantize(source, output=tmp_path / "out", **options)
+    for record, other in zip(found.matrices, plain.matrices):
+        assert (record.weighted_residual is None) == (record.expert is not None), record.module
+        assert record.expert is None or record.residual == other.residual
+    assert loftq_cli.verify(tmp_path / "out", source=source).ok
+
+
+def test_a_model_that_overflows_cannot_be_calibrated_on(text: Path, tmp_path: Path) -> None:
+    source = llama(tmp_path / "llama")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("inf")
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoftqError, match=r"gives NaN or infinity before .*: repair the checkpoint"):
+        loftq_cli.quantize(source, output=tmp_path / "a", calibrate=text, calibration_tokens=200, allow_nonfinite=True)
 
 
 def test_another_text_is_another_conversion(text: Path, tmp_path: Path) -> None:

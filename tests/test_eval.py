@@ -166,6 +166,50 @@ def test_other_kinds_of_models(family: str, metric: str, tmp_path: Path) -> None
         assert losses["source"] == 0.0 < losses["start"] < losses["plain"]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_mixtures_of_experts_agree_with_transformers(name: str, form: str, tmp_path: Path) -> None:
+    """Experts stacked by the checkpoint or while loading: source, plain quantization and backbone."""
+    from transformers import AutoModelForCausalLM
+
+    text, out, plain = tmp_path / "text.txt", tmp_path / "out", tmp_path / "plain"
+    text.write_text(" ".join(f"w{(i * i + 3 * i) % 91}" for i in range(200)))
+    loftq_cli.quantize(saved(name).folder, output=out, bits=2, rank=4, iters=2, format=form)
+    loftq_cli.quantize(saved(name).folder, output=plain, bits=2, rank=4, method="qlora", format="dense")
+    write_tokenizer(out)
+    found = loftq_cli.evaluate(out, text, window=20)
+    windows = make_windows(read_text(text, "--text"), open_tokenizer(out), positions=64, max_tokens=None, window=20)
+    folders = {"source": saved(name).folder, "plain": plain} | ({"backbone": out} if form == "dense" else {})
+    for model, folder in folders.items():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            logits = loaded(input_ids=windows.ids).logits[:, :-1]
+        expected = float(F.cross_entropy(logits.flatten(0, 1), windows.ids[:, 1:].flatten()))
+        assert found.score(model).loss == pytest.approx(expected, rel=1e-4), model
+    assert len({score.loss for score in found.scores}) == 4 and found.blocks
+
+
+@pytest.mark.parametrize("levels", ["fitted", "nf4-subset"])
+def test_plain_quantization_is_the_same_whatever_the_levels(
+    levels: str, small_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {"bits": 2, "rank": 4, "format": "packed"}
+    loftq_cli.quantize(small_llama, output=tmp_path / "nf", method="qlora", **options)
+    loftq_cli.quantize(small_llama, output=tmp_path / "own", method="refined", iters=1, levels=levels, **options)
+    scores = [loftq_cli.evaluate(tmp_path / out, text_file, max_tokens=200, window=64) for out in ("nf", "own")]
+    assert scores[0].score("plain").loss == scores[1].score("plain").loss
+    assert scores[0].score("start").loss != scores[1].score("start").loss
+
+
+@pytest.mark.parametrize("form", ["packed", "gptq", "compressed-tensors", "gguf"])
+def test_integer_containers(form: str, small_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    loftq_cli.quantize(small_llama, output=tmp_path / "out", bits=4, rank=4, iters=1, format=form, data_type="int")
+    found = loftq_cli.evaluate(tmp_path / "out", text_file, max_tokens=200, window=64)
+    losses = {score.model: score.loss for score in found.scores}
+    assert losses["plain"] == losses["backbone"], "the first step quantizes the weight itself"
+    assert len(set(losses.values())) == 3 and losses["plain"] == pytest.approx(losses["source"], rel=0.1)
+
+
 def test_masked_loss_is_that_of_transformers(tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 

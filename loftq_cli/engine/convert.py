@@ -23,7 +23,6 @@ from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import (
     FittingQuantizer,
-    FusedQuantizer,
     LoftQResult,
     Quantizer,
     exact_step,
@@ -173,13 +172,11 @@ def _refine(
         init=cast(Init, recipe.init),
         levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
-        column_weight=None if whitening is None else whitening.variances,
+        # Integer groups are fitted to all columns alike; the adapter and the choice of the step are weighted.
+        column_weight=None if whitening is None or not isinstance(grid, BlockGrid) else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )
-    if whitening is None:
-        return found, None
-    assert isinstance(quantizer, FusedQuantizer), "every container's quantizer can restore W - Q"
-    return found, weighted_result(weight, found, quantizer, whitening)
+    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:

@@ -20,8 +20,7 @@ from loftq_cli.checkpoint.base import read_named
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.loftq import FusedQuantizer
+from loftq_cli.numerics.grids import Grid, dequantize
 
 
 class Weights(Protocol):
@@ -117,10 +116,8 @@ class PlainWeights(_Converted):
             return read_tensor(self.path, record.tensor)
         weight = _as_stored(read_named(self.source, record.tensor).float(), record).contiguous()
         grid = plain_grid(self.manifest, record)
-        quantizer = block_quantizer(grid, weight.device)
-        assert isinstance(quantizer, FusedQuantizer), "every container's quantizer can restore W - Q"
-        codes = quantizer.quantize_residual(weight, weight).quantized
-        return _as_stored(quantizer.restore(torch.zeros_like(weight), codes).neg_(), record)
+        step = block_quantizer(grid, weight.device).quantize_residual(weight, weight)
+        return _as_stored(dequantize(step.quantized, grid), record)
 
 
 def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:

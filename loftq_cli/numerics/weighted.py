@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import FusedQuantizer, LoftQResult, LowRankStep, Quantizer
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
+from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, Quantizer
 from loftq_cli.numerics.lowrank import LowRank, frobenius
 
 DAMPING = 0.01  # share of the mean variance added to every input's, so that inputs hardly seen are not given up (GPTQ)
@@ -147,12 +147,12 @@ def weighted_loftq(
 
 
 def weighted_result(
-    weight: Tensor, found: LoftQResult, quantizer: FusedQuantizer, whitening: Whitening
+    weight: Tensor, found: LoftQResult, grid: Grid, quantizer: Quantizer, whitening: Whitening
 ) -> WeightedResult:
     """What another method than `weighted_loftq` found, with its weighted residuals."""
     norm = frobenius(whitening.apply(weight))
     plain = quantizer.quantize_residual(weight, weight).residual
-    left = torch.addmm(quantizer.restore(weight, found.quantized), found.lora_b, found.lora_a, alpha=-1)
+    left = torch.addmm(weight - dequantize(found.quantized, grid), found.lora_b, found.lora_a, alpha=-1)
     return WeightedResult(found, _relative(whitening.apply(plain), norm), _relative(whitening.apply(left), norm))
 
 
