@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.batches.run import batch as batch
+    from loftq_cli.engine.merge import merge as merge
     from loftq_cli.engine.verify import Verification as Verification
     from loftq_cli.engine.verify import verify as verify
     from loftq_cli.errors import LoftqError as LoftqError
@@ -43,6 +44,7 @@ _HOMES = {
     "decode": "loftq_cli.artifacts.decode",
     "evaluate": "loftq_cli.evaluation",
     "load": "loftq_cli.runtime.load",
+    "merge": "loftq_cli.engine.merge",
     "plan": "loftq_cli.api",
     "push": "loftq_cli.hub.push",
     "quantize": "loftq_cli.api",

@@ -115,26 +115,37 @@ class Plan:
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
+def find_modules(checkpoint: Checkpoint) -> ModuleMap:
+    """What every tensor of a checkpoint is.
+
+    Raises:
+        LoftqError: it is quantized already, or does not belong to its config.json.
+    """
+    _refuse_quantized(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+
+
 def make_plan(
     recipe: Recipe,
     checkpoint: Checkpoint,
     output: Path,
     version: str,
     nonfinite: Mapping[str, str] | None = None,
+    modules: ModuleMap | None = None,
 ) -> Plan:
     """Decide everything that can be decided from headers.
 
     Args:
         nonfinite: matrices that hold NaN or infinity, by tensor, with the reason to leave them alone; None where no
             weight was read.
+        modules: where they have been found already.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
         LoftqError: the checkpoint cannot be converted.
     """
-    _refuse_quantized(checkpoint)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    modules = modules or find_modules(checkpoint)
     _refuse_unsound(checkpoint, modules, recipe)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= _spoiled(modules, nonfinite or {})
@@ -151,9 +162,9 @@ def make_plan(
     side = checkpoint.side_files()
     tokenizer = next((file.read for file in side if file.name == "tokenizer.json"), None)
     request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
-    _refuse_together((), recipe, request)
+    refuse_together((), recipe, request)
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
-    _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
+    refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
     _refuse_nothing(units, recipe)
     notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
@@ -178,7 +189,7 @@ def make_plan(
     )
 
 
-def _refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
+def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
     """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
     reason = get_format(recipe.format).refuse(matrices, request)
     if reason is not None:
@@ -354,7 +365,7 @@ def _texts(
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
     if index:
         size = sum(unit.backbone_bytes for unit in units)
-        texts[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": index})
+        texts[INDEX] = index_text(size, index)
     targets = [unit.target for unit in units if unit.target is not None]
     if targets:
         texts[adapter.CONFIG] = _json(
@@ -369,6 +380,11 @@ def _texts(
             )
         )
     return texts
+
+
+def index_text(size: int, index: Mapping[str, str]) -> bytes:
+    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
+    return _json({"metadata": {"total_size": size}, "weight_map": index})
 
 
 def _json(content: object) -> bytes:

@@ -102,7 +102,7 @@ class _Maker:
             name += f"[{expert.index}]" + (f".{expert.part}" if expert.parts > 1 else "")
         target = None
         if decision.rank:
-            target = AdapterTarget(name, role.kind, *shape, decision.rank, role.parameter, expert)
+            target = self.target(role, name, shape, decision.rank, expert)
         container, matrix = get_format(self.recipe.format), self.matrix(role, name, shape, expert, decision)
         if isinstance(matrix, QuantizedMatrix):
             matrix = container.place(matrix, self.request)
@@ -114,6 +114,27 @@ class _Maker:
         output = copied.piece(index) if stacked else copied
         # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
         return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,))
+
+    def target(
+        self, role: TensorRole, name: str, shape: tuple[int, int], rank: int, expert: Expert | None
+    ) -> AdapterTarget:
+        """The adapter of a matrix.
+
+        Raises:
+            UsageError: it cannot be pooled, which QA-LoRA needs.
+        """
+        group = self.recipe.pooling
+        if group > 1 and role.parameter:
+            raise UsageError(
+                f"{role.tensor} becomes part of a stacked parameter, whose inputs PEFT cannot pool as --method qa-lora "
+                f"needs: leave it out with --experts keep, or --exclude '{role.parameter}'."
+            )
+        if shape[1] % group:
+            raise UsageError(
+                f"{role.tensor} has rows of {shape[1]} elements, no whole number of groups of {group}, which --method "
+                f"qa-lora pools over: choose another --group-size, or leave it out with --exclude '{role.module}'."
+            )
+        return AdapterTarget(name, role.kind, *shape, min(rank, shape[1] // group), role.parameter, expert, group)
 
     def matrix(
         self, role: TensorRole, name: str, shape: tuple[int, int], expert: Expert | None, decision: Decision
@@ -132,6 +153,7 @@ class _Maker:
             symmetric=recipe.symmetric,
             scale_rule=cast("ScaleRule", recipe.scale),
             double_quant=recipe.double_quant,
+            unrounded=recipe.pooling > 1,
             module=role.module or "",
         )
         container = get_format(recipe.format)

@@ -266,6 +266,7 @@ def test_flags_reach_the_recipe(text: Path, tmp_path: Path) -> None:
         ({"calibrate_kind": "some"}, "--calibrate-kind cannot be 'some'"),
         ({"calibration_tokens": 0}, "--calibration-tokens cannot be 0"),
         ({"method": "qlora"}, "--calibrate weighs the fit of the adapter"),
+        ({"method": "qa-lora"}, "--calibrate has no weights for qa-lora"),
         ({"iters": 0}, "--calibrate weighs the fit of the adapter"),
     ],
 )

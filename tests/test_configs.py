@@ -98,11 +98,11 @@ def test_schema_and_recipe_agree() -> None:
     tried += [{"rule": value} for value in ("q=2", ["q=2", "k=4:8"], 3)]
     tried += [{"keep_last": value} for value in (True, False, "yes")]
     tried += [{"alpha": value} for value in (16, 8.5, "16")] + [{"no_such_field": 1}, {"meta_version": 3.1}]
-    tried = [{"method": "refined", **fields} if {"init", "levels"} & fields.keys() else fields for fields in tried]
     for fields in tried:
+        fields |= {"method": "refined"} if {"init", "levels"} & set(fields) else {}
         try:
             make_recipe({name: value for name, value in fields.items() if value is not None} | {"model": "m"})
-            accepted = all(value is not None or None in CHOICES.get(name, ()) for name, value in fields.items())
+            accepted = None not in fields.values()
         except UsageError:
             accepted = False
         assert VALIDATOR.is_valid({"model": "m", **fields}) == accepted, fields
@@ -117,7 +117,7 @@ def test_schema_and_recipe_agree() -> None:
         ({"bits": 4}, False),
         ({"matrix": {"bits": [4]}}, False),
         ({"model": "m", "matrix": {"bits": 4}}, False),
-        ({"model": "m", "matrix": {"bits": [5]}}, False),
+        ({"model": "m", "matrix": {"bits": [9]}}, False),
         ({"model": "m", "output": ""}, False),
     ],
 )

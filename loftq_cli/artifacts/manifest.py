@@ -154,6 +154,11 @@ class Manifest:
     kept: tuple[KeptRecord, ...]
     digest: str = UNSEALED
 
+    @property
+    def pooling(self) -> int:
+        """Inputs pooled before the adapters (QA-LoRA); 1 for none."""
+        return int(self.recipe["group_size"]) if self.recipe.get("method") == "qa-lora" else 1
+
     def matrix(self, name: str) -> MatrixRecord:
         """The record of a module path or a tensor name.
 

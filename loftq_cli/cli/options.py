@@ -143,7 +143,36 @@ MetaVersion = Annotated[
         choices=r.META_VERSIONS,
     ),
 ]
-Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, choices=r.BITS)]
+Bits = Annotated[
+    Optional[float],
+    _option("bits", "--bits", "Bits of a weight's code, or a mean such as 2.5.", _GRID, choices=r.BITS),
+]
+Mix = Annotated[
+    Optional[str],
+    _option(
+        "mix",
+        "--mix",
+        "Widths matrix by matrix: the least error under the budget (optimal), or 4 bits in the first layers and 2 in "
+        "the rest (paper).",
+        _GRID,
+        choices=r.MIXES,
+        show="optimal for a mean or a size",
+    ),
+]
+TargetSize = Annotated[
+    Optional[str],
+    _option("target_size", "--target-size", "Size of the backbone as the budget of --mix.", _GRID, metavar="SIZE"),
+]
+Weigh = Annotated[
+    Optional[str],
+    _option(
+        "weigh",
+        "--weigh",
+        "What optimal minimises: squared error relative to each matrix, or as it is.",
+        _GRID,
+        choices=r.WEIGHINGS,
+    ),
+]
 DataTypeOption = Annotated[
     Optional[str],
     _option(
@@ -237,26 +266,38 @@ Method = Annotated[
         "method",
         "--method",
         "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; qlora "
-        "quantizes plainly and starts the adapter at zero.",
+        "quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input over integer groups "
+        "(--group-size), so that it merges into their zeros.",
         _LOFTQ,
         choices=r.METHODS,
     ),
-]
-Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
-Iters = Annotated[
-    Optional[int],
-    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 12"),
 ]
 Init = Annotated[
     Optional[str],
     _option(
         "init",
         "--init",
-        "Where refined starts: the rank-r SVD of the weights, or a zero adapter as LoftQ.",
+        "Start of refined (the rank-r SVD of the weights, or a zero adapter as LoftQ's) and of qa-lora (the low-rank "
+        "part of the error, or zero over a plainly quantized backbone).",
         _LOFTQ,
         choices=r.INITS,
         show="svd",
     ),
+]
+Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
+RankBudget = Annotated[
+    Optional[float],
+    _option(
+        "rank_budget",
+        "--rank-budget",
+        "Mean rank: more of it goes where the error's singular values are large.",
+        _LOFTQ,
+        metavar="MEAN",
+    ),
+]
+Iters = Annotated[
+    Optional[int],
+    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 12"),
 ]
 Levels = Annotated[
     Optional[str],

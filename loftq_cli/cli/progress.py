@@ -36,6 +36,13 @@ class _Counting(Reporter):
         self.total = self.done_bytes = self.matrices = 0
         self._before = 0  # bytes an earlier run had done, which say nothing of this run's rate
         self.started = time.monotonic()
+        self._said = float("-inf")
+
+    def measuring(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= _LINE_EVERY:
+            self._said = now
+            self.console.print(f"measuring matrix {done + 1} of {total} for the budget")
 
     def checking(self, plan: Plan) -> None:
         count = len(plan.matrices)

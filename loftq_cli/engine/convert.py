@@ -24,6 +24,7 @@ from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import (
     FittingQuantizer,
     LoftQResult,
+    LowRankStep,
     Quantizer,
     exact_step,
     fast_step,
@@ -31,6 +32,7 @@ from loftq_cli.numerics.loftq import (
     plain_start,
 )
 from loftq_cli.numerics.lowrank import frobenius
+from loftq_cli.numerics.qalora import PooledStep
 from loftq_cli.numerics.refined import Init, LowRankSteps, refined, shallow_steps
 from loftq_cli.numerics.start import zero_start
 from loftq_cli.numerics.weighted import (
@@ -131,11 +133,13 @@ def _quantize(
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or (rank == 0 and recipe.method != "refined"):
-        return plain_start(weight, quantizer, rank=rank, generator=generator), None
+        return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling), None
     whitening = None if moment is None else whiten(moment.to(device))
     if recipe.method == "refined":
         return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
-    step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    if recipe.pooling > 1:
+        step = PooledStep(rank, recipe.pooling, generator)
     if whitening is None:
         return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
     weighted = weighted_loftq(
@@ -184,7 +188,9 @@ def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator
     adapter = {}
     if unit.target is not None:
         target = unit.target
-        start = zero_start(target.out_features, target.in_features, target.rank, generator=generator)
+        start = zero_start(
+            target.out_features, target.in_features, target.rank, generator=generator, group=target.group
+        )
         adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
     return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
 

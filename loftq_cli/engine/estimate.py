@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -110,7 +111,7 @@ class _Trials:
     def seconds(self, unit: Unit, recipe: Recipe) -> float:
         """Converting one matrix."""
         assert unit.matrix is not None
-        trial = _trial_shape(*unit.matrix.shape)
+        trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
         rank = unit.target.rank if unit.target else 0
         work = [
             recipe.method,
@@ -183,12 +184,13 @@ def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
     return [(first[key], count) for key, count in counts.items()]
 
 
-def _trial_shape(n_out: int, n_in: int) -> tuple[int, int]:
-    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights."""
+def _trial_shape(n_out: int, n_in: int, multiple: int = 64) -> tuple[int, int]:
+    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights in multiples."""
     shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
     if shrink <= 1:
         return n_out, n_in
-    return max(64, round(n_out / shrink / 64) * 64), max(64, round(n_in / shrink / 64) * 64)
+    n_out, n_in = (max(1, round(size / shrink / multiple)) * multiple for size in (n_out, n_in))
+    return n_out, n_in
 
 
 def _write_trial(folder: Path) -> float:

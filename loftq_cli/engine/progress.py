@@ -11,6 +11,9 @@ from loftq_cli.planner import Plan, Unit
 class Reporter:
     """Silent. Subclasses show what they like; none of these may raise."""
 
+    def measuring(self, done: int, total: int) -> None:
+        """Matrix `done` of `total` is measured, before there is a plan."""
+
     def checking(self, plan: Plan) -> None:
         """Every matrix is read once, to find those with NaN or infinity."""
 

@@ -218,7 +218,7 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     norm = frobenius(error)
     error -= decode_matrix(path, manifest, record)
     if record.rank:
-        error.addmm_(*read_factors(path, record), alpha=-manifest.scaling)
+        error.addmm_(*read_factors(path, manifest, record), alpha=-1)
     return frobenius(error) / norm if norm else 0.0
 
 
