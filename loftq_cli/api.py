@@ -59,7 +59,8 @@ def quantize(
             init=None, levels=None, data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None,
             double_quant=False, format="auto", dequantize=True, rule=(), include=(), exclude=(), embeddings="keep",
             lm_head="keep", experts="quantize", allow_nonfinite=False, alpha=None, keep_last=False, svd="fast",
-            dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
+            dtype="auto", calibrate=None, calibration_tokens=16384, calibrate_kind="diagonal", seed=0,
+            max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -68,6 +69,7 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
+    from loftq_cli.calibration import calibrated, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.finished import find_finished
     from loftq_cli.engine.finite import find_nonfinite
@@ -89,6 +91,7 @@ def quantize(
             return _follow(orders[0], world.hear())
         repo = _may_push(repo)
         with open_source(asked, stream=stream) as (checkpoint, resolved):
+            resolved = pin_calibration(resolved)
             nonfinite = None
             if resolved.allow_nonfinite:
                 nonfinite = find_nonfinite(_unmixed_plan(resolved, checkpoint, output), checkpoint, reporter)
@@ -98,6 +101,7 @@ def quantize(
             if manifest is not None and world is not None:
                 world.announce(_NO_RUN)
             if manifest is None:
+                made = calibrated(made, checkpoint, devices[0], reporter)
                 manifest = run_plan(
                     made,
                     checkpoint,
@@ -132,13 +136,14 @@ def plan(
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
     """
+    from loftq_cli.calibration import pin_calibration
     from loftq_cli.checkpoint import open_source
 
     file = Path(config) if config else None
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
         target = output or read_places(file).get("output")
-        return _plan(resolved, checkpoint, target, choose_device(device), measuring)
+        return _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
 
 
 def _follow(order: Order, run_id: str) -> Manifest:

@@ -26,7 +26,7 @@ from loftq_cli.modules import ModuleMap, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.resolve import resolve
 from loftq_cli.select import Decision, decide, unused_filters
-from loftq_cli.units import Unit, expert_notes, make_units
+from loftq_cli.units import Unit, calibration_notes, expert_notes, make_units
 
 __all__ = ["INDEX", "Plan", "Unit", "make_plan"]
 
@@ -47,6 +47,7 @@ class Plan:
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
         nonfinite: matrices left alone because of what they hold, with the reason.
         scratch: what units leave for others until the end (`joint_adapters`); None where nothing is.
+        moments: second moments of the layers' inputs, where the recipe asks for calibration and they are there.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Plan:
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
     nonfinite: Mapping[str, str]
+    moments: Path | None = None
 
     @property
     def written_files(self) -> tuple[TensorFile, ...]:
@@ -164,7 +166,7 @@ def make_plan(
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
     refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
     _refuse_nothing(units, recipe)
-    notes += expert_notes(units, recipe)
+    notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")

@@ -33,6 +33,7 @@ LM_HEADS = ("keep", "quantize")
 EXPERTS = ("quantize", "require", "keep")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
+CALIBRATE_KINDS = ("diagonal", "full")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
@@ -48,12 +49,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "experts": EXPERTS,
     "dtype": DTYPE_CHOICES,
     "svd": SVDS,
+    "calibrate_kind": CALIBRATE_KINDS,
     "weigh": WEIGHINGS,
     "init": INITS,
     "levels": LEVELS,
     "meta_version": META_VERSIONS,
 }
-LEAST = {"rank": 1, "iters": 0, "seed": 0}
+LEAST = {"rank": 1, "iters": 0, "calibration_tokens": 1, "seed": 0}
+_NAMES = ("model", "revision", "calibrate")  # where things are, not what they are
 
 # What a YAML file may say beside the recipe: where the output goes. It decides no byte, so it is not in `loftq.yaml`.
 PLACES = ("output", "push_to")
@@ -130,7 +133,8 @@ class Recipe:
     """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
 
     In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory; where bits
-    or ranks were allocated, `rule` holds what every matrix got.
+    or ranks were allocated, `rule` holds what every matrix got; `calibration_hash` is the sha256 of what `calibrate`
+    names.
 
     Attributes:
         bits: of every matrix; a mean over the quantized weights where `mix` is given.
@@ -170,6 +174,10 @@ class Recipe:
     keep_last: bool = False
     svd: str = "fast"
     dtype: str = "auto"
+    calibrate: str | None = None
+    calibration_tokens: int = 16384
+    calibrate_kind: str = "diagonal"
+    calibration_hash: str | None = None
     seed: int = 0
     max_shard_size: str = "5GB"
     meta_version: str = "auto"
@@ -184,6 +192,8 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if isinstance(self.calibrate, Path):
+            object.__setattr__(self, "calibrate", str(self.calibrate))
         if self.iters is None:
             object.__setattr__(self, "iters", ITERS.get(self.method, 5))
         if self.method in STARTS and self.init is None:
@@ -236,9 +246,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint. What only names the source does not count: the same
-        model gives the same bytes from a directory and from the Hub."""
-        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "revision")}
+        """One hash of the recipe and the source's own fingerprint. What only names the source or the text does not
+        count: the same model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -351,7 +361,10 @@ def _check(recipe: Recipe) -> None:
     for name, least in LEAST.items():
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot be {_shown(value)}: give a whole number from {least} on."
+            )
+    _check_calibration(recipe)
     if recipe.init is not None and recipe.method not in STARTS:
         raise UsageError(
             f"--init {recipe.init} needs --method {' or '.join(STARTS)}; {recipe.method} has no such choice."
@@ -384,6 +397,17 @@ def _check(recipe: Recipe) -> None:
         )
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    for name in ("calibrate", "calibration_hash"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise UsageError(f"{name} cannot be {_shown(value)}: give a text.")
+    if recipe.calibrate is not None and recipe.plain:
+        raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
+    if recipe.calibrate is not None and recipe.method == "qa-lora":
+        raise UsageError("--calibrate has no weights for qa-lora's adapters, which see sums of inputs: drop one.")
 
 
 def _check_budget(recipe: Recipe) -> None:

@@ -25,6 +25,8 @@ from loftq_cli.numerics.grids import Grid
 from loftq_cli.recipe import Recipe
 from loftq_cli.select import Decision
 
+UNWEIGHTED = ("embedding", "expert")  # kinds whose inputs calibration does not see
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -231,6 +233,15 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
             "--format packed or dense quantizes them, --experts require stops here instead."
         ]
     return []
+
+
+def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
+    """Which quantized matrices calibration does not reach."""
+    aside = [unit for unit in units if unit.kind in UNWEIGHTED and unit.matrix is not None]
+    if recipe.calibrate is None or not aside:
+        return []
+    kinds = " and ".join(sorted({"experts" if unit.kind == "expert" else "embeddings" for unit in aside}))
+    return [f"{len(aside)} matrices of {kinds} are fitted without weights: calibration sees inputs of linear layers."]
 
 
 def _depths(parameters: Sequence[str]) -> dict[str, int]:

@@ -35,6 +35,7 @@ def render_card(manifest: Manifest, plan: Plan) -> bytes:
         ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored{mix}"),
         ("mean residual, plain quantization", f"{totals.plain_residual:8.4f}"),
         (f"mean residual, {manifest.recipe['method']}", f"{totals.residual:8.4f}"),
+        *_calibration(manifest),
         ("matrices", f"{totals.matrices} quantized, {len(manifest.kept)} tensors in full precision"),
         ("time", f"{totals.seconds:11.1f} s on {manifest.device:64}".rstrip()),
         ("peak memory", f"{totals.peak_memory_bytes / 1e9:9.2f} GB"),
@@ -105,6 +106,28 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
     else:
         lines = [line for line in lines if "peft" not in line] + ["model = backbone"]
     return "\n".join(lines)
+
+
+def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the errors were weighted by, and the residuals under these weights."""
+    recipe = manifest.recipe
+    if recipe.get("calibrate") is None:
+        return []
+    weights = "variances" if recipe["calibrate_kind"] == "diagonal" else "covariances"
+    pairs = [
+        (record.weighted_plain_residual, record.weighted_residual)
+        for record in manifest.matrices
+        if record.weighted_plain_residual is not None and record.weighted_residual is not None
+    ]
+    plain, kept = (sum(values) / len(values) for values in zip(*pairs)) if pairs else (0.0, 0.0)
+    return [
+        (
+            "calibrated on",
+            f"input {weights} of `{Path(recipe['calibrate']).name}`, sha256 {recipe['calibration_hash']}",
+        ),
+        ("mean weighted residual, plain quantization", f"{plain:8.4f}"),
+        ("mean weighted residual, kept", f"{kept:8.4f}"),
+    ]
 
 
 def _pooled_by_us(manifest: Manifest) -> bool:
@@ -228,7 +251,7 @@ def _command(plan: Plan) -> str:
     words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
     defaults = {**Recipe("", method=plan.recipe.method).as_dict(), "method": recipe_fields()["method"]}
     for name, value in plan.recipe.as_dict().items():
-        if name == "model" or value == defaults[name] or value in ([], None):
+        if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue
         if name == "rule" and plan.recipe.allocates:
             value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for

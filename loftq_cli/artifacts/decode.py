@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -133,9 +134,16 @@ def _content(handle: Any, name: str) -> Tensor:
 
 def _read_gguf(file: Path, name: str) -> Tensor:
     import torch
-    from gguf import GGUFReader
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    tensors = _gguf_tensors(file, file.stat().st_mtime_ns)
     found = tensors[name if name in tensors else tensor_name(name)]
     content = torch.from_numpy(found.data.copy())
     return content.view(torch.bfloat16) if found.tensor_type.name == "BF16" else content
+
+
+@lru_cache(maxsize=1)
+def _gguf_tensors(file: Path, changed: int) -> dict[str, Any]:
+    """The tensors of a file as it was at one time; to read its vocabulary takes seconds, so that is done once."""
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor for tensor in GGUFReader(file).tensors}

@@ -331,6 +331,33 @@ Svd = Annotated[
     Optional[str],
     _option("svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, choices=r.SVDS),
 ]
+Calibrate = Annotated[
+    Optional[str],
+    _option(
+        "calibrate",
+        "--calibrate",
+        "Weigh errors by what the layers see on this text (.txt, .jsonl, .json, .parquet or a directory of them), or "
+        "by second moments collected before (.safetensors).",
+        _LOFTQ,
+        metavar="FILE",
+    ),
+]
+# No flag: it is written to loftq.yaml.
+FIELD_HELPS["calibration_hash"] = "sha256 of what calibrate names, as loftq writes it; another file is then refused."
+CalibrationTokens = Annotated[
+    Optional[int],
+    _option("calibration_tokens", "--calibration-tokens", "How much of the text to run.", _LOFTQ, metavar="N"),
+]
+CalibrateKind = Annotated[
+    Optional[str],
+    _option(
+        "calibrate_kind",
+        "--calibrate-kind",
+        "Weigh by each input's own variance, or by all covariances (slower, more disk).",
+        _LOFTQ,
+        choices=r.CALIBRATE_KINDS,
+    ),
+]
 Seed = Annotated[Optional[int], _option("seed", "--seed", "Seed of every random start.", _LOFTQ)]
 MaxShardSize = Annotated[
     Optional[str], _option("max_shard_size", "--max-shard-size", "Largest weight file.", _WHERE, metavar="SIZE")
@@ -386,4 +413,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks instead of sent
 
 def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's fields among a command's parameters."""
-    return {name: values[name] or None if isinstance(values[name], list) else values[name] for name in _DEFAULTS}
+    return {
+        name: values[name] or None if isinstance(values[name], list) else values[name]
+        for name in _DEFAULTS
+        if name in values
+    }

@@ -66,6 +66,9 @@ class _Counting(Reporter):
         for note in plan.notes:
             warn(note)
 
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         if record is not None:
             self.records.append(record)

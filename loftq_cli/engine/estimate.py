@@ -22,6 +22,7 @@ import torch
 from loftq_cli.artifacts.summary import versions
 from loftq_cli.engine.convert import convert
 from loftq_cli.errors import LoftqError
+from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
 
@@ -103,8 +104,7 @@ class _Trials:
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
         self._machine = [name, os.cpu_count(), versions()]
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(base) / "loftq" / "trials.json"
+        self._path = cache_folder() / "trials.json"
         self._known: dict[str, float] = self._read()
         self._new = False
 

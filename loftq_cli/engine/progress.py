@@ -20,6 +20,9 @@ class Reporter:
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         """Work begins; `finished` tensors (with their records) were done by an earlier run."""
 
+    def note(self, text: str) -> None:
+        """A sentence about what is being done."""
+
     def working(self, unit: Unit) -> None:
         """A unit is taken up."""
 

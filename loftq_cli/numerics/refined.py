@@ -25,6 +25,7 @@ the levels between steps lowers it too, on the blocks that are looked at (`numer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -96,6 +97,7 @@ def refined(
     levels: Tensor | None = None,
     keep_last: bool = False,
     column_weight: Tensor | None = None,
+    objective: Callable[[Tensor], float] | None = None,
 ) -> LoftQResult:
     """Alternate fitted quantization of W - BA + U with the low-rank step; see the module's docstring.
 
@@ -107,8 +109,9 @@ def refined(
         feedback: False makes plain steps only, which never raise the residual and stall earlier.
         levels: float32 [2**bits] to start from where the matrix gets levels of its own; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
-        column_weight: float32 [in], positive: minimise the error with columns weighted so (scales and choice of the
-            iterate; `low_rank` must do so too). The residuals reported stay unweighted.
+        column_weight: float32 [in], positive: fit the scales (and levels) to the error with columns weighted so;
+            `low_rank` must do so too. The residuals reported stay unweighted.
+        objective: of W - Q - BA, which iterate is best; by default its norm under `column_weight`.
     """
     assert iters >= 1, "T = 0 is plain quantization: plain_start"
     norm = frobenius(weight)
@@ -116,6 +119,7 @@ def refined(
     if levels is not None:
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
     run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feedback and low_rank is not None)
+    run.objective = objective
     if low_rank is not None and init == "svd":
         run.found = low_rank.step(weight, None)
     run.aim()
@@ -149,6 +153,7 @@ class _Run:
     column_weight: Tensor | None
     steps_left: int
     feeds: bool
+    objective: Callable[[Tensor], float] | None = None
     found: LowRank | None = None
     target: Tensor = field(init=False)
     fed: Tensor | None = None  # U
@@ -173,7 +178,10 @@ class _Run:
         self.found, self.quantize_step = self._factorise(done), done
         error = self._next_error(done)
         residual = frobenius(error)
-        objective = residual if self.column_weight is None else frobenius(error * self.column_weight.sqrt())
+        if self.objective is not None:
+            objective = self.objective(error)
+        else:
+            objective = residual if self.column_weight is None else frobenius(error * self.column_weight.sqrt())
         self.residuals.append(residual)
         before, self.tried = self.tried, _Iterate(len(self.residuals), done.quantized, self.found, objective)
         if self.best is None or objective < self.best.objective:
