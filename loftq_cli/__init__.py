@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.batches.run import batch as batch
+    from loftq_cli.engine.merge import merge as merge
     from loftq_cli.engine.verify import Verification as Verification
     from loftq_cli.engine.verify import verify as verify
     from loftq_cli.errors import LoftqError as LoftqError
+    from loftq_cli.evaluation import Evaluation as Evaluation
+    from loftq_cli.evaluation import evaluate as evaluate
     from loftq_cli.hub.push import push as push
     from loftq_cli.planner import Plan as Plan
     from loftq_cli.recipe import Recipe as Recipe
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from loftq_cli.schema import recipe_schema as recipe_schema
 
 _HOMES = {
+    "Evaluation": "loftq_cli.evaluation",
     "LoftqError": "loftq_cli.errors",
     "Manifest": "loftq_cli.artifacts.manifest",
     "Plan": "loftq_cli.planner",
@@ -38,7 +42,9 @@ _HOMES = {
     "batch": "loftq_cli.batches.run",
     "Verification": "loftq_cli.engine.verify",
     "decode": "loftq_cli.artifacts.decode",
+    "evaluate": "loftq_cli.evaluation",
     "load": "loftq_cli.runtime.load",
+    "merge": "loftq_cli.engine.merge",
     "plan": "loftq_cli.api",
     "push": "loftq_cli.hub.push",
     "quantize": "loftq_cli.api",

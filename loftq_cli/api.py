@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,13 @@ def quantize(
         push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
             is only pushed. May come from `config`.
         reporter: hears of progress; silent by default.
-        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, rank=16,
-            iters=None (5; refined: 16), method="loftq", init=None, levels=None, data_type="auto", block_size=64,
-            group_size=None, scale="auto", symmetric=None, double_quant=False, format="auto", dequantize=True, rule=(),
-            include=(), exclude=(), embeddings="keep", lm_head="keep", experts="quantize", allow_nonfinite=False,
-            alpha=None, keep_last=False, svd="fast", dtype="auto", seed=0, max_shard_size="5GB", meta_version="auto".
+        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, mix="",
+            target_size=None, weigh="relative", rank=16, rank_budget=None, iters=None (5; refined: 16), method="loftq",
+            init=None, levels=None, data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None,
+            double_quant=False, format="auto", dequantize=True, rule=(), include=(), exclude=(), embeddings="keep",
+            lm_head="keep", experts="quantize", allow_nonfinite=False, alpha=None, keep_last=False, svd="fast",
+            dtype="auto", calibrate=None, calibration_tokens=16384, calibrate_kind="diagonal", seed=0,
+            max_shard_size="5GB", meta_version="auto".
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -67,6 +69,7 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
+    from loftq_cli.calibration import calibrated, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.finished import find_finished
     from loftq_cli.engine.finite import find_nonfinite
@@ -88,14 +91,17 @@ def quantize(
             return _follow(orders[0], world.hear())
         repo = _may_push(repo)
         with open_source(asked, stream=stream) as (checkpoint, resolved):
-            made = _plan(resolved, checkpoint, output)
+            resolved = pin_calibration(resolved)
+            nonfinite = None
             if resolved.allow_nonfinite:
-                made = _plan(resolved, checkpoint, output, find_nonfinite(made, checkpoint, reporter))
-            orders = _orders(resolved, made.output, devices, stream, memory, world)
+                nonfinite = find_nonfinite(_unmixed_plan(resolved, checkpoint, output), checkpoint, reporter)
+            made = _plan(resolved, checkpoint, output, devices[0], reporter.measuring, nonfinite)
+            orders = _orders(made.recipe, made.output, devices, stream, memory, world)
             manifest = find_finished(made) if repo and not overwrite else None
             if manifest is not None and world is not None:
                 world.announce(_NO_RUN)
             if manifest is None:
+                made = calibrated(made, checkpoint, devices[0], reporter)
                 manifest = run_plan(
                     made,
                     checkpoint,
@@ -116,20 +122,28 @@ def plan(
     output: str | Path | None = None,
     config: str | Path | None = None,
     stream: bool = False,
+    device: str = "auto",
+    measuring: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Any,
 ) -> Plan:
     """What `quantize` with the same arguments would do; reads headers, no weights. Of a model on the Hub only headers
-    are fetched, with or without `stream`, unless its weights are pickles.
+    are fetched, with or without `stream`, unless its weights are pickles. Where bits or ranks are allocated, every
+    matrix is read once, on `device`, to measure what its choices cost; `quantize` does not measure again.
+
+    Args:
+        measuring: hears how many matrices are measured, of how many.
 
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
     """
+    from loftq_cli.calibration import pin_calibration
     from loftq_cli.checkpoint import open_source
 
     file = Path(config) if config else None
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
-        return _plan(resolved, checkpoint, output or read_places(file).get("output"))
+        target = output or read_places(file).get("output")
+        return _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
 
 
 def _follow(order: Order, run_id: str) -> Manifest:
@@ -202,9 +216,10 @@ def choose_devices(name: str, num_processes: int | None) -> tuple[torch.device, 
 
 
 def default_output(recipe: Recipe) -> Path:
-    """`Llama-2-13b-loftq-2bit-r64` in the working directory."""
+    """`Llama-2-13b-loftq-2.5bit-r64`, or with a target size `Llama-2-13b-loftq-6GB-r64`, in the working directory."""
     name = Path(recipe.model).expanduser().resolve().name
-    return Path(f"{name}-{recipe.method}-{recipe.bits}bit-r{recipe.rank}")
+    size = f"{recipe.bits:g}bit" if recipe.target_size is None else recipe.target_size.replace(" ", "")
+    return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
 
 
 def _orders(
@@ -250,9 +265,26 @@ def _output(recipe: Recipe, output: str | Path | None) -> Path:
 
 
 def _plan(
-    recipe: Recipe, checkpoint: Any, output: str | Path | None, nonfinite: Mapping[str, str] | None = None
+    recipe: Recipe,
+    checkpoint: Any,
+    output: str | Path | None,
+    device: torch.device,
+    measuring: Callable[[int, int], None],
+    nonfinite: Mapping[str, str] | None = None,
 ) -> Plan:
+    from loftq_cli import __version__
+    from loftq_cli.mixing import mix
+    from loftq_cli.planner import find_modules, make_plan
+
+    modules = find_modules(checkpoint)
+    mixed = mix(recipe, checkpoint, modules, device, measuring, nonfinite)
+    made = make_plan(mixed.recipe, checkpoint, _output(recipe, output), __version__, nonfinite, modules)
+    return dataclasses.replace(made, notes=(*made.notes, *mixed.notes))
+
+
+def _unmixed_plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
+    """The matrices of a conversion, before bits and ranks are allocated."""
     from loftq_cli import __version__
     from loftq_cli.planner import make_plan
 
-    return make_plan(recipe, checkpoint, _output(recipe, output), __version__, nonfinite)
+    return make_plan(recipe.unmixed(), checkpoint, _output(recipe, output), __version__)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
@@ -34,6 +35,8 @@ _NOT_STRUCTURE = frozenset(
         "transformers_version",
     }
 )
+
+_NOT_BUILT = "transformers cannot build model type {} from this config.json ({}), so it cannot be run."
 
 
 # Numbers of things that are made one by one. A checkpoint may hold many of them in one tensor, but not without end.
@@ -117,6 +120,39 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedMo
                 f"({type(error).__name__}: {cause}): matrices were chosen by name and shape"
             )
             return None, notes
+
+
+def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The class that `config` names, in float32 and evaluation mode: parameters on the meta device, buffers real.
+
+    Raises:
+        LoftqError: this transformers cannot build it.
+    """
+    import torch
+    from accelerate import init_empty_weights
+
+    with _quiet():
+        try:
+            found = _find_class(config, [])
+            if found is not None:
+                cls, built_config = found
+                built_config.dtype = torch.float32
+                with init_empty_weights(include_buffers=False):
+                    model = cls._from_config(built_config).eval()  # type: ignore[no-untyped-call]
+                model.tie_weights()  # the move to the meta device parted what is tied
+                return model
+        except Exception as error:  # a class may fail in any way, or lack a library
+            cause: Exception | str = " ".join(str(error).split())[:200]
+            raise LoftqError(_NOT_BUILT.format(config.get("model_type"), f"{type(error).__name__}: {cause}")) from error
+    raise LoftqError(_NOT_BUILT.format(config.get("model_type"), "it is unknown"))
+
+
+def load_whole(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:
+    """A model with its weights in float32 and evaluation mode, as transformers loads it from a directory."""
+    import torch
+
+    with _quiet(), _no_bars():
+        return model_class.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def _refuse_endless(config: Mapping[str, Any], most: int) -> None:
@@ -233,6 +269,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar for every model it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[str, RuntimeName], list[str]]:

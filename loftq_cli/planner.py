@@ -26,7 +26,7 @@ from loftq_cli.modules import ModuleMap, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.resolve import resolve
 from loftq_cli.select import Decision, decide, unused_filters
-from loftq_cli.units import Unit, expert_notes, make_units
+from loftq_cli.units import Unit, calibration_notes, expert_notes, make_units
 
 __all__ = ["INDEX", "Plan", "Unit", "make_plan"]
 
@@ -47,6 +47,7 @@ class Plan:
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
         nonfinite: matrices left alone because of what they hold, with the reason.
         scratch: what units leave for others until the end (`joint_adapters`); None where nothing is.
+        moments: second moments of the layers' inputs, where the recipe asks for calibration and they are there.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Plan:
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
     nonfinite: Mapping[str, str]
+    moments: Path | None = None
 
     @property
     def written_files(self) -> tuple[TensorFile, ...]:
@@ -113,26 +115,37 @@ class Plan:
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
+def find_modules(checkpoint: Checkpoint) -> ModuleMap:
+    """What every tensor of a checkpoint is.
+
+    Raises:
+        LoftqError: it is quantized already, or does not belong to its config.json.
+    """
+    _refuse_quantized(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+
+
 def make_plan(
     recipe: Recipe,
     checkpoint: Checkpoint,
     output: Path,
     version: str,
     nonfinite: Mapping[str, str] | None = None,
+    modules: ModuleMap | None = None,
 ) -> Plan:
     """Decide everything that can be decided from headers.
 
     Args:
         nonfinite: matrices that hold NaN or infinity, by tensor, with the reason to leave them alone; None where no
             weight was read.
+        modules: where they have been found already.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.
         LoftqError: the checkpoint cannot be converted.
     """
-    _refuse_quantized(checkpoint)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    modules = _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    modules = modules or find_modules(checkpoint)
     _refuse_unsound(checkpoint, modules, recipe)
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= _spoiled(modules, nonfinite or {})
@@ -149,11 +162,11 @@ def make_plan(
     side = checkpoint.side_files()
     tokenizer = next((file.read for file in side if file.name == "tokenizer.json"), None)
     request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
-    _refuse_together((), recipe, request)
+    refuse_together((), recipe, request)
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
-    _refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
+    refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
     _refuse_nothing(units, recipe)
-    notes += expert_notes(units, recipe)
+    notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
@@ -176,7 +189,7 @@ def make_plan(
     )
 
 
-def _refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
+def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
     """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
     reason = get_format(recipe.format).refuse(matrices, request)
     if reason is not None:
@@ -352,7 +365,7 @@ def _texts(
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
     if index:
         size = sum(unit.backbone_bytes for unit in units)
-        texts[INDEX] = _json({"metadata": {"total_size": size}, "weight_map": index})
+        texts[INDEX] = index_text(size, index)
     targets = [unit.target for unit in units if unit.target is not None]
     if targets:
         texts[adapter.CONFIG] = _json(
@@ -367,6 +380,11 @@ def _texts(
             )
         )
     return texts
+
+
+def index_text(size: int, index: Mapping[str, str]) -> bytes:
+    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
+    return _json({"metadata": {"total_size": size}, "weight_map": index})
 
 
 def _json(content: object) -> bytes:

@@ -16,25 +16,29 @@ from loftq_cli.errors import UsageError
 from loftq_cli.numerics.codebooks import DATA_TYPES, LEVELS
 
 BITS = (2, 3, 4, 8)
+MIXES = ("optimal", "paper")
+PAPER_WIDTHS = (4, 2)  # of the first layers and of the rest (LoftQ section 4)
+WEIGHINGS = ("relative", "absolute")
 BLOCK_SIZES = (32, 64, 128, 256)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")
 SCALES = ("auto", "absmax", "minmax", "mse")
-METHODS = ("loftq", "refined", "qlora")
-ITERS = {"loftq": 5, "refined": 16, "qlora": 5}  # by method, where none are given
+METHODS = ("loftq", "refined", "qlora", "qa-lora")
+ITERS = {"loftq": 5, "refined": 16, "qlora": 5, "qa-lora": 5}  # by method, where none are given
 INITS = ("svd", "zero")
+STARTS = ("refined", "qa-lora")  # methods whose start can be chosen
 FORMAT_NAMES = ("auto", "packed", "bnb", "gptq", "gptq-v2", "compressed-tensors", "gguf", "dense")
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 EXPERTS = ("quantize", "require", "keep")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
+CALIBRATE_KINDS = ("diagonal", "full")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
 # What a field may be, and the least a whole number may be: `_check` and the JSON schema read the same tables.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "bits": BITS,
     "block_size": BLOCK_SIZES,
     "method": METHODS,
     "data_type": DATA_TYPE_CHOICES,
@@ -45,11 +49,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "experts": EXPERTS,
     "dtype": DTYPE_CHOICES,
     "svd": SVDS,
-    "init": (*INITS, None),
-    "levels": (*LEVELS, None),
+    "calibrate_kind": CALIBRATE_KINDS,
+    "weigh": WEIGHINGS,
+    "init": INITS,
+    "levels": LEVELS,
     "meta_version": META_VERSIONS,
 }
-LEAST = {"rank": 1, "iters": 0, "seed": 0}
+LEAST = {"rank": 1, "iters": 0, "calibration_tokens": 1, "seed": 0}
+_NAMES = ("model", "revision", "calibrate")  # where things are, not what they are
 
 # What a YAML file may say beside the recipe: where the output goes. It decides no byte, so it is not in `loftq.yaml`.
 PLACES = ("output", "push_to")
@@ -72,6 +79,12 @@ class Rule:
     bits: int | None = None
     rank: int | None = None
     keep: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it names one module, as `exact_rule` writes it."""
+        module = re.sub(r"\\(.)", r"\1", self.pattern[1:-1])
+        return self.pattern == f"^{re.escape(module)}$"
 
     def matches(self, module: str) -> bool:
         return re.search(self.pattern, module) is not None
@@ -98,6 +111,11 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
 
+def exact_rule(module: str, bits: int, rank: int | None = None) -> str:
+    """The rule that gives one module its bits, and its rank where one is named."""
+    return f"^{re.escape(module)}$={bits}" + (f":{rank}" if rank else "")
+
+
 def parse_size(text: str | int) -> int:
     """`'5GB'`, `'500MiB'`, `'1000000'` → bytes.
 
@@ -114,13 +132,25 @@ def parse_size(text: str | int) -> int:
 class Recipe:
     """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
 
-    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory.
+    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory; where bits
+    or ranks were allocated, `rule` holds what every matrix got; `calibration_hash` is the sha256 of what `calibrate`
+    names.
+
+    Attributes:
+        bits: of every matrix; a mean over the quantized weights where `mix` is given.
+        mix: how widths are mixed, "" for not at all. A mean that is no width, or a `target_size`, makes it "optimal".
+        target_size: bytes of the backbone's tensors and headers to stay within; takes the place of the mean.
+        rank_budget: mean rank to allocate, weighted so that the adapter is as large as with that rank everywhere.
     """
 
     model: str
     revision: str | None = None
-    bits: int = 4
+    bits: float = 4
+    mix: str = ""
+    target_size: str | None = None
+    weigh: str = "relative"
     rank: int = 16
+    rank_budget: float | None = None
     iters: int = None  # type: ignore[assignment]  # set in __post_init__: it depends on the method
     method: str = "loftq"
     init: str | None = None
@@ -144,6 +174,10 @@ class Recipe:
     keep_last: bool = False
     svd: str = "fast"
     dtype: str = "auto"
+    calibrate: str | None = None
+    calibration_tokens: int = 16384
+    calibrate_kind: str = "diagonal"
+    calibration_hash: str | None = None
     seed: int = 0
     max_shard_size: str = "5GB"
     meta_version: str = "auto"
@@ -158,18 +192,43 @@ class Recipe:
                 raise UsageError(f"{name} must be a list of strings.")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
+        if isinstance(self.calibrate, Path):
+            object.__setattr__(self, "calibrate", str(self.calibrate))
         if self.iters is None:
             object.__setattr__(self, "iters", ITERS.get(self.method, 5))
-        if self.method == "refined" and self.init is None:
+        if self.method in STARTS and self.init is None:
             object.__setattr__(self, "init", "svd")
         _check_text(self)
+        if isinstance(self.bits, float) and self.bits.is_integer():
+            object.__setattr__(self, "bits", int(self.bits))
+        if not self.mix and (self.target_size is not None or isinstance(self.bits, float)):
+            object.__setattr__(self, "mix", "optimal")
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
 
     @property
+    def allocates(self) -> bool:
+        """Whether widths or ranks are chosen matrix by matrix under a budget."""
+        return bool(self.mix) or self.rank_budget is not None
+
+    def unmixed(self) -> Recipe:
+        """The same without a budget: every matrix at the base width and rank, but for rules."""
+        return dataclasses.replace(self, bits=self.base_bits, mix="", target_size=None, rank_budget=None)
+
+    @property
+    def base_bits(self) -> int:
+        """The width of a matrix that no rule names; where widths are mixed, rules name all that can be quantized."""
+        return int(self.bits) if self.bits in BITS else BITS[0]
+
+    @property
     def plain(self) -> bool:
         """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
-        return self.method == "qlora" or self.iters == 0
+        return self.method == "qlora" or self.iters == 0 or (self.method == "qa-lora" and self.init == "zero")
+
+    @property
+    def pooling(self) -> int:
+        """Inputs pooled before an adapter sees them (QA-LoRA): its group; 1 for none."""
+        return self.group_size or 1 if self.method == "qa-lora" else 1
 
     @property
     def codebook_type(self) -> str:
@@ -187,9 +246,9 @@ class Recipe:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint. What only names the source does not count: the same
-        model gives the same bytes from a directory and from the Hub."""
-        values = {name: value for name, value in self.as_dict().items() if name not in ("model", "revision")}
+        """One hash of the recipe and the source's own fingerprint. What only names the source or the text does not
+        count: the same model gives the same bytes from a directory and from the Hub."""
+        values = {name: value for name, value in self.as_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
@@ -292,20 +351,26 @@ def _check_text(recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe) -> None:
+    _check_budget(recipe)
     for name, allowed in CHOICES.items():
         value = getattr(recipe, name)
-        if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            listed = ", ".join(str(item) for item in allowed if item is not None)
+        absent = value is None and name in ("init", "levels")
+        if not absent and not any(type(value) is type(choice) and value == choice for choice in allowed):
+            listed = ", ".join(str(item) for item in allowed)
             raise UsageError(f"--{name.replace('_', '-')} cannot be {_shown(value)}: choose one of {listed}.")
     for name, least in LEAST.items():
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise UsageError(f"--{name} cannot be {_shown(value)}: give a whole number from {least} on.")
-    for name in ("init", "levels"):
-        if recipe.method != "refined" and getattr(recipe, name) is not None:
             raise UsageError(
-                f"--{name} {getattr(recipe, name)} needs --method refined; {recipe.method} has no such choice."
+                f"--{name.replace('_', '-')} cannot be {_shown(value)}: give a whole number from {least} on."
             )
+    _check_calibration(recipe)
+    if recipe.init is not None and recipe.method not in STARTS:
+        raise UsageError(
+            f"--init {recipe.init} needs --method {' or '.join(STARTS)}; {recipe.method} has no such choice."
+        )
+    if recipe.levels is not None and recipe.method != "refined":
+        raise UsageError(f"--levels {recipe.levels} needs --method refined; {recipe.method} has no such choice.")
     if recipe.levels and recipe.data_type not in ("auto", "nf"):
         raise UsageError(
             f"--levels {recipe.levels} takes the place of --data-type {recipe.data_type}: give one of the two."
@@ -332,6 +397,40 @@ def _check(recipe: Recipe) -> None:
         )
     if parse_size(recipe.max_shard_size) < 1_000:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size} is too small: give at least 1KB.")
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    for name in ("calibrate", "calibration_hash"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise UsageError(f"{name} cannot be {_shown(value)}: give a text.")
+    if recipe.calibrate is not None and recipe.plain:
+        raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 do not make: drop one.")
+    if recipe.calibrate is not None and recipe.method == "qa-lora":
+        raise UsageError("--calibrate has no weights for qa-lora's adapters, which see sums of inputs: drop one.")
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Bits, and what chooses them matrix by matrix."""
+    bits, mix = recipe.bits, recipe.mix
+    if not isinstance(mix, str) or (mix and mix not in MIXES):
+        raise UsageError(f"--mix cannot be {_shown(mix)}: choose one of {', '.join(MIXES)}.")
+    number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    if not number or not (BITS[0] <= bits <= BITS[-1] if mix else bits in BITS):
+        listed = ", ".join(str(width) for width in BITS)
+        raise UsageError(f"--bits cannot be {_shown(bits)}: choose one of {listed}, or a mean between them with --mix.")
+    if mix == "paper" and recipe.target_size is None and bits > PAPER_WIDTHS[0]:
+        raise UsageError(f"--mix paper gives 4 and 2 bits, so --bits {bits:g} is no mean of it: give 2 to 4.")
+    if recipe.target_size is not None:
+        if not isinstance(recipe.target_size, (str, int)) or isinstance(recipe.target_size, bool):
+            raise UsageError(f"--target-size cannot be {_shown(recipe.target_size)}: give a size such as 6GB.")
+        object.__setattr__(recipe, "target_size", str(recipe.target_size))
+        parse_size(recipe.target_size)
+    budget = recipe.rank_budget
+    if budget is None:
+        return
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 1 <= budget < 2**31:
+        raise UsageError(f"--rank-budget cannot be {_shown(budget)}: give a mean rank from 1 on.")
 
 
 def _shown(value: object) -> str:

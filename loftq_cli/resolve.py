@@ -13,6 +13,8 @@ from loftq_cli.select import Decision
 INTEGER_FORMATS = ("gptq", "gptq-v2", "compressed-tensors", "gguf")  # they hold nothing but integers
 _GROUP_SIZES = {"gguf": 32}  # the only one it has
 _GROUP_SIZE = 64
+_POOLING_FORMATS = ("auto", "packed", "gptq", "gptq-v2", "dense")
+_POOLING_GROUP = 32  # QA-LoRA section 4.1
 
 
 def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> Recipe:
@@ -21,6 +23,8 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
     Raises:
         UsageError: flags of one kind of levels were given with the other kind.
     """
+    if recipe.method == "qa-lora":
+        recipe = _pooled(recipe)
     data_type = recipe.data_type
     if data_type == "auto":
         data_type = "int" if recipe.format in INTEGER_FORMATS else "nf"
@@ -37,6 +41,25 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
         group_size=recipe.group_size or _GROUP_SIZES.get(recipe.format, _GROUP_SIZE),
         scale="mse" if recipe.scale == "auto" else recipe.scale,
         symmetric=recipe.format in ("compressed-tensors", "gguf") if recipe.symmetric is None else recipe.symmetric,
+    )
+
+
+def _pooled(recipe: Recipe) -> Recipe:
+    """QA-LoRA's own settings: asymmetric integers in groups that the adapter pools over."""
+    if recipe.data_type not in ("auto", "int") or recipe.symmetric:
+        raise UsageError("--method qa-lora needs asymmetric integers: drop --data-type and --symmetric.")
+    if recipe.group_size is not None and recipe.group_size < 2:
+        raise UsageError("--method qa-lora pools over groups: give --group-size 32, 64 or 128.")
+    if recipe.format not in _POOLING_FORMATS:
+        raise UsageError(
+            f"--method qa-lora trains on --format {', '.join(_POOLING_FORMATS[1:])}; {recipe.format} has no layer for "
+            "it."
+        )
+    if recipe.embeddings == "adapt":
+        raise UsageError("--method qa-lora pools the inputs of linear layers: use --embeddings keep or quantize.")
+    form = "packed" if recipe.format == "auto" else recipe.format
+    return dataclasses.replace(
+        recipe, data_type="int", symmetric=False, group_size=recipe.group_size or _POOLING_GROUP, format=form
     )
 
 

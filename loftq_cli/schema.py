@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from loftq_cli.recipe import CHOICES, LEAST, MATRIX, PLACES, Recipe
+from loftq_cli.recipe import BITS, CHOICES, LEAST, MATRIX, PLACES, Recipe
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _PLACE_TEXTS = {
@@ -61,6 +61,8 @@ def _described(field: dataclasses.Field[Any], helps: dict[str, str]) -> dict[str
 def _typed(name: str, hint: Any) -> dict[str, Any]:
     if name in CHOICES:
         return {"enum": [value for choice in CHOICES[name] for value in _spellings(choice)]}
+    if name == "bits":
+        return {"type": "number", "minimum": min(BITS), "maximum": max(BITS)}
     if typing.get_origin(hint) is tuple:
         # One text or a list of them, as `Recipe` takes it.
         text = {"type": "string", "minLength": 1}

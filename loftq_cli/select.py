@@ -52,7 +52,7 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
         return Decision(0, rank, f"rule '{rule.pattern}=dense'")
     if role.kind == "embedding" and recipe.embeddings == "quantize":
         rank = 0
-    return Decision(rule.bits or recipe.bits, rank, "")
+    return Decision(rule.bits or recipe.base_bits, rank, "")
 
 
 def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:

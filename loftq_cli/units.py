@@ -25,6 +25,8 @@ from loftq_cli.numerics.grids import Grid
 from loftq_cli.recipe import Recipe
 from loftq_cli.select import Decision
 
+UNWEIGHTED = ("embedding", "expert")  # kinds whose inputs calibration does not see
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -100,7 +102,7 @@ class _Maker:
             name += f"[{expert.index}]" + (f".{expert.part}" if expert.parts > 1 else "")
         target = None
         if decision.rank:
-            target = AdapterTarget(name, role.kind, *shape, decision.rank, role.parameter, expert)
+            target = self.target(role, name, shape, decision.rank, expert)
         container, matrix = get_format(self.recipe.format), self.matrix(role, name, shape, expert, decision)
         if isinstance(matrix, QuantizedMatrix):
             matrix = container.place(matrix, self.request)
@@ -112,6 +114,27 @@ class _Maker:
         output = copied.piece(index) if stacked else copied
         # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
         return Unit(source, role.module, role.kind, None, matrix.reason, target, (output,))
+
+    def target(
+        self, role: TensorRole, name: str, shape: tuple[int, int], rank: int, expert: Expert | None
+    ) -> AdapterTarget:
+        """The adapter of a matrix.
+
+        Raises:
+            UsageError: it cannot be pooled, which QA-LoRA needs.
+        """
+        group = self.recipe.pooling
+        if group > 1 and role.parameter:
+            raise UsageError(
+                f"{role.tensor} becomes part of a stacked parameter, whose inputs PEFT cannot pool as --method qa-lora "
+                f"needs: leave it out with --experts keep, or --exclude '{role.parameter}'."
+            )
+        if shape[1] % group:
+            raise UsageError(
+                f"{role.tensor} has rows of {shape[1]} elements, no whole number of groups of {group}, which --method "
+                f"qa-lora pools over: choose another --group-size, or leave it out with --exclude '{role.module}'."
+            )
+        return AdapterTarget(name, role.kind, *shape, min(rank, shape[1] // group), role.parameter, expert, group)
 
     def matrix(
         self, role: TensorRole, name: str, shape: tuple[int, int], expert: Expert | None, decision: Decision
@@ -130,6 +153,7 @@ class _Maker:
             symmetric=recipe.symmetric,
             scale_rule=cast("ScaleRule", recipe.scale),
             double_quant=recipe.double_quant,
+            unrounded=recipe.pooling > 1,
             module=role.module or "",
         )
         container = get_format(recipe.format)
@@ -209,6 +233,15 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
             "--format packed or dense quantizes them, --experts require stops here instead."
         ]
     return []
+
+
+def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
+    """Which quantized matrices calibration does not reach."""
+    aside = [unit for unit in units if unit.kind in UNWEIGHTED and unit.matrix is not None]
+    if recipe.calibrate is None or not aside:
+        return []
+    kinds = " and ".join(sorted({"experts" if unit.kind == "expert" else "embeddings" for unit in aside}))
+    return [f"{len(aside)} matrices of {kinds} are fitted without weights: calibration sees inputs of linear layers."]
 
 
 def _depths(parameters: Sequence[str]) -> dict[str, int]:

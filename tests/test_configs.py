@@ -99,6 +99,7 @@ def test_schema_and_recipe_agree() -> None:
     tried += [{"keep_last": value} for value in (True, False, "yes")]
     tried += [{"alpha": value} for value in (16, 8.5, "16")] + [{"no_such_field": 1}, {"meta_version": 3.1}]
     for fields in tried:
+        fields |= {"method": "refined"} if {"init", "levels"} & set(fields) else {}
         try:
             make_recipe({name: value for name, value in fields.items() if value is not None} | {"model": "m"})
             accepted = None not in fields.values()
@@ -116,7 +117,7 @@ def test_schema_and_recipe_agree() -> None:
         ({"bits": 4}, False),
         ({"matrix": {"bits": [4]}}, False),
         ({"model": "m", "matrix": {"bits": 4}}, False),
-        ({"model": "m", "matrix": {"bits": [5]}}, False),
+        ({"model": "m", "matrix": {"bits": [9]}}, False),
         ({"model": "m", "output": ""}, False),
     ],
 )

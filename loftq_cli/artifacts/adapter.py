@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loftq_cli.experts import Expert
 from loftq_cli.formats.base import OutputTensor
+from loftq_cli.numerics.qalora import peft_constant, pooled, widened
 
 FOLDER = "loftq_init"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
@@ -28,6 +29,7 @@ class AdapterTarget:
     Attributes:
         parameter: what PEFT targets in place of the module (`target_parameters`); "" for a module.
         expert: whose matrix it is, where experts share an adapter.
+        group: inputs that are pooled before A sees them, so that A is [rank, in / group] (QA-LoRA); 1 for none.
     """
 
     module: str
@@ -37,10 +39,15 @@ class AdapterTarget:
     rank: int
     parameter: str = ""
     expert: Expert | None = None
+    group: int = 1
 
     @property
     def parts(self) -> int:
         return 1 if self.expert is None else self.expert.parts
+
+    def constant(self, scaling: float) -> float:
+        """What PEFT multiplies BA by."""
+        return scaling if self.group == 1 else scaling * peft_constant(self.in_features, self.group)
 
 
 def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
@@ -66,7 +73,7 @@ def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
             OutputTensor(f"{prefix}.lora_embedding_B", torch.float32, (target.in_features, target.rank)),
         )
     return (
-        OutputTensor(f"{prefix}.lora_A.weight", torch.float32, (target.rank, target.in_features)),
+        OutputTensor(f"{prefix}.lora_A.weight", torch.float32, (target.rank, target.in_features // target.group)),
         OutputTensor(f"{prefix}.lora_B.weight", torch.float32, (target.out_features, target.rank)),
     )
 
@@ -100,24 +107,32 @@ def _expert_prefix(target: AdapterTarget) -> str:
 
 
 def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scaling: float) -> dict[str, Tensor]:
-    """The tensors by name. PEFT multiplies BA by `scaling`, so B is divided by it."""
+    """The tensors by name. PEFT multiplies BA by a constant, so B is divided by it.
+
+    Args:
+        lora_a: float32 [rank, in], equal within groups where inputs are pooled; lora_b: float32 [out, rank].
+    """
     first, second = adapter_tensors(target)
-    lora_b = lora_b if scaling == 1.0 else lora_b / scaling
+    constant = target.constant(scaling)
+    lora_b = lora_b if constant == 1.0 else lora_b / constant
+    lora_a = lora_a if target.group == 1 else pooled(lora_a, target.group)
     if target.kind == "embedding":
         return {first.name: lora_b.T.contiguous(), second.name: lora_a.T.contiguous()}
     return {first.name: lora_a.contiguous(), second.name: lora_b.contiguous()}
 
 
-def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in], float32, without the scaling."""
+def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in], float32, whose product is what PEFT adds to the weight."""
     first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
-    return (first.T, second.T) if target.kind == "embedding" else (second, first)
+    b, a = (first.T, second.T) if target.kind == "embedding" else (second, first)
+    constant = target.constant(scaling)
+    return b if constant == 1.0 else b * constant, a if target.group == 1 else widened(a, target.group)
 
 
 def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """scaling · BA as PEFT applies it, float32 [out, in]."""
-    b, a = decode_factors(target, tensors)
-    return (b @ a) * scaling
+    """What PEFT adds to the weight, float32 [out, in]."""
+    b, a = decode_factors(target, tensors, scaling)
+    return b @ a
 
 
 def adapter_config(
@@ -154,7 +169,15 @@ def adapter_config(
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
+        **_pooling({target.group for target in targets}),
     }
+
+
+def _pooling(groups: set[int]) -> dict[str, Any]:
+    """PEFT's own fields for QA-LoRA."""
+    assert len(groups) == 1, "PEFT has one group size for all"
+    (group,) = groups
+    return {} if group == 1 else {"use_qalora": True, "qalora_group_size": group}
 
 
 def _target_modules(targets: list[str], linear_modules: Sequence[str]) -> list[str] | str:

@@ -28,12 +28,14 @@ def render_card(manifest: Manifest, plan: Plan) -> bytes:
     """README.md of an output directory. Measured numbers have fixed widths, so that its length is known beforehand."""
     totals = manifest.totals
     name = plan.output.name
+    mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
         ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
         ("adapter on disk", _gb(totals.adapter_bytes)),
-        ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored"),
+        ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored{mix}"),
         ("mean residual, plain quantization", f"{totals.plain_residual:8.4f}"),
         (f"mean residual, {manifest.recipe['method']}", f"{totals.residual:8.4f}"),
+        *_calibration(manifest),
         ("matrices", f"{totals.matrices} quantized, {len(manifest.kept)} tensors in full precision"),
         ("time", f"{totals.seconds:11.1f} s on {manifest.device:64}".rstrip()),
         ("peak memory", f"{totals.peak_memory_bytes / 1e9:9.2f} GB"),
@@ -71,6 +73,8 @@ or, byte for byte, `loftq quantize --config loftq.yaml`, with {_versions(manifes
 def snippet(manifest: Manifest, plan: Plan) -> str:
     """Python that loads backbone and adapter with transformers and PEFT, ready to train."""
     path = json.dumps(str(plan.output), ensure_ascii=False)
+    if _pooled_by_us(manifest):
+        return f"import loftq_cli\n\npath = {path}\nmodel = loftq_cli.load(path, trainable=True)"
     loader, gptq = _auto_class(manifest), manifest.format.startswith("gptq")
     lines = (
         ["import loftq_cli.runtime  # teaches transformers the packed layers"] if manifest.format == "packed" else []
@@ -104,17 +108,51 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the errors were weighted by, and the residuals under these weights."""
+    recipe = manifest.recipe
+    if recipe.get("calibrate") is None:
+        return []
+    weights = "variances" if recipe["calibrate_kind"] == "diagonal" else "covariances"
+    pairs = [
+        (record.weighted_plain_residual, record.weighted_residual)
+        for record in manifest.matrices
+        if record.weighted_plain_residual is not None and record.weighted_residual is not None
+    ]
+    plain, kept = (sum(values) / len(values) for values in zip(*pairs)) if pairs else (0.0, 0.0)
+    return [
+        (
+            "calibrated on",
+            f"input {weights} of `{Path(recipe['calibrate']).name}`, sha256 {recipe['calibration_hash']}",
+        ),
+        ("mean weighted residual, plain quantization", f"{plain:8.4f}"),
+        ("mean weighted residual, kept", f"{kept:8.4f}"),
+    ]
+
+
+def _pooled_by_us(manifest: Manifest) -> bool:
+    """PEFT itself brings QA-LoRA's layer for GPTQ backbones only."""
+    return manifest.pooling > 1 and not manifest.format.startswith("gptq") and manifest.totals.adapter_bytes > 0
+
+
 def _what(manifest: Manifest) -> str:
     bits = sorted({record.bits for record in manifest.matrices})
     widths = "/".join(str(width) for width in bits)
     ranks = sorted({record.rank for record in manifest.matrices if record.rank})
-    adapter = f" and a rank-{'/'.join(str(rank) for rank in ranks)} LoRA adapter in `loftq_init/`" if ranks else ""
+    shown = "/".join(str(rank) for rank in ranks) if len(ranks) < 4 else f"{ranks[0]} to {ranks[-1]}"
+    kind = "QA-LoRA" if manifest.pooling > 1 else "LoRA"
+    adapter = f" and a rank-{shown} {kind} adapter in `loftq_init/`" if ranks else ""
     start = (
         "The adapter starts at zero, as in QLoRA (arXiv 2305.14314)."
         if not any(record.best for record in manifest.matrices)
         else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
         f"is {manifest.scaling:g}; do not change `lora_alpha`."
     )
+    if manifest.pooling > 1:
+        start += (
+            f" The adapter sees inputs pooled in groups of {manifest.pooling} (QA-LoRA, arXiv 2309.14717), so that "
+            "`loftq merge` can add it to the groups' zeros."
+        )
     what = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
     if manifest.format == "packed" and any(record.expert for record in manifest.matrices):
         what += (
@@ -132,7 +170,7 @@ def _source(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
-    needs = " ".join(capability(manifest.format).needs)
+    needs = "loftq-cli[train]" if _pooled_by_us(manifest) else " ".join(capability(manifest.format).needs)
     return f"""## Load it
 
 ```bash
@@ -213,8 +251,10 @@ def _command(plan: Plan) -> str:
     words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
     defaults = {**Recipe("", method=plan.recipe.method).as_dict(), "method": recipe_fields()["method"]}
     for name, value in plan.recipe.as_dict().items():
-        if name == "model" or value == defaults[name] or value in ([], None):
+        if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue
+        if name == "rule" and plan.recipe.allocates:
+            value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else _OPPOSITES[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,16 +46,16 @@ def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tenso
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
     """scaling · BA of a matrix with an adapter, float32 [out, in]."""
-    b, a = read_factors(path, record)
-    return (b @ a) * manifest.scaling
+    b, a = read_factors(path, manifest, record)
+    return b @ a
 
 
-def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] of a matrix with an adapter, float32, without the scaling."""
+def read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] of a matrix with an adapter, float32, whose product PEFT adds to the weight."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(
-        record.module, record.kind, *record.shape, record.rank, record.parameter, record.expert
+        record.module, record.kind, *record.shape, record.rank, record.parameter, record.expert, manifest.pooling
     )
     first, second = adapter.adapter_tensors(target)
     joint = adapter.joint_b(target)
@@ -66,7 +67,7 @@ def read_factors(path: Path, record: MatrixRecord) -> tuple[Tensor, Tensor]:
             rows = file.get_slice(joint.name)[begin : begin + target.out_features]
             lora_b = adapter.own_columns(target, rows)
         tensors = {first.name: _content(file, first.name), second.name: lora_b}
-    return adapter.decode_factors(target, tensors)
+    return adapter.decode_factors(target, tensors, manifest.scaling)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
@@ -133,9 +134,16 @@ def _content(handle: Any, name: str) -> Tensor:
 
 def _read_gguf(file: Path, name: str) -> Tensor:
     import torch
-    from gguf import GGUFReader
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    tensors = _gguf_tensors(file, file.stat().st_mtime_ns)
     found = tensors[name if name in tensors else tensor_name(name)]
     content = torch.from_numpy(found.data.copy())
     return content.view(torch.bfloat16) if found.tensor_type.name == "BF16" else content
+
+
+@lru_cache(maxsize=1)
+def _gguf_tensors(file: Path, changed: int) -> dict[str, Any]:
+    """The tensors of a file as it was at one time; to read its vocabulary takes seconds, so that is done once."""
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor for tensor in GGUFReader(file).tensors}

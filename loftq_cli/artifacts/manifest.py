@@ -27,6 +27,7 @@ _DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
+    "float | None": (float, int, type(None)),
     "str": (str,),
     "str | None": (str, type(None)),
 }
@@ -35,6 +36,9 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 @dataclass(frozen=True)
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
+
+    Where it was calibrated, the weighted ones are ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ the second moment of the
+    layer's inputs (`numerics.weighted`), and the best step is the one with the smallest of these.
 
     Attributes:
         module: path of the module; of an expert's matrix its parameter and number.
@@ -68,6 +72,8 @@ class MatrixRecord:
     seconds: float
     backbone_bytes: int
     adapter_bytes: int
+    weighted_plain_residual: float | None = None
+    weighted_residual: float | None = None
     affine: Mapping[str, Any] | None = None
     nested: bool = False
     heads: int = 0
@@ -147,6 +153,11 @@ class Manifest:
     matrices: tuple[MatrixRecord, ...]
     kept: tuple[KeptRecord, ...]
     digest: str = UNSEALED
+
+    @property
+    def pooling(self) -> int:
+        """Inputs pooled before the adapters (QA-LoRA); 1 for none."""
+        return int(self.recipe["group_size"]) if self.recipe.get("method") == "qa-lora" else 1
 
     def matrix(self, name: str) -> MatrixRecord:
         """The record of a module path or a tensor name.

@@ -193,6 +193,8 @@ def matrix_record(
     residuals: tuple[float, ...],
     best: int,
     seconds: float,
+    weighted_plain_residual: float | None = None,
+    weighted_residual: float | None = None,
 ) -> MatrixRecord:
     """What is planned of a matrix, with what was measured of it."""
     matrix, target = unit.matrix, unit.target
@@ -219,6 +221,8 @@ def matrix_record(
         seconds=seconds,
         backbone_bytes=unit.backbone_bytes,
         adapter_bytes=unit.adapter_bytes,
+        weighted_plain_residual=weighted_plain_residual,
+        weighted_residual=weighted_residual,
         affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
         nested=isinstance(grid, BlockGrid) and grid.nested,
         heads=matrix.heads,
@@ -235,6 +239,8 @@ def _widest_record(unit: Unit, plan: Plan) -> MatrixRecord:
         residuals=(_WIDE_NUMBER,) * steps,
         best=steps,
         seconds=_WIDE_SECONDS,
+        weighted_plain_residual=None if plan.recipe.calibrate is None else _WIDE_NUMBER,
+        weighted_residual=None if plan.recipe.calibrate is None else _WIDE_NUMBER,
     )
 
 

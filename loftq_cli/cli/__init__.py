@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from loftq_cli.cli.batch import batch_command
+from loftq_cli.cli.eval import eval_command
 from loftq_cli.cli.inspect import inspect_command
+from loftq_cli.cli.merge import merge_command
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
@@ -30,7 +32,9 @@ app = typer.Typer(
 app.command("quantize", rich_help_panel="Convert")(quantize_command)
 app.command("plan", rich_help_panel="Convert")(plan_command)
 app.command("batch", rich_help_panel="Convert")(batch_command)
+app.command("merge", rich_help_panel="Convert")(merge_command)
 app.command("inspect", rich_help_panel="Look")(inspect_command)
+app.command("eval", rich_help_panel="Look")(eval_command)
 app.command("push", rich_help_panel="Share")(push_command)
 app.command("schema", rich_help_panel="Look")(schema_command)
 app.command("verify", rich_help_panel="Look")(verify_command)

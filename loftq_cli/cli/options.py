@@ -143,7 +143,36 @@ MetaVersion = Annotated[
         choices=r.META_VERSIONS,
     ),
 ]
-Bits = Annotated[Optional[int], _option("bits", "--bits", "Bits of a weight's code.", _GRID, choices=r.BITS)]
+Bits = Annotated[
+    Optional[float],
+    _option("bits", "--bits", "Bits of a weight's code, or a mean such as 2.5.", _GRID, choices=r.BITS),
+]
+Mix = Annotated[
+    Optional[str],
+    _option(
+        "mix",
+        "--mix",
+        "Widths matrix by matrix: the least error under the budget (optimal), or 4 bits in the first layers and 2 in "
+        "the rest (paper).",
+        _GRID,
+        choices=r.MIXES,
+        show="optimal for a mean or a size",
+    ),
+]
+TargetSize = Annotated[
+    Optional[str],
+    _option("target_size", "--target-size", "Size of the backbone as the budget of --mix.", _GRID, metavar="SIZE"),
+]
+Weigh = Annotated[
+    Optional[str],
+    _option(
+        "weigh",
+        "--weigh",
+        "What optimal minimises: squared error relative to each matrix, or as it is.",
+        _GRID,
+        choices=r.WEIGHINGS,
+    ),
+]
 DataTypeOption = Annotated[
     Optional[str],
     _option(
@@ -237,26 +266,38 @@ Method = Annotated[
         "method",
         "--method",
         "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; qlora "
-        "quantizes plainly and starts the adapter at zero.",
+        "quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input over integer groups "
+        "(--group-size), so that it merges into their zeros.",
         _LOFTQ,
         choices=r.METHODS,
     ),
-]
-Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
-Iters = Annotated[
-    Optional[int],
-    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 16"),
 ]
 Init = Annotated[
     Optional[str],
     _option(
         "init",
         "--init",
-        "Where refined starts: the rank-r SVD of the weights, or a zero adapter as LoftQ.",
+        "Start of refined (the rank-r SVD of the weights, or a zero adapter as LoftQ's) and of qa-lora (the low-rank "
+        "part of the error, or zero over a plainly quantized backbone).",
         _LOFTQ,
         choices=r.INITS,
         show="svd",
     ),
+]
+Rank = Annotated[Optional[int], _option("rank", "--rank", "Rank of the adapter.", _LOFTQ)]
+RankBudget = Annotated[
+    Optional[float],
+    _option(
+        "rank_budget",
+        "--rank-budget",
+        "Mean rank: more of it goes where the error's singular values are large.",
+        _LOFTQ,
+        metavar="MEAN",
+    ),
+]
+Iters = Annotated[
+    Optional[int],
+    _option("iters", "--iters", "Alternating steps T; 0 is qlora.", _LOFTQ, show="5; refined: 16"),
 ]
 Levels = Annotated[
     Optional[str],
@@ -289,6 +330,33 @@ KeepLast = Annotated[
 Svd = Annotated[
     Optional[str],
     _option("svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, choices=r.SVDS),
+]
+Calibrate = Annotated[
+    Optional[str],
+    _option(
+        "calibrate",
+        "--calibrate",
+        "Weigh errors by what the layers see on this text (.txt, .jsonl, .json, .parquet or a directory of them), or "
+        "by second moments collected before (.safetensors).",
+        _LOFTQ,
+        metavar="FILE",
+    ),
+]
+# No flag: it is written to loftq.yaml.
+FIELD_HELPS["calibration_hash"] = "sha256 of what calibrate names, as loftq writes it; another file is then refused."
+CalibrationTokens = Annotated[
+    Optional[int],
+    _option("calibration_tokens", "--calibration-tokens", "How much of the text to run.", _LOFTQ, metavar="N"),
+]
+CalibrateKind = Annotated[
+    Optional[str],
+    _option(
+        "calibrate_kind",
+        "--calibrate-kind",
+        "Weigh by each input's own variance, or by all covariances (slower, more disk).",
+        _LOFTQ,
+        choices=r.CALIBRATE_KINDS,
+    ),
 ]
 Seed = Annotated[Optional[int], _option("seed", "--seed", "Seed of every random start.", _LOFTQ)]
 MaxShardSize = Annotated[
@@ -345,4 +413,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks instead of sent
 
 def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's fields among a command's parameters."""
-    return {name: values[name] or None if isinstance(values[name], list) else values[name] for name in _DEFAULTS}
+    return {
+        name: values[name] or None if isinstance(values[name], list) else values[name]
+        for name in _DEFAULTS
+        if name in values
+    }

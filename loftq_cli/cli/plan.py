@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
@@ -32,6 +32,9 @@ def plan_command(
     allow_nonfinite: o.AllowNonfinite = None,
     meta_version: o.MetaVersion = None,
     bits: o.Bits = None,
+    mix: o.Mix = None,
+    target_size: o.TargetSize = None,
+    weigh: o.Weigh = None,
     data_type: o.DataTypeOption = None,
     block_size: o.BlockSize = None,
     group_size: o.GroupSize = None,
@@ -42,13 +45,17 @@ def plan_command(
     dequantize: o.Dequantize = None,
     dtype: o.Dtype = None,
     method: o.Method = None,
-    rank: o.Rank = None,
-    iters: o.Iters = None,
     init: o.Init = None,
+    rank: o.Rank = None,
+    rank_budget: o.RankBudget = None,
+    iters: o.Iters = None,
     levels: o.Levels = None,
     alpha: o.Alpha = None,
     keep_last: o.KeepLast = None,
     svd: o.Svd = None,
+    calibrate: o.Calibrate = None,
+    calibration_tokens: o.CalibrationTokens = None,
+    calibrate_kind: o.CalibrateKind = None,
     seed: o.Seed = None,
     max_shard_size: o.MaxShardSize = None,
     device: o.Device = "auto",
@@ -56,7 +63,8 @@ def plan_command(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Show what `quantize` with the same flags would do, without reading a weight.
+    """Show what `quantize` with the same flags would do, without reading a weight; only a budget (a mean of bits, a
+    size, a mean rank) has every matrix read once and measured.
 
     Matrices, bits and ranks, what is left alone and why, every output file's exact size, and the time and memory it
     will take on this machine (from a short trial, remembered).
@@ -67,11 +75,21 @@ def plan_command(
     with guarded(debug):
         from loftq_cli.api import choose_device, plan
         from loftq_cli.artifacts.summary import text_sizes
+        from loftq_cli.cli.progress import choose_reporter
         from loftq_cli.engine.estimate import estimate
 
         calm_hub(silent=json)
+        reporter = choose_reporter(silent=json, verbose=verbose)
         recipe.pop("model")
-        made = plan(model, output=output, config=config, stream=stream, **recipe)
+        made = plan(
+            model,
+            output=output,
+            config=config,
+            stream=stream,
+            device=device,
+            measuring=reporter.measuring,
+            **recipe,
+        )
         sizes, cost = text_sizes(made), estimate(made, choose_device(device))
         if json:
             print_json(plan_values(made, sizes) | {"estimate": dataclasses.asdict(cost)})
@@ -101,6 +119,8 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
         "source_bytes": plan.source_bytes,
         "backbone_bytes": plan.backbone_bytes,
         "adapter_bytes": plan.adapter_bytes,
+        "bits_mean": round(mean_bits(plan), 4),
+        "widths": {str(width): count for width, count in widths(plan).items()},
         "bits_effective": round(plan.bits_effective, 4),
         "bits_stored": round(plan.bits_stored, 4),
         "notes": list(plan.notes),
@@ -123,6 +143,30 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
     }
 
 
+def widths(plan: Plan) -> dict[int, int]:
+    """How many matrices have each width."""
+    return dict(sorted(Counter(unit.matrix.grid.bits for unit in plan.matrices if unit.matrix).items()))
+
+
+def mean_bits(plan: Plan) -> float:
+    """Bits of code a quantized weight has."""
+    codes = sum(unit.matrix.grid.bits * unit.matrix.weights for unit in plan.matrices if unit.matrix)
+    return codes / plan.quantized_weights
+
+
+def _print_allocation(console: Console, plan: Plan) -> None:
+    """How the budget was spent, in one or two lines."""
+    counts = widths(plan)
+    if plan.recipe.mix:
+        shown = ", ".join(f"{count} at {width}" for width, count in counts.items())
+        console.print(f"\n[bold]{plan.recipe.mix}[/] mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code")
+    if plan.recipe.rank_budget is not None:
+        ranks = [unit.target.rank for unit in plan.matrices if unit.target]
+        console.print(
+            f"ranks from {min(ranks)} to {max(ranks)}; as many parameters as rank {plan.recipe.rank_budget:g}"
+        )
+
+
 def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
     console = results()
     weights = plan.quantized_weights
@@ -132,7 +176,9 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
         f"{plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored\n",
         soft_wrap=True,
     )
-    _print_matrices(console, plan.matrices, verbose)
+    # Where every matrix has a width of its own, groups would hide it.
+    _print_matrices(console, plan.matrices, verbose or plan.recipe.allocates)
+    _print_allocation(console, plan)
     _print_kept(console, plan.kept, verbose)
     _print_files(console, plan, sizes)
     for note in plan.notes:

@@ -36,6 +36,13 @@ class _Counting(Reporter):
         self.total = self.done_bytes = self.matrices = 0
         self._before = 0  # bytes an earlier run had done, which say nothing of this run's rate
         self.started = time.monotonic()
+        self._said = float("-inf")
+
+    def measuring(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= _LINE_EVERY:
+            self._said = now
+            self.console.print(f"measuring matrix {done + 1} of {total} for the budget")
 
     def checking(self, plan: Plan) -> None:
         count = len(plan.matrices)
@@ -58,6 +65,9 @@ class _Counting(Reporter):
         self.done_bytes = self._before = sum(unit.source.nbytes for unit in plan.matrices if unit.tensor in done)
         for note in plan.notes:
             warn(note)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         if record is not None:

@@ -21,10 +21,29 @@ from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.loftq import FittingQuantizer, LoftQResult, Quantizer, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.loftq import (
+    FittingQuantizer,
+    LoftQResult,
+    LowRankStep,
+    Quantizer,
+    exact_step,
+    fast_step,
+    loftq,
+    plain_start,
+)
+from loftq_cli.numerics.lowrank import frobenius
+from loftq_cli.numerics.qalora import PooledStep
 from loftq_cli.numerics.refined import Init, refined
 from loftq_cli.numerics.start import zero_start
 from loftq_cli.numerics.steps import LowRankSteps, shallow_steps
+from loftq_cli.numerics.weighted import (
+    WeightedResult,
+    WeightedStep,
+    Whitening,
+    weighted_loftq,
+    weighted_result,
+    whiten,
+)
 from loftq_cli.planner import Unit
 from loftq_cli.recipe import Recipe
 
@@ -38,11 +57,14 @@ class Converted:
     record: MatrixRecord | None
 
 
-def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) -> Converted:
+def convert(
+    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, moment: Tensor | None = None
+) -> Converted:
     """Quantize or copy one tensor.
 
     Args:
         tensor: as it is on disk, on the CPU.
+        moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
 
     Raises:
         LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
@@ -51,7 +73,7 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    result = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator))
+    result, weighted = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator, moment))
     encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
     backbone = {name: value.cpu() for name, value in encoded.items()}
     adapter = {}
@@ -68,20 +90,25 @@ def convert(unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device) ->
         residuals=tuple(_rounded(value) for value in result.residuals),
         best=result.best,
         seconds=round(time.perf_counter() - started, 3),
+        weighted_plain_residual=None if weighted is None else _rounded(weighted.plain_residual),
+        weighted_residual=None if weighted is None else _rounded(weighted.residual),
     )
     return Converted(backbone, adapter, record)
 
 
-def _finite_result(unit: Unit, tensor: Tensor, quantize: Callable[[], LoftQResult]) -> LoftQResult:
+def _finite_result(
+    unit: Unit, tensor: Tensor, quantize: Callable[[], tuple[LoftQResult, WeightedResult | None]]
+) -> tuple[LoftQResult, WeightedResult | None]:
     """
     Raises:
         LoftqError: the numbers are so large that float32 overflowed on the way.
     """
     cause: Exception | None = None
     try:
-        result = quantize()
-        if all(map(math.isfinite, (result.plain_residual, *result.residuals))):
-            return result
+        result, weighted = quantize()
+        weighed = () if weighted is None else (weighted.plain_residual, weighted.residual)
+        if all(map(math.isfinite, (result.plain_residual, *result.residuals, *weighed))):
+            return result, weighted
     except torch.linalg.LinAlgError as error:
         cause = error
     raise LoftqError(
@@ -91,8 +118,13 @@ def _finite_result(unit: Unit, tensor: Tensor, quantize: Callable[[], LoftQResul
 
 
 def _quantize(
-    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, generator: torch.Generator
-) -> LoftQResult:
+    unit: Unit,
+    tensor: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    generator: torch.Generator,
+    moment: Tensor | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
     weight = tensor.to(device).float()
@@ -102,21 +134,42 @@ def _quantize(
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or (rank == 0 and recipe.method != "refined"):
-        return plain_start(weight, quantizer, rank=rank, generator=generator)
+        return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling), None
+    whitening = None if moment is None else whiten(moment.to(device))
     if recipe.method == "refined":
-        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator)
-    step = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
-    return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last)
+        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
+    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    if recipe.pooling > 1:
+        step = PooledStep(rank, recipe.pooling, generator)
+    if whitening is None:
+        return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
+    weighted = weighted_loftq(
+        weight,
+        quantizer,
+        whitening,
+        iters=recipe.iters,
+        low_rank=step,
+        keep_last=recipe.keep_last,
+    )
+    return weighted.result, weighted
 
 
 def _refine(
-    weight: Tensor, quantizer: Quantizer, rank: int, grid: Grid, recipe: Recipe, generator: torch.Generator
-) -> LoftQResult:
+    weight: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    grid: Grid,
+    recipe: Recipe,
+    generator: torch.Generator,
+    whitening: Whitening | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
     """The refined method; without an adapter only the scales (and levels) are fitted."""
     assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
     exact = LowRankSteps(exact_step(rank), exact_step(rank))
     steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
-    return refined(
+    if whitening is not None:
+        steps = LowRankSteps(WeightedStep(whitening, steps.step), WeightedStep(whitening, steps.last))
+    found = refined(
         weight,
         quantizer,
         iters=recipe.iters,
@@ -124,7 +177,11 @@ def _refine(
         init=cast(Init, recipe.init),
         levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
+        # Integer groups are fitted to all columns alike; the adapter and the choice of the step are weighted.
+        column_weight=None if whitening is None or not isinstance(grid, BlockGrid) else whitening.variances,
+        objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )
+    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:
@@ -132,7 +189,9 @@ def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator
     adapter = {}
     if unit.target is not None:
         target = unit.target
-        start = zero_start(target.out_features, target.in_features, target.rank, generator=generator)
+        start = zero_start(
+            target.out_features, target.in_features, target.rank, generator=generator, group=target.group
+        )
         adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
     return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -21,6 +22,7 @@ import torch
 from loftq_cli.artifacts.summary import versions
 from loftq_cli.engine.convert import convert
 from loftq_cli.errors import LoftqError
+from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
 
@@ -102,15 +104,14 @@ class _Trials:
         self._device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
         self._machine = [name, os.cpu_count(), versions()]
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(base) / "loftq" / "trials.json"
+        self._path = cache_folder() / "trials.json"
         self._known: dict[str, float] = self._read()
         self._new = False
 
     def seconds(self, unit: Unit, recipe: Recipe) -> float:
         """Converting one matrix."""
         assert unit.matrix is not None
-        trial = _trial_shape(*unit.matrix.shape)
+        trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
         rank = unit.target.rank if unit.target else 0
         work = [
             recipe.method,
@@ -183,12 +184,13 @@ def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
     return [(first[key], count) for key, count in counts.items()]
 
 
-def _trial_shape(n_out: int, n_in: int) -> tuple[int, int]:
-    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights."""
+def _trial_shape(n_out: int, n_in: int, multiple: int = 64) -> tuple[int, int]:
+    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights in multiples."""
     shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
     if shrink <= 1:
         return n_out, n_in
-    return max(64, round(n_out / shrink / 64) * 64), max(64, round(n_in / shrink / 64) * 64)
+    n_out, n_in = (max(1, round(size / shrink / multiple)) * multiple for size in (n_out, n_in))
+    return n_out, n_in
 
 
 def _write_trial(folder: Path) -> float:

@@ -30,6 +30,7 @@ STATE = ".loftq"
 HEADER = "the header"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 _CHUNK = 8 << 20
+_LONG_LIST = 6
 
 
 def partial_folder(output: Path) -> Path:
@@ -152,7 +153,14 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
     """`bits 4 (now 2), rank 16 (now 64)`: what another conversion was asked that this one is not."""
     now = plan.recipe.as_dict()
     fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
-    return ", ".join(f"{name.replace('_', '-')} {recipe.get(name)} (now {now[name]})" for name in fields)
+    return ", ".join(
+        f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields
+    )
+
+
+def _short(value: object) -> str:
+    """Allocated bits are a rule for every matrix, too many for a sentence."""
+    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
 
 
 def locate(output: Path, name: str) -> Path:

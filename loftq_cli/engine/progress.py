@@ -11,11 +11,17 @@ from loftq_cli.planner import Plan, Unit
 class Reporter:
     """Silent. Subclasses show what they like; none of these may raise."""
 
+    def measuring(self, done: int, total: int) -> None:
+        """Matrix `done` of `total` is measured, before there is a plan."""
+
     def checking(self, plan: Plan) -> None:
         """Every matrix is read once, to find those with NaN or infinity."""
 
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         """Work begins; `finished` tensors (with their records) were done by an earlier run."""
+
+    def note(self, text: str) -> None:
+        """A sentence about what is being done."""
 
     def working(self, unit: Unit) -> None:
         """A unit is taken up."""

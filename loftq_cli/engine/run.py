@@ -37,7 +37,9 @@ from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.supervise import Team, supervise
 from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.forward.moments import open_moments
 from loftq_cli.planner import Plan, Unit
+from loftq_cli.units import UNWEIGHTED
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,20 @@ def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Jour
 
 def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
     try:
-        return convert(unit, tensor, run.plan.recipe, run.device)
+        return convert(unit, tensor, run.plan.recipe, run.device, _moment(unit, run))
     except torch.OutOfMemoryError as error:
         raise LoftqError(
             f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the "
             "same command with --device cpu; finished matrices are kept.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
+
+
+def _moment(unit: Unit, run: Run) -> Tensor | None:
+    """The second moment of what the matrix multiplies, where the recipe asks for calibration and it was seen."""
+    if run.plan.moments is None or unit.matrix is None or unit.kind in UNWEIGHTED:
+        return None
+    return open_moments(run.plan.moments).of(unit.matrix.module, run.plan.recipe.calibrate_kind)
 
 
 def _read(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:

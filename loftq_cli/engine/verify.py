@@ -181,7 +181,7 @@ def _check_source(
     from loftq_cli.checkpoint import open_source
     from loftq_cli.checkpoint.base import read_named
 
-    asked = _asked(manifest, source, revision)
+    asked = recipe_for(manifest, source, revision)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
         found = replace(found, source=resolved.model)
         if checkpoint.fingerprint != manifest.source_fingerprint:
@@ -218,7 +218,7 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     norm = frobenius(error)
     error -= decode_matrix(path, manifest, record)
     if record.rank:
-        error.addmm_(*read_factors(path, record), alpha=-manifest.scaling)
+        error.addmm_(*read_factors(path, manifest, record), alpha=-1)
     return frobenius(error) / norm if norm else 0.0
 
 
@@ -232,7 +232,7 @@ def _is_copied(path: Path, record: KeptRecord, checkpoint: Checkpoint) -> bool:
     return written.shape == original.shape and tensor_bytes(written) == tensor_bytes(original.to(written.dtype))
 
 
-def _asked(manifest: Manifest, source: str, revision: str | None) -> Recipe:
+def recipe_for(manifest: Manifest, source: str, revision: str | None) -> Recipe:
     """The conversion's recipe for `source`; of a model on the Hub the recorded commit, unless another is asked."""
     from loftq_cli.checkpoint.hub import parse_model
 

@@ -105,6 +105,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
 
     from loftq_cli import __version__
     from loftq_cli.artifacts.summary import own_cost
+    from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.estimate import may_read_ahead
     from loftq_cli.engine.output import STATE, journal_of, locate
@@ -120,6 +121,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     device = torch.device(order.device)
     tell(device=own_cost(device).device)
     with open_source(Recipe(**order.recipe), stream=order.stream) as (checkpoint, recipe), on_full_disk(output):
+        recipe = pin_calibration(recipe)
         plan = make_plan(
             recipe, checkpoint, output, __version__, session.nonfinite() if recipe.allow_nonfinite else None
         )
@@ -128,6 +130,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
                 f"this worker's source or loftq is not the main process's ({output / STATE}): give all machines the "
                 "same model, command and versions."
             )
+        plan = known_moments(plan, checkpoint)
         read_ahead = may_read_ahead(plan, device, order.max_memory)
         run = Run(plan, checkpoint, device, _telling(tell), read_ahead)
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)

@@ -166,6 +166,7 @@ class GridRequest:
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
         module: path in the transformers model.
+        unrounded: keep values in float32 where the container can, so that an adapter can be added to the zeros exactly.
     """
 
     kind: MatrixKind
@@ -179,6 +180,7 @@ class GridRequest:
     scale_rule: ScaleRule = "mse"
     double_quant: bool = False
     module: str = ""
+    unrounded: bool = False
 
     @property
     def group_divides(self) -> bool:

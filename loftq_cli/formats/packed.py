@@ -14,6 +14,7 @@ A tensor X that stacks the matrices of all experts keeps its name; its codes are
 of the source, and its scales are `X.absmax`. Experts, and what else PEFT adapts as a parameter and not as a module, are
 dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the
 checkpoint's own order is [..., in, out]. They have codebooks, and no levels of their own.
+Integers under QA-LoRA are not rounded to the model's dtype (`value_dtype`: float32): their zeros take up an adapter.
 
 Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
 Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
@@ -65,7 +66,8 @@ class PackedFormat(FormatDefaults):
         if request.data_type == "int":
             zero: Zero = "none" if request.symmetric else "float"
             rule = request.scale_rule
-            return AffineGrid(request.bits, request.block_size, zero, dtype, dtype, scale_rule=rule)
+            value_dtype = torch.float32 if request.unrounded else dtype
+            return AffineGrid(request.bits, request.block_size, zero, dtype, value_dtype, scale_rule=rule)
         book = codebook(request.data_type, request.bits)
         return BlockGrid(book, request.block_size, "rows", scale_dtype=dtype, value_dtype=dtype, signed=True)
 
@@ -100,13 +102,17 @@ class PackedFormat(FormatDefaults):
         return {weight.name: pack_rows(quantized.codes, matrix.grid.bits), **stored}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
+        return dequantize(self.unpack(matrix, read), matrix.grid)
+
+    def unpack(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Quantized:
+        """Codes, scales and zeros as `encode` was given them."""
         weight, *others = self.tensors(matrix)
         codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
         first, second = [*(read(tensor.name).float() for tensor in others), None][:2]
         assert first is not None
         if isinstance(matrix.grid, BlockGrid):
-            return dequantize(QuantizedBlocks(codes, first.reshape(-1), second), matrix.grid)
-        return dequantize(QuantizedGroups(codes, first, second), matrix.grid)
+            return QuantizedBlocks(codes, first.reshape(-1), second)
+        return QuantizedGroups(codes, first, second)
 
     def quantization_config(
         self,
@@ -130,13 +136,13 @@ class PackedFormat(FormatDefaults):
             "version": 2 if new else 1,
             "dtype": DTYPE_NAMES[dtype],
             "groups": [
-                {**_grid_values(grid), "modules": modules, "parameters": parameters}
+                {**_grid_values(grid, dtype), "modules": modules, "parameters": parameters}
                 for grid, (modules, parameters) in groups.items()
             ],
         }
 
 
-def _grid_values(grid: Grid) -> dict[str, Any]:
+def _grid_values(grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
     if isinstance(grid, BlockGrid):
         return {
             "bits": grid.bits,
@@ -152,4 +158,5 @@ def _grid_values(grid: Grid) -> dict[str, Any]:
         "group_size": grid.group_size,
         "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
         "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
+        **({} if grid.value_dtype == dtype else {"value_dtype": DTYPE_NAMES[grid.value_dtype]}),
     }

@@ -24,6 +24,7 @@ from loftq_cli.numerics.lowrank import (
     krylov_low_rank,
     refine,
 )
+from loftq_cli.numerics.start import zero_start
 
 _SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
 _CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
@@ -308,14 +309,15 @@ class _Steps:
         return self.quantizer.restore(self.weight, step.quantized)
 
 
-def plain_start(weight: Tensor, quantizer: Quantizer, *, rank: int, generator: torch.Generator) -> LoftQResult:
-    """QLoRA: plain quantization and PEFT's default start, A Kaiming-uniform and B zero (arXiv 2305.14314)."""
+def plain_start(
+    weight: Tensor, quantizer: Quantizer, *, rank: int, generator: torch.Generator, group: int = 1
+) -> LoftQResult:
+    """QLoRA: plain quantization and PEFT's default start, A Kaiming-uniform and B zero (arXiv 2305.14314); over inputs
+    pooled in groups of `group`."""
     step = quantizer.quantize_residual(weight, weight)
-    bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)) of [r, in]
-    a = (torch.rand(rank, weight.shape[1], generator=generator) * 2 - 1) * bound
-    b = torch.zeros(weight.shape[0], rank, device=weight.device)
+    start = zero_start(weight.shape[0], weight.shape[1], rank, generator=generator, group=group)
     plain = _relative(frobenius(step.residual), frobenius(weight))
-    return LoftQResult(step.quantized, a.to(weight.device), b, plain, (), 0)
+    return LoftQResult(step.quantized, start.lora_a.to(weight.device), start.lora_b.to(weight.device), plain, (), 0)
 
 
 def exact_step(rank: int) -> LowRankStep:

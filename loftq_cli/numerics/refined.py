@@ -26,6 +26,7 @@ the levels between steps lowers it too, on the blocks that are looked at (`numer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -81,6 +82,7 @@ def refined(
     levels: Tensor | None = None,
     keep_last: bool = False,
     column_weight: Tensor | None = None,
+    objective: Callable[[Tensor], float] | None = None,
 ) -> LoftQResult:
     """Alternate fitted quantization of W - BA + U with the low-rank step; see the module's docstring.
 
@@ -92,8 +94,9 @@ def refined(
         feedback: False makes plain steps only, which never raise the residual and stall earlier.
         levels: float32 [2**bits] to start from where the matrix gets levels of its own; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
-        column_weight: float32 [in], positive: minimise the error with columns weighted so (scales and choice of the
-            iterate; `low_rank` must do so too). The residuals reported stay unweighted.
+        column_weight: float32 [in], positive: fit the scales (and levels) to the error with columns weighted so;
+            `low_rank` must do so too. The residuals reported stay unweighted.
+        objective: of W - Q - BA, which iterate is best; by default its norm under `column_weight`.
     """
     assert iters >= 1, "T = 0 is plain quantization: plain_start"
     norm = frobenius(weight)
@@ -101,6 +104,7 @@ def refined(
     if levels is not None:
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
     run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feedback and low_rank is not None)
+    run.objective = objective
     if low_rank is not None and init == "svd":
         run.found = low_rank.rough(weight, norm, None) or low_rank.step(weight, None)
     run.aim()
@@ -137,6 +141,7 @@ class _Run:
     column_weight: Tensor | None
     steps_left: int
     feeds: bool
+    objective: Callable[[Tensor], float] | None = None
     found: LowRank | None = None
     target: Tensor = field(init=False)
     fed: Tensor | None = None  # U
@@ -186,21 +191,23 @@ class _Run:
     def _next_target(self, done: QuantizeStep) -> _Iterate:
         """How far this step got, and the target of the next one: W - BA, with feedback + U."""
         tried = _Iterate(len(self.residuals) + 1, done.quantized, self.found, 0.0)
-        if self._rough and self.column_weight is None:
+        if self._rough and self.column_weight is None and self.objective is None:
             self.residuals.append(self._feed(done))
             halved = self.half is not None
             return replace(tried, objective=self.residuals[-1], estimated=halved)
         error = self._next_error(done)
         self.residuals.append(frobenius(error))
-        weighted = self.residuals[-1]
-        if self.column_weight is not None:
-            weighted = frobenius(error * self.column_weight.sqrt())
-            if self._rough:
-                self._feed_weighted(error)
-        return replace(tried, objective=weighted)
+        objective = self.residuals[-1]
+        if self.objective is not None:
+            objective = self.objective(error)
+        elif self.column_weight is not None:
+            objective = frobenius(error * self.column_weight.sqrt())
+        if self._rough:
+            self._feed_apart(error)
+        return replace(tried, objective=objective)
 
     def _feed(self, done: QuantizeStep) -> float:
-        """The same in one pass, where errors count alike; gives ‖E‖."""
+        """The same in one pass, where ‖E‖ is the objective; gives that."""
         assert self.found is not None
         total = done.residual_norm() ** 2
         if half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
@@ -228,7 +235,7 @@ class _Run:
     def _share(self) -> float:
         return _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
 
-    def _feed_weighted(self, error: Tensor) -> None:
+    def _feed_apart(self, error: Tensor) -> None:
         """Add U, moved on by the last error, to the target."""
         self.fed = error * _ADDED if self.fed is None else self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
         self.target.add_(self.fed, alpha=self._share())

@@ -17,8 +17,16 @@ class Factors:
     lora_b: Tensor
 
 
-def zero_start(out_features: int, in_features: int, rank: int, *, generator: torch.Generator) -> Factors:
-    """A Kaiming-uniform with a = sqrt(5), B zero (QLoRA, arXiv 2305.14314; PEFT's `reset_lora_parameters`)."""
-    bound = 1 / math.sqrt(in_features)
-    lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+def zero_start(
+    out_features: int, in_features: int, rank: int, *, generator: torch.Generator, group: int = 1
+) -> Factors:
+    """A Kaiming-uniform with a = sqrt(5), B zero (QLoRA, arXiv 2305.14314; PEFT's `reset_lora_parameters`).
+
+    Args:
+        group: inputs that are pooled; A is drawn for in / group inputs and repeated within groups.
+    """
+    width = in_features // group
+    bound = 1 / math.sqrt(width)
+    lora_a = (torch.rand(rank, width, generator=generator) * 2 - 1) * bound
+    lora_a = lora_a if group == 1 else lora_a.repeat_interleave(group, dim=1)
     return Factors(lora_a, torch.zeros(out_features, rank))

@@ -78,6 +78,8 @@ def attach_adapter(model: PreTrainedModel, home: Path, *, trainable: bool, place
     """
     from peft import LoraConfig, PeftModel
 
+    from loftq_cli.runtime.pooled import with_pooled_layers
+
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         # PEFT would copy the offloaded shards into the working directory (0.21).
         raise LoftqError(
@@ -90,15 +92,17 @@ def attach_adapter(model: PreTrainedModel, home: Path, *, trainable: bool, place
         shown = ", ".join(fit.dropped[:3])
         logger.warning("%s has no %s: %d adapter(s) left out.", type(model).__name__, shown, len(fit.dropped))
     options = {**_placed(placement), "is_trainable": trainable}
+    config = with_pooled_layers(fit.config)
+    config.inference_mode = not trainable
     with warnings.catch_warnings():
         # PEFT 0.21 looks for these keys among modules only and says that it ignores those of parameters; it does not.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         if fit.changed:
             with tempfile.TemporaryDirectory(prefix="loftq-") as folder:
                 _write(fit, file, model, Path(folder))
-                wrapped = PeftModel.from_pretrained(model, folder, **options)
+                wrapped = PeftModel.from_pretrained(model, folder, config=config, **options)
         else:
-            wrapped = PeftModel.from_pretrained(model, home, **options)
+            wrapped = PeftModel.from_pretrained(model, home, config=config, **options)
     _check_complete(wrapped, fit.renames.values())
     return wrapped
 

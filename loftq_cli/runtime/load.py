@@ -41,7 +41,7 @@ def load(
     path: str | PathLike[str],
     *,
     trainable: bool = False,
-    adapter: bool = True,
+    adapter: bool | str | PathLike[str] = True,
     auto_class: Any = None,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
@@ -50,7 +50,7 @@ def load(
     Args:
         path: the output directory, or the Hub id it was pushed to.
         trainable: leave the adapter trainable (and, in a classifier, its head).
-        adapter: False gives the bare backbone.
+        adapter: False gives the bare backbone; a path, the adapter saved there after training.
         auto_class: a transformers Auto class or model class, or the name of one. By default the class in config.json.
         from_pretrained_kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, `revision`, `token`, ...).
 
@@ -66,18 +66,35 @@ def load(
     register()
     name, options = str(path), from_pretrained_kwargs
     source, placement = _picked(options, _SOURCE_OPTIONS), _picked(options, _PLACEMENT_OPTIONS)
-    _check_request(Path(path), adapter)
+    _check_request(Path(path), adapter is True)
     config = _read_config(name, source, options)
-    home = find_adapter(name, source) if adapter else None
-    if adapter:
+    home = _adapter_home(name, adapter, source)
+    if home is not None:
         options = {**_trainable_kernel(config), **options}
     if (Path(path) / GGUF_FILE).is_file():
         options = {"gguf_file": GGUF_FILE, "dtype": config.dtype, **options}
     model = _load_backbone(_model_class(config, auto_class), name, options)
     if home is None:
         return model
-    _check_same_conversion(home.parent)
+    if adapter is True:
+        _check_same_conversion(home.parent)
     return attach_adapter(model, home, trainable=trainable, placement=placement)
+
+
+def _adapter_home(name: str, adapter: bool | str | PathLike[str], source: Mapping[str, Any]) -> Path | None:
+    """The folder of the adapter that was asked for.
+
+    Raises:
+        LoftqError: there is none, or PEFT is missing.
+    """
+    if isinstance(adapter, bool):
+        return find_adapter(name, source) if adapter else None
+    _require("peft", "train", "load the adapter")
+    folder = Path(adapter)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / Path(file).name).is_file():
+            raise LoftqError(f"{folder} holds no {Path(file).name}: give a folder that PEFT's save_pretrained wrote.")
+    return folder
 
 
 def _picked(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

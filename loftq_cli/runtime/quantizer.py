@@ -80,7 +80,7 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
             int(group["group_size"]),
             group["zero"],
             scale_dtype,
-            value_dtype,
+            DTYPES[group["value_dtype"]] if "value_dtype" in group else value_dtype,
             zero_dtype=DTYPES[group["zero_dtype"]],
         )
         assert integers.zero in ("none", "float"), f"zero is {integers.zero!r}"

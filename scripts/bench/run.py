@@ -30,8 +30,7 @@ def commands(work: Path, models: list[Path], large: bool) -> list[list[str]]:
     if models:
         found.append(["quality.py", *map(str, models)])
     found.append(["conversion.py", *shapes, "--work", str(work), "--device", "cuda" if gpu else "cpu"])
-    if (HERE / "workers.py").exists():
-        found.append(["workers.py"])
+    found.append(["workers.py", "1b", "--work", str(work)])
     if large:
         found.append(["conversion.py", "13b", "--work", str(work), "--device", "cuda" if gpu else "cpu"])
         found.append(["matrix.py", "5120x13824", "--rank", "16", "64", "--bits", "2", "4"])

@@ -1,0 +1,142 @@
+"""`loftq eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results
+
+if TYPE_CHECKING:
+    from loftq_cli.evaluation import EvalReporter, Evaluation
+
+_TEXT, _HOW = "Text", "Running"
+
+
+def eval_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    text: Annotated[
+        Path,
+        typer.Option(
+            "--text",
+            help="Text to measure on: .txt, .jsonl, .json or .parquet, or a directory of them.",
+            metavar="FILE",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    max_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            "--max-tokens",
+            help="Use only so many tokens from the start. [dim]\\[default: all][/]",
+            metavar="N",
+            rich_help_panel=_TEXT,
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        Optional[int],
+        typer.Option(
+            "--window",
+            help="Tokens the model sees at once. [dim]\\[default: what it takes, at most 2048][/]",
+            metavar="N",
+            rich_help_panel=_TEXT,
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        Optional[str],
+        typer.Option(
+            "--source",
+            help="The full-precision model. [dim]\\[default: the one it was made from][/]",
+            metavar="MODEL",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure what quantization costs on a text, and how much of it the adapter gives back.
+
+    The source, its plain quantization, the backbone alone and the backbone with its adapter, side by side: perplexity
+    of a decoder, loss on masked tokens or on the second half of each window for other language models, error of the
+    hidden states for the rest. Computed in float32, one model after the other, one block in memory at a time.
+
+    Example: loftq eval llama-2bit --text wikitext2-test.txt
+    """
+    with guarded(debug):
+        from loftq_cli.evaluation import evaluate
+
+        calm_hub(silent=quiet or json)
+        found = evaluate(
+            directory,
+            text,
+            source=source,
+            max_tokens=max_tokens,
+            window=window,
+            device=device,
+            reporter=_reporter(silent=quiet or json),
+        )
+        if json:
+            print_json(dataclasses.asdict(found))
+        elif not quiet:
+            _print_evaluation(found)
+
+
+def _reporter(*, silent: bool) -> EvalReporter:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.progress import Progress
+
+    from loftq_cli.evaluation import EvalReporter
+
+    console = messages()
+    if silent or not console.is_terminal:
+        return EvalReporter()
+    bar = Progress(console=console, transient=True)
+
+    class Bar(EvalReporter):
+        def start(self, work: int) -> None:
+            bar.start()
+            self._task = bar.add_task("source", total=work)
+
+        def advance(self, model: str) -> None:
+            bar.update(self._task, advance=1, description=model)
+
+        def close(self) -> None:
+            bar.stop()
+
+    return Bar()
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    from rich.table import Table
+
+    from loftq_cli.evaluation import MODELS
+
+    console, language = results(), found.metric != "representation error"
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    columns = ("perplexity", "loss") if language else ("error",)
+    for column in ("model", "", *columns, "of plain's damage", "seconds"):
+        table.add_column(column, justify="left" if column in ("model", "") else "right", no_wrap=True)
+    for score in found.scores:
+        numbers = [f"{score.perplexity:.3f}", f"{score.loss:.4f}"] if score.perplexity else [f"{score.loss:.4f}"]
+        gap = "" if score.gap is None else f"{score.gap:.1%}"
+        table.add_row(score.model, f"[dim]{MODELS[score.model]}[/]", *numbers, gap, f"{score.seconds:.1f}")
+    console.print(table)
+    how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the model held whole"
+    peak = gigabytes(found.peak_memory_bytes)
+    if found.peak_device_memory_bytes:
+        peak += f", {gigabytes(found.peak_device_memory_bytes)} on the GPU"
+    console.print(
+        f"\n{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}\n"
+        f"{duration(found.seconds)} on {found.device} in float32, {how}, peak memory {peak}",
+        soft_wrap=True,
+        markup=False,
+    )

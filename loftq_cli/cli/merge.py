@@ -1,0 +1,104 @@
+"""`loftq merge`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loftq_cli.cli import options as o
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results
+
+if TYPE_CHECKING:
+    from loftq_cli.artifacts.merged import MergeReport
+
+_LINE_EVERY = 5.0  # seconds
+_WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
+
+
+def merge_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT's save_pretrained wrote.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Directory to write.", rich_help_panel="Output", metavar="OUT", show_default=False
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="dense weights; a QA-LoRA adapter into the groups' zeros, packed or as GGUF Q4_1; or quantized again. "
+            "auto takes zeros where exact, else dense.",
+            metavar="|".join(_WAYS),
+            autocompletion=lambda incomplete: [way for way in _WAYS if way.startswith(incomplete)],
+            rich_help_panel="Output",
+        ),
+    ] = "auto",
+    dtype: o.Dtype = None,
+    max_shard_size: o.MaxShardSize = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fold a trained adapter into the backbone: a model without adapter, one matrix at a time.
+
+    A QA-LoRA adapter goes into packed integers exactly and the bits stay; any other gives dense weights, or quantized
+    ones on request, with what that costs.
+
+    Example: loftq merge llama-2bit trained-adapter -o llama-merged
+    """
+    with guarded(debug, resumable="interrupted; nothing was finished: run the same command again."):
+        from loftq_cli.engine.merge import merge
+
+        report = merge(
+            directory,
+            adapter,
+            output=output,
+            to=to,
+            dtype=dtype or "auto",
+            max_shard_size=max_shard_size or "5GB",
+            overwrite=overwrite,
+            progress=_Ticker(silent=quiet or json),
+        )
+        if json:
+            values = dataclasses.asdict(report)
+            print_json({**values, "mean_error": report.mean_error, "worst_error": report.worst_error})
+        elif not quiet:
+            _print_report(report)
+
+
+class _Ticker:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent, self._last = silent, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._silent and now - self._last >= _LINE_EVERY:
+            self._last = now
+            messages().print(f"merging tensor {done + 1} of {total}")
+
+
+def _print_report(report: MergeReport) -> None:
+    console = results()
+    how = {
+        "dense": f"dense {report.dtype} weights",
+        "zeros": f"{report.format}, the update in the groups' zeros, same bits",
+        "gguf": "GGUF Q4_1, the update in the groups' zeros, same codes",
+        "requantize": f"{report.format}, quantized again",
+    }[report.way]
+    console.print(f"{len(report.errors)} matrices merged: {how}, {gigabytes(report.backbone_bytes)}", soft_wrap=True)
+    what = "quantizing again cost" if report.way == "requantize" else "rounding cost"
+    console.print(
+        f"{what} {report.mean_error:.2e} of backbone + adapter in the mean, {report.worst_error:.2e} at worst "
+        "(relative, Frobenius)",
+        soft_wrap=True,
+    )
+    console.print(f"\nwritten to [bold]{report.output}[/]", soft_wrap=True)

@@ -1,0 +1,240 @@
+"""`loftq_cli.evaluate`: what quantization costs on a text, and how much of it the adapter gives back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp, sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loftq_cli.artifacts.manifest import Manifest, read_manifest
+from loftq_cli.artifacts.summary import peak_memory
+from loftq_cli.checkpoint import Checkpoint, open_source
+from loftq_cli.engine.verify import recipe_for
+from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.forward.objectives import Questions, ask
+from loftq_cli.forward.opening import open_model
+from loftq_cli.forward.streamed import StreamedModel
+from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
+from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeights, Weights
+
+_OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity a float can hold
+
+MODELS = {
+    "source": "the full-precision model",
+    "plain": "plain quantization, no adapter",
+    "backbone": "the backbone without its adapter",
+    "start": "the backbone with its adapter",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on the text.
+
+    Attributes:
+        model: a key of `MODELS`.
+        loss: mean negative log-likelihood in nats of a scored token; for a model without a language head the relative
+            error ‖h − h_source‖ / ‖h_source‖ of its last hidden states.
+        perplexity: exp(loss); None without a language head.
+        gap: (loss − loss of the source) / (loss of plain − loss of the source): 1 for plain quantization, 0 for the
+            source; None for these two, and where plain quantization costs nothing.
+        seconds: of its passes.
+    """
+
+    model: str
+    loss: float
+    perplexity: float | None
+    gap: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `loftq eval` prints.
+
+    Attributes:
+        metric: `perplexity`, `masked loss`, `sequence loss` or `representation error`.
+        tokens: scored ones; windows of `window` tokens each.
+        blocks: how many blocks the model was run in, one of them in memory at a time; 0 where it was held whole.
+        peak_memory_bytes: of the whole process.
+    """
+
+    directory: str
+    source: str
+    text: str
+    text_sha256: str
+    metric: str
+    tokens: int
+    windows: int
+    window: int
+    device: str
+    blocks: int
+    scores: tuple[Score, ...]
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int
+
+    def score(self, model: str) -> Score:
+        """The row of one model."""
+        return next(score for score in self.scores if score.model == model)
+
+
+class EvalReporter:
+    """Hears of progress; silent."""
+
+    def start(self, work: int) -> None:
+        """How many calls of `advance` will come."""
+
+    def advance(self, model: str) -> None:
+        """One group of windows went through one model."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def evaluate(
+    directory: str | Path,
+    text: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_tokens: int | None = None,
+    window: int | None = None,
+    device: str = "auto",
+    reporter: EvalReporter | None = None,
+) -> Evaluation:
+    """Loss on a text of the source, its plain quantization, the backbone alone and the backbone with its adapter.
+
+    All four are computed in float32, one after the other, each with one block's weights in memory at a time; nothing is
+    written. Decoders get the perplexity of next tokens in windows that do not overlap; models with a masked-language
+    head the loss on 15 % masked tokens, the same for all; encoder-decoders that of the second half of every window
+    given the first; other encoders the error of their hidden states.
+
+    Args:
+        directory: output of `quantize`.
+        text: .txt, .jsonl, .json or .parquet, or a directory of them.
+        source: the model it was made from; by default the one the manifest names.
+        max_tokens: of the text to use; None uses all of it.
+        window: tokens of a window; by default what the model takes, at most 2048.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        UsageError: an argument cannot be meant.
+        LoftqError: directory, source or text cannot be read, or the model does not run on text.
+    """
+    from loftq_cli.api import choose_device
+
+    for flag, value in (("--max-tokens", max_tokens), ("--window", window)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} cannot be {value}: give a whole number from 1 on.")
+    path, started, chosen = Path(directory).expanduser(), time.perf_counter(), choose_device(device)
+    manifest, read = read_manifest(path), read_text(text, "--text")
+    with _opened_source(manifest, source) as checkpoint:
+        model = open_model(checkpoint, chosen)
+        windows = make_windows(
+            read,
+            tokenizer := open_tokenizer(path),
+            positions=position_limit(model.model.config),
+            max_tokens=max_tokens,
+            window=window,
+        )
+        questions = ask(model.model, tokenizer, windows)
+        variants: dict[str, Weights] = {
+            "source": SourceWeights(checkpoint),
+            "plain": PlainWeights(checkpoint, path, manifest),
+            "backbone": BackboneWeights(path, manifest),
+            "start": BackboneWeights(path, manifest, adapter=True),
+        }
+        tallies = _measure(model, variants, questions, reporter or EvalReporter())
+    return Evaluation(
+        directory=str(path),
+        source=str(source or manifest.source),
+        text=str(text),
+        text_sha256=read.sha256,
+        metric=questions.metric,
+        tokens=questions.scored,
+        windows=len(windows.ids),
+        window=windows.length,
+        device=str(chosen),
+        blocks=len(model.blocks),
+        scores=_scores(tallies, questions.metric),
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated(chosen) if chosen.type == "cuda" else 0,
+    )
+
+
+@contextmanager
+def _opened_source(manifest: Manifest, source: str | Path | None) -> Iterator[Checkpoint]:
+    """The checkpoint the directory was made from."""
+    name = manifest.source if source is None else str(source)
+    if source is None and manifest.source_revision is None and not Path(name).is_dir():
+        raise LoftqError(f"the model it was made from, {name}, is not there: name it with --source.")
+    recipe = recipe_for(manifest, name, None)
+    with open_source(recipe) as (checkpoint, _):
+        if checkpoint.fingerprint != manifest.source_fingerprint:
+            raise LoftqError(
+                f"{name} is not the model this directory was made from, its config or tensors differ: name the right "
+                "one with --source."
+            )
+        yield checkpoint
+
+
+@dataclass
+class _Tally:
+    """What one model has summed up: nats and tokens, or ‖h − h_source‖² and ‖h_source‖² of hidden states."""
+
+    total: float = 0.0
+    count: float = 0.0
+    seconds: float = 0.0
+
+
+def _measure(
+    model: StreamedModel, variants: Mapping[str, Weights], questions: Questions, reporter: EvalReporter
+) -> dict[str, _Tally]:
+    """All variants on every group of windows; one at a time holds weights."""
+    tallies = {name: _Tally() for name in variants}
+    windows, tokens = questions.batch["input_ids"].shape
+    size = model.group(windows, tokens)
+    starts = range(0, windows, size)
+    reporter.start(len(starts) * len(variants))
+    try:
+        for start in starts:
+            group, reference = questions.rows(slice(start, start + size)), None
+            for name, weights in variants.items():
+                tally, began = tallies[name], time.perf_counter()
+                model.load(weights)
+                if group.labels is not None:
+                    tally.total += model.loss(group.batch, group.labels)
+                    tally.count += group.scored
+                else:
+                    hidden = model.features(group.batch)
+                    reference = hidden if reference is None else reference
+                    tally.total += _energy(hidden - reference)
+                    tally.count += _energy(reference)
+                tally.seconds += time.perf_counter() - began
+                reporter.advance(name)
+    finally:
+        reporter.close()
+    return tallies
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def _scores(tallies: Mapping[str, _Tally], metric: str) -> tuple[Score, ...]:
+    relative = metric == "representation error"
+    losses = {name: sqrt(t.total / t.count) if relative else t.total / t.count for name, t in tallies.items()}
+    damage = losses["plain"] - losses["source"]
+    scores = []
+    for name, loss in losses.items():
+        perplexity = None if relative else exp(min(loss, _OVERFLOW))
+        gap = (loss - losses["source"]) / damage if name in ("backbone", "start") and damage > 0 else None
+        scores.append(Score(name, loss, perplexity, gap, round(tallies[name].seconds, 3)))
+    return tuple(scores)

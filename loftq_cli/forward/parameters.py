@@ -1,0 +1,142 @@
+"""A model's parameters and buffers by their names on disk: put in, taken out, ties kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loftq_cli.experts import Expert
+from loftq_cli.forward.weights import Weights
+from loftq_cli.module_build import RuntimeName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Share:
+    """A tensor's part in a parameter of experts: whose it is, and whether inputs and outputs change places."""
+
+    expert: Expert
+    turned: bool
+
+
+class Parameters:
+    """The places of a checkpoint's tensors in a model without weights.
+
+    Args:
+        experts: the tensors that transformers stacks, joins or transposes to a parameter of experts.
+
+    Attributes:
+        keys: name on disk -> parameter name, for every tensor that is one parameter (or buffer) of the model, or an
+            expert's share of one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Mapping[str, RuntimeName],
+        experts: Mapping[str, Share],
+        device: torch.device,
+    ) -> None:
+        self._model, self._experts, self._device = model, experts, device
+        known_names = {name for name, place in names.items() if not place.merged} | experts.keys()
+        self.keys = {name: place.key for name, place in names.items() if place.key and name in known_names}
+        entries = _entries(model)
+        self._empty = {key: entries[key] for key in self.keys.values()}
+        same: dict[int, tuple[str, ...]] = {}
+        for key, value in entries.items():
+            same[id(value)] = (*same.get(id(value), ()), key)
+        self._aliases = {key: same[id(entries[key])] for key in self.keys.values()}
+        known = {alias for aliases in self._aliases.values() for alias in aliases}
+        for key, value in entries.items():
+            if value.is_meta and key not in known:  # a layer that the checkpoint has no weights for
+                self._put_one(key, _zeros(value.shape).to(device))
+            elif not value.is_meta:
+                self._put_one(key, value.to(device))
+
+    def within(self, path: str) -> list[str]:
+        """Names of the tensors that belong to the module at `path` alone."""
+        inside = f"{path}."
+        return [name for name, key in self.keys.items() if all(k.startswith(inside) for k in self._aliases[key])]
+
+    def nothing(self) -> Weights:
+        """Zeros for every tensor, in no memory."""
+        return _Nothing({name: self._shape(name) for name in self.keys})
+
+    def fill(self, names: Iterable[str], weights: Weights) -> None:
+        """Read tensors and put them in: float32 whatever the checkpoint has, integers as they are."""
+        stacks: dict[str, Tensor] = {}
+        for name in names:
+            value, key = weights.read(name), self.keys[name]
+            value = value.to(self._device, torch.float32) if value.is_floating_point() else value.to(self._device)
+            share = self._experts.get(name)
+            if share is None:
+                self._put(key, value)
+            elif share.expert.stacked:
+                self._put(key, value.mT.contiguous() if share.turned else value)
+            else:
+                if key not in stacks:
+                    stacks[key] = torch.zeros(self._empty[key].shape, device=self._device)
+                begin = share.expert.part * len(value)
+                stacks[key][share.expert.index, begin : begin + len(value)] = value
+        for key, stack in stacks.items():
+            self._put(key, stack)
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Take tensors out again."""
+        for name in names:
+            self._put(self.keys[name], self._empty[self.keys[name]])
+
+    def _shape(self, name: str) -> torch.Size:
+        """Of a tensor on disk."""
+        whole, share = self._empty[self.keys[name]].shape, self._experts.get(name)
+        if share is None:
+            return whole
+        if share.expert.stacked:
+            return torch.Size((whole[0], whole[2], whole[1])) if share.turned else whole
+        return torch.Size((whole[1] // share.expert.parts, *whole[2:]))
+
+    def _put(self, key: str, value: Tensor) -> None:
+        for alias in self._aliases[key]:
+            self._put_one(alias, value)
+
+    def _put_one(self, key: str, value: Tensor) -> None:
+        path, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Implements `Weights`."""
+
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.shapes)
+
+    def read(self, name: str) -> Tensor:
+        return _zeros(self.shapes[name])
+
+
+def _zeros(shape: torch.Size) -> Tensor:
+    """float32 zeros; pages that are never written take no memory."""
+    return torch.from_numpy(np.zeros(tuple(shape), np.float32))
+
+
+def _entries(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name they have."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

@@ -1,0 +1,203 @@
+"""Text files to windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loftq_cli.errors import LoftqError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+LONGEST_WINDOW = 2048
+_SHORTEST_WINDOW = 4
+_READ_AHEAD = 24  # characters read for every token that is wanted: more than any tokenizer joins on average
+_UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
+_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was read of a file, or of all the files in a directory.
+
+    Attributes:
+        sha256: of the whole content, so that the same text under another name is the same.
+        records: pieces that belong together: the file itself, or one for each line of a jsonl or row of a parquet file.
+    """
+
+    path: Path
+    sha256: str
+    records: tuple[str, ...]
+
+
+def read_text(path: str | Path, flag: str) -> Text:
+    """Text from .txt, .jsonl, .json or .parquet, or from all such files of a directory in the order of their names.
+
+    A record's text is its field `text`, or else all its strings, a line each.
+
+    Raises:
+        UsageError: there is no such file, or none of these kinds.
+        LoftqError: it cannot be read, or holds no text.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UsageError(f"{flag} {path}: there is no such file or directory.")
+    files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{flag} {path}: there is no {', '.join(_SUFFIXES)} file in it.")
+    hashed = hashlib.sha256()
+    records: list[str] = []
+    for file in files:
+        try:
+            hashed.update(file.read_bytes())
+            records += _records(file)
+        except OSError as error:
+            raise LoftqError(
+                f"{file} cannot be read ({error.strerror}): check the file and its permissions."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise LoftqError(f"{file} is no text that can be read ({error}): give UTF-8.") from error
+    if not any(record.strip() for record in records):
+        raise LoftqError(f"{path} holds no text.")
+    return Text(path, hashed.hexdigest(), tuple(records))
+
+
+def _records(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        return [_text_of(row) for row in _parquet(file)]
+    content = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        return [_text_of(json.loads(line)) for line in content.splitlines() if line.strip()]
+    if file.suffix == ".json":
+        values = json.loads(content)
+        return [_text_of(value) for value in (values if isinstance(values, list) else [values])]
+    return [content]
+
+
+def _parquet(file: Path) -> list[Any]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise LoftqError(
+            f"pyarrow is needed to read {file}: run `pip install pyarrow`, or give .txt or .jsonl."
+        ) from None
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def _text_of(record: Any) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return record["text"]
+        return "\n".join(text for value in record.values() if (text := _text_of(value)))
+    if isinstance(record, list):
+        return "\n".join(text for value in record if (text := _text_of(value)))
+    return ""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Equal windows of a text.
+
+    Attributes:
+        ids: int64 [windows, tokens]; every window starts and ends as the tokenizer starts and ends a text.
+        before, after: how many of a window's tokens are the tokenizer's own.
+    """
+
+    ids: Tensor
+    before: int
+    after: int
+
+    @property
+    def length(self) -> int:
+        return int(self.ids.shape[1])
+
+
+def make_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, positions: int | None, max_tokens: int | None, window: int | None
+) -> Windows:
+    """Cut a text into windows that do not overlap; what is left at the end and fills none is dropped.
+
+    Args:
+        positions: how many the model has; None for any number.
+        max_tokens: of the text to take; None takes all of it.
+        window: tokens of a window; by default as many as model and tokenizer take, at most LONGEST_WINDOW.
+
+    Raises:
+        LoftqError: the text is too short, or the window too long for the model.
+    """
+    limit = min(positions or _UNBOUNDED, tokenizer.model_max_length or _UNBOUNDED)
+    if window is not None and window > limit:
+        raise UsageError(f"--window {window} is too long: this model takes {limit} tokens.")
+    length = window or min(limit, LONGEST_WINDOW)
+    before, after = _frame(tokenizer)
+    ids = _tokenize(text, tokenizer, max_tokens)
+    content = min(length - len(before) - len(after), len(ids))
+    if content < _SHORTEST_WINDOW:
+        raise LoftqError(f"{text.path} has only {len(ids)} tokens: give a longer text.")
+    count = len(ids) // content
+    body = torch.tensor(ids[: count * content]).reshape(count, content)
+    frame = [torch.tensor(part, dtype=torch.long).expand(count, -1) for part in (before, after)]
+    return Windows(torch.cat([frame[0], body, frame[1]], dim=1), len(before), len(after))
+
+
+def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[int]:
+    """Token ids of the records, one after the other with an empty line between them."""
+    ids: list[int] = []
+    for part in _parts(text.records, None if max_tokens is None else _READ_AHEAD * max_tokens):
+        ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    return ids[:max_tokens]
+
+
+def _parts(records: tuple[str, ...], characters: int | None) -> Iterator[str]:
+    """All records as one text; where only `characters` of it are wanted first, cut after them."""
+    whole = "\n\n".join(records)
+    if characters is None or characters >= len(whole):
+        yield whole
+        return
+    cut = whole.rfind("\n", 0, characters) + 1 or characters
+    yield whole[:cut]
+    yield whole[cut:]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids a tokenizer puts before and after every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many positions a model has; None for any number."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint; errors call its place `named`.
+
+    Raises:
+        LoftqError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds
+        cause = " ".join(str(error).split())[:160]
+        raise LoftqError(
+            f"{named or path} holds no tokenizer that transformers can load ({cause}): text cannot be read."
+        ) from error

@@ -1,0 +1,133 @@
+"""Where the weights of a run come from: the source, its plain quantization, the backbone, the backbone with adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loftq_cli.artifacts.decode import decode_matrix, decode_product, quantized_matrix, read_tensor
+from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
+from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint.base import read_named
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid, dequantize
+
+
+class Weights(Protocol):
+    """Tensors by their names in the full-precision checkpoint, in its orientation."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every tensor there is."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own on the CPU."""
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """The checkpoint as it is."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.checkpoint.tensors)
+
+    def read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name)
+
+
+class _Converted:
+    """The tensors of a conversion by their names in the checkpoint; of a tensor that stacks experts, whose entries the
+    manifest lists one by one, all of them."""
+
+    manifest: Manifest
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self._entries)
+
+    def read(self, name: str) -> Tensor:
+        (first, *others) = self._entries[name]
+        if first.tensor == name:
+            return self._one(first)
+        return torch.stack([self._one(record) for record in (first, *others)])
+
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        raise NotImplementedError
+
+    @cached_property
+    def _entries(self) -> dict[str, list[MatrixRecord | KeptRecord]]:
+        found: dict[str, list[tuple[int, MatrixRecord | KeptRecord]]] = {}
+        records: list[MatrixRecord | KeptRecord] = [*self.manifest.matrices, *self.manifest.kept]
+        for record in records:
+            entry = re.fullmatch(r"(.*)\[(\d+)\]", record.tensor)
+            name, index = (entry[1], int(entry[2])) if entry else (record.tensor, 0)
+            found.setdefault(name, []).append((index, record))
+        return {name: [record for _, record in sorted(some, key=itemgetter(0))] for name, some in found.items()}
+
+
+@dataclass(frozen=True)
+class BackboneWeights(_Converted):
+    """Q of every quantized matrix, decoded from the container's own bytes, and the tensors that were kept.
+
+    Attributes:
+        path: the output directory.
+        adapter: add scaling · BA to Q, in float32.
+    """
+
+    path: Path
+    manifest: Manifest
+    adapter: bool = False
+
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        if isinstance(record, KeptRecord):
+            return read_tensor(self.path, record.tensor)
+        weight = decode_matrix(self.path, self.manifest, record)
+        if self.adapter and record.rank:
+            weight += decode_product(self.path, self.manifest, record)
+        return _as_stored(weight, record)
+
+
+@dataclass(frozen=True)
+class PlainWeights(_Converted):
+    """q(W): every matrix of the manifest quantized once on its own grid, no adapter; else what the backbone keeps.
+
+    Levels that were chosen along with the scales (`--levels`) are not those of plain quantization: there `nf` is.
+    """
+
+    source: Checkpoint
+    path: Path
+    manifest: Manifest
+
+    def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
+        if isinstance(record, KeptRecord):
+            return read_tensor(self.path, record.tensor)
+        weight = _as_stored(read_named(self.source, record.tensor).float(), record).contiguous()
+        grid = plain_grid(self.manifest, record)
+        step = block_quantizer(grid, weight.device).quantize_residual(weight, weight)
+        return _as_stored(dequantize(step.quantized, grid), record)
+
+
+def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:
+    """The grid that plain quantization at the same bits takes."""
+    grid = quantized_matrix(record).grid
+    if not isinstance(grid, BlockGrid) or record.data_type != manifest.recipe.get("levels"):
+        return grid
+    return replace(grid, codebook=codebook("nf", record.bits))
+
+
+def _as_stored(weight: Tensor, record: MatrixRecord) -> Tensor:
+    """[out, in] <-> the orientation on disk."""
+    return weight.T if record.transposed else weight
