@@ -26,7 +26,7 @@ from loftq_cli.modules import ModuleMap, map_modules
 from loftq_cli.recipe import Recipe, parse_size, write_yaml
 from loftq_cli.resolve import resolve
 from loftq_cli.select import Decision, decide, unused_filters
-from loftq_cli.units import Unit, calibration_notes, expert_notes, make_units
+from loftq_cli.units import Unit, calibration_notes, dense_experts, expert_notes, make_units
 
 __all__ = ["INDEX", "Plan", "Unit", "make_plan"]
 
@@ -164,6 +164,7 @@ def make_plan(
     request = Request(modules.task_type, recipe.dequantize, checkpoint.config, tokenizer)
     refuse_together((), recipe, request)
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
+    request = dataclasses.replace(request, dense_experts=dense_experts(units))
     refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
     _refuse_nothing(units, recipe)
     notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]

@@ -162,6 +162,11 @@ class _Maker:
             grid = Refusal(
                 f"{container.name} holds no experts, which transformers stacks in one parameter", fatal=False
             )
+        elif expert is not None and expert.stacked and not container.holds_stacked_experts:
+            grid = Refusal(
+                f"{container.name} holds one expert at a time, and this checkpoint stores all of a layer in one tensor",
+                fatal=False,
+            )
         else:
             grid = container.grid(request)
         if role.parameter and recipe.format == "packed" and not isinstance(grid, Refusal) and not _is_table(grid):
@@ -227,7 +232,7 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
             "because PEFT trains stacked experts as dense parameters only: in memory they take the model's dtype."
         ]
     refused = [unit for unit in units if unit.kind == "expert" and unit.matrix is None and unit.target is not None]
-    if refused and recipe.experts == "quantize" and not get_format(recipe.format).holds_experts:
+    if refused and recipe.experts == "quantize" and not get_format(recipe.format).holds_stacked_experts:
         return [
             f"{len(refused)} matrices of experts stay in full precision, because {recipe.format} cannot hold them: "
             "--format packed or dense quantizes them, --experts require stops here instead."
@@ -242,6 +247,15 @@ def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
         return []
     kinds = " and ".join(sorted({"experts" if unit.kind == "expert" else "embeddings" for unit in aside}))
     return [f"{len(aside)} matrices of {kinds} are fitted without weights: calibration sees inputs of linear layers."]
+
+
+def dense_experts(units: Sequence[Unit]) -> tuple[str, ...]:
+    """Tensors of single experts that stay in full precision."""
+    return tuple(
+        unit.tensor
+        for unit in units
+        if unit.kind == "expert" and unit.matrix is None and len(unit.source.shape) == 2 and not unit.backbone[0].whole
+    )
 
 
 def _depths(parameters: Sequence[str]) -> dict[str, int]:

@@ -196,6 +196,7 @@ class Request:
         task_type: PEFT's name of what the model does, None where it has none.
         dequantize: let the loader unpack while loading, where it can.
         config: the model's config.json.
+        dense_experts: matrices of single experts that stay in full precision.
         tokenizer: reads its tokenizer.json; None where it has none.
     """
 
@@ -203,6 +204,7 @@ class Request:
     dequantize: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], bytes] | None = None
+    dense_experts: Sequence[str] = ()
 
 
 ANY_REQUEST = Request(None)
@@ -246,10 +248,12 @@ class Format(Protocol):
 
     Attributes:
         holds_experts: its loader can fill the stacked parameters that transformers keeps experts in.
+        holds_stacked_experts: also from a checkpoint that stores all experts of a layer in one 3-D tensor.
     """
 
     name: str
     holds_experts: bool
+    holds_stacked_experts: bool
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
         """Why the model, or these matrices in one checkpoint, do not fit, as a sentence's end that names a format that
@@ -303,6 +307,7 @@ class FormatDefaults:
     shards."""
 
     holds_experts = False
+    holds_stacked_experts = False
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
         return None

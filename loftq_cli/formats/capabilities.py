@@ -84,7 +84,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "compressed-tensors",
         (2, 3, 4, 8),
-        "integers, group 32 to 256 or a row",
+        "integers, group 32 to 256 or a row; experts one by one, symmetric",
         Claim("yes", _CT),
         Claim("yes, unpacked", _CT),
         Claim("vLLM, symmetric: 4 and 8 bits; 2 and 3 in new versions", UPSTREAM),

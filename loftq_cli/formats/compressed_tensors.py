@@ -11,6 +11,9 @@ For a linear layer at on-disk path P with K inputs and N outputs:
 
 Q = scale · (code - zero) in the scale's dtype, which is the model's, so that every path through the library gives the
 same numbers. `dequantize` in the config makes transformers unpack while loading: plain layers that train and merge.
+
+Experts that stand one by one in the checkpoint stay so, and transformers (5.23, `integrations/compressed_tensors.py`)
+unpacks each before it stacks them: without zero points, all at one width, and all of them or none.
 """
 
 from __future__ import annotations
@@ -38,15 +41,25 @@ from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.packing import pack_words, unpack_words
 
 _INSTEAD = "use --format packed or --format dense"
+_GATES = ("gate", "router")
 
 
 class CompressedTensorsFormat(FormatDefaults):
     """See the module's docstring; implements `formats.base.Format`."""
 
     name = "compressed-tensors"
+    holds_experts = True  # transformers unpacks each before it stacks them
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        grids = {affine_grid(matrix) for matrix in matrices}
+        if request.dense_experts:
+            return (
+                "transformers unpacks every expert that it stacks, so none can stay in full precision as "
+                f"{request.dense_experts[0]} would: quantize them all, or {_INSTEAD}"
+            )
+        grids = {affine_grid(matrix) for matrix in matrices if matrix.kind != "expert"}
+        expert_grids = {affine_grid(matrix) for matrix in matrices if matrix.kind == "expert"}
+        if len(expert_grids) > 1:
+            return f"transformers unpacks experts at one bit width only: give all of them the same, or {_INSTEAD}"
         if len(grids) > 1 and request.dequantize:
             return f"unpacking while loading knows one bit width for all matrices: give --compressed, or {_INSTEAD}"
         if any(grid.zero == "integer" for grid in grids) and not request.dequantize:
@@ -65,6 +78,10 @@ class CompressedTensorsFormat(FormatDefaults):
         if not request.group_divides:
             reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
             return Refusal(f"{reason}: choose another --group-size, or {_INSTEAD}", fatal=True)
+        if request.kind == "expert" and not request.symmetric:
+            return Refusal(
+                f"transformers unpacks experts without zero points only: give --symmetric, or {_INSTEAD}", fatal=True
+            )
         dtype, rule = request.dtype, request.scale_rule
         zero = "none" if request.symmetric else "integer"
         return AffineGrid(
@@ -118,24 +135,49 @@ class CompressedTensorsFormat(FormatDefaults):
         dtype: torch.dtype,
         request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
-        groups: dict[AffineGrid, list[str]] = {}
-        for matrix in matrices:
-            groups.setdefault(affine_grid(matrix), []).append(matrix.module)
-        # With several widths the common one is that of all linear layers; the others are named.
-        common = max(groups, key=lambda grid: len(groups[grid]))
-        named = {grid: [f"re:^{re.escape(module)}$" for module in groups[grid]] for grid in groups if grid != common}
-        ordered = [*named, common]
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "dequantize": request.dequantize,
-            "ignore": list(dense_linears),
+            "ignore": [*dense_linears, *_routers(matrices)],
             "config_groups": {
-                f"group_{i}": {"targets": named.get(grid, ["Linear"]), "weights": _weights(grid)}
-                for i, grid in enumerate(ordered)
+                f"group_{i}": {"targets": targets, "weights": _weights(grid)}
+                for i, (targets, grid) in enumerate(_groups(matrices))
             },
         }
+
+
+def _groups(matrices: Sequence[QuantizedMatrix]) -> list[tuple[list[str], AffineGrid]]:
+    """Targets and scheme of every group. With several widths the common one is that of all linear layers, the others
+    are named; experts come first, because transformers takes the first group of a pattern with "experts" in it for
+    theirs, and they go by their names on disk, because the running model has no modules for them."""
+    grids = [affine_grid(matrix) for matrix in matrices]
+    experts = {matrix.prefix: grid for matrix, grid in zip(matrices, grids) if matrix.kind == "expert"}
+    if len(set(grids)) == 1:
+        return [(["Linear"], grids[0])]
+    linear: dict[AffineGrid, list[str]] = {}
+    for matrix, grid in zip(matrices, grids):
+        if matrix.kind != "expert":
+            linear.setdefault(grid, []).append(matrix.module)
+    common = max(linear, key=lambda grid: len(linear[grid]))
+    named = [([f"re:^{re.escape(name)}$" for name in linear[grid]], grid) for grid in linear if grid != common]
+    patterns = list(dict.fromkeys(_any_number(prefix) for prefix in experts))
+    first = [(patterns, next(iter(experts.values())))] if experts else []
+    return [*first, *named, (["Linear"], common)]
+
+
+def _routers(matrices: Sequence[QuantizedMatrix]) -> list[str]:
+    """What stands beside experts and decides between them: no Linear in transformers, but one in other readers."""
+    prefixes = [matrix.prefix.partition(".experts.") for matrix in matrices if matrix.kind == "expert"]
+    return list(
+        dict.fromkeys(_any_number(f"{block}.{name}") for block, found, _ in prefixes if found for name in _GATES)
+    )
+
+
+def _any_number(prefix: str) -> str:
+    """A pattern for the modules of all layers and experts: one for tens of thousands of names."""
+    return "re:^" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(prefix)) + "$"
 
 
 def _weights(grid: AffineGrid) -> dict[str, Any]:

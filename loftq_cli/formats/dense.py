@@ -33,6 +33,7 @@ class DenseFormat(FormatDefaults):
 
     name = "dense"
     holds_experts = True
+    holds_stacked_experts = True
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if request.data_type == "fitted":

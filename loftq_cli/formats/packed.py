@@ -58,6 +58,7 @@ class PackedFormat(FormatDefaults):
 
     name = "packed"
     holds_experts = True
+    holds_stacked_experts = True
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if request.double_quant:
