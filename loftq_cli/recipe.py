@@ -195,13 +195,13 @@ class Recipe:
         if isinstance(self.calibrate, Path):
             object.__setattr__(self, "calibrate", str(self.calibrate))
         if self.iters is None:
-            object.__setattr__(self, "iters", ITERS.get(self.method, 5))
+            object.__setattr__(self, "iters", ITERS.get(str(self.method), 5))
         if self.method in STARTS and self.init is None:
             object.__setattr__(self, "init", "svd")
         _check_text(self)
         if isinstance(self.bits, float) and self.bits.is_integer():
             object.__setattr__(self, "bits", int(self.bits))
-        if not self.mix and (self.target_size is not None or isinstance(self.bits, float)):
+        if self.mix == "" and (self.target_size is not None or isinstance(self.bits, float)):
             object.__setattr__(self, "mix", "optimal")
         _check(self)
         object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
