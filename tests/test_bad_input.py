@@ -353,7 +353,7 @@ def test_the_unpickler_that_streams_is_torch_loads_own() -> None:
         ("bits: *nowhere", "no valid YAML"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nrule: *c", "a recipe has no field 'a'"),
         ("rule: &a [*a]", "must be a list of strings"),
-        ("bits: 4.0", "--bits cannot be 4.0"),
+        ("bits: 5.0", "--bits cannot be 5"),
         ("bits: [2]", "--bits cannot be [2]"),
         ("bits: true", "--bits cannot be True"),
         ("rank: " + "9" * 4_000, "--rank cannot be"),
