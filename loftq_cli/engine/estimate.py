@@ -26,7 +26,7 @@ from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
 
-_TRIAL_WEIGHTS = 6_000_000  # large enough that the work is in proportion to it, small enough for a second or two
+_TRIAL_WEIGHTS = 16_000_000  # large enough that the work is in proportion to it, small enough for a second or two
 _DISK_TRIAL = 64 << 20
 _WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 _REFINED_SET = 10  # further bytes a weight for `refined`: target and feedback in float32, BA in bfloat16
@@ -158,7 +158,7 @@ class _Trials:
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
         best = float("inf")
-        for _ in range(2):  # the first run may compile kernels
+        for _ in range(3):  # the first run may compile kernels
             started = time.perf_counter()
             convert(trial, weight, recipe, self._device)
             best = min(best, time.perf_counter() - started)

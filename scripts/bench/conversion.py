@@ -68,6 +68,7 @@ def bench(name: str, work: Path, recipe: dict[str, Any], device: str) -> dict[st
     if device == "cpu":
         rates = measure_rates(work, torch.get_num_threads())
         floor = floor_seconds(plan, count_products(plan), rates)
+        torch.set_num_threads(rates.threads)
         result |= {"rates": dataclasses.asdict(rates), "floor_seconds": {k: round(v, 2) for k, v in floor.items()}}
         result["times_the_floor"] = round(totals["seconds"] / sum(floor.values()), 2)
     return result

@@ -32,6 +32,7 @@ class Rates:
     bfloat16: float
     read: float
     write: float
+    threads: int
 
 
 class _Counter(TorchDispatchMode):
@@ -51,12 +52,13 @@ class _Counter(TorchDispatchMode):
 def measure_rates(folder: Path, threads: int) -> Rates:
     """Best of several runs for products; a gigabyte written, flushed, dropped from the cache and read for the disk."""
     torch.set_num_threads(threads)
-    return Rates(_product_rate(torch.float32), _product_rate(torch.bfloat16), *_disk_rates(folder))
+    return Rates(_product_rate(torch.float32), _product_rate(torch.bfloat16), *_disk_rates(folder), threads)
 
 
 def count_products(plan: Plan) -> Counter[torch.dtype]:
     """Operations of all matrix products of a plan, by dtype. float64 ones count as float32 at half the rate."""
     total: Counter[torch.dtype] = Counter()
+    torch.set_num_threads(1)  # the counter sees its own thread only
     shapes: dict[tuple[int, ...], list[Unit]] = {}
     for unit in plan.matrices:
         shapes.setdefault(unit.source.shape, []).append(unit)
