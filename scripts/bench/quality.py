@@ -9,6 +9,7 @@ distribution in scripts/bench/results/quality.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 def matrices(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """What `loftq quantize` would quantize, in float32 [out, in]."""
     plan = loftq_cli.plan(folder, bits=2)
-    with open_checkpoint(folder) as checkpoint:
+    with contextlib.closing(open_checkpoint(folder)) as checkpoint:
         for unit in plan.matrices:
             weight = checkpoint.read(unit.tensor).float()
             yield unit.tensor, weight.T.contiguous() if unit.kind == "conv1d" else weight
@@ -74,9 +75,10 @@ def main() -> None:
         for bits in asked.bits:
             for rank in asked.rank:
                 result = bench(model, bits, rank, asked.iters)
+                name = model.parent.name if model.name == "model" else model.name
                 save_result(
                     "quality",
-                    f"{model.name} nf{bits} r{rank} T{asked.iters}",
+                    f"{name} nf{bits} r{rank} T{asked.iters}",
                     {"machine": describe_machine(), **result},
                 )
                 quantiles = (f"{value:.5f}" for value in result["quantiles"].values())
