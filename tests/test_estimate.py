@@ -9,7 +9,8 @@ import torch
 
 import loftq_cli
 from loftq_cli.engine import estimate as module
-from loftq_cli.engine.estimate import estimate, may_read_ahead, peak_memory
+from loftq_cli.engine.estimate import choose_pace, estimate, peak_memory
+from loftq_cli.engine.lanes import Pace
 from loftq_cli.errors import LoftqError
 
 CPU = torch.device("cpu")
@@ -46,19 +47,26 @@ def test_large_matrices_are_tried_at_a_smaller_size() -> None:
     assert module._trial_shape(64, 160) == (64, 160)
 
 
-def test_memory_limit_gives_up_reading_ahead_and_then_refuses(random_llama: Path, tmp_path: Path) -> None:
+def test_memory_limit_gives_up_lanes_then_reading_ahead_and_then_refuses(random_llama: Path, tmp_path: Path) -> None:
     plan = loftq_cli.plan(random_llama, bits=2, output=tmp_path / "out")
-    ahead, least = peak_memory(plan.units, CPU), peak_memory(plan.units, CPU, read_ahead=False)
-    assert least < ahead
-    assert may_read_ahead(plan, CPU, None) and may_read_ahead(plan, CPU, 10**12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        paces = [Pace(True, 2, 1), Pace(True, 1, 2), Pace(False, 1, 2)]
+        peaks = [peak_memory(plan.units, CPU, pace) for pace in paces]
+        assert peaks == sorted(set(peaks), reverse=True)
+        assert choose_pace(plan, CPU, None) == choose_pace(plan, CPU, 10**12) == paces[0]
+    finally:
+        torch.set_num_threads(threads)
     with pytest.raises(LoftqError, match=r"--max-memory 0\.00GB is too little: model\.layers"):
         loftq_cli.quantize(random_llama, output=tmp_path / "out", max_memory="1MB")
     assert not (tmp_path / "out").exists()
 
 
-def test_one_tensor_at_a_time_gives_the_same_bytes(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("pace", [Pace(False), Pace(True, 3, 1)], ids=["one tensor at a time", "lanes"])
+def test_every_pace_gives_the_same_bytes(random_llama: Path, tmp_path: Path, monkeypatch, pace: Pace) -> None:
     loftq_cli.quantize(random_llama, output=tmp_path / "a", bits=2)
-    monkeypatch.setattr("loftq_cli.engine.run.may_read_ahead", lambda *_: False)
-    loftq_cli.quantize(random_llama, output=tmp_path / "b", bits=2, max_memory="2GB")
+    monkeypatch.setattr("loftq_cli.engine.run.choose_pace", lambda *_: pace)
+    loftq_cli.quantize(random_llama, output=tmp_path / "b", bits=2)
     for name in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 
 from loftq_cli.artifacts.summary import versions
 from loftq_cli.engine.convert import convert
+from loftq_cli.engine.lanes import LANE_BYTES, MOST_LANES, Pace, lane_pool
 from loftq_cli.errors import LoftqError
 from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
@@ -43,42 +45,47 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
-    peak = peak_memory(plan.units, device, method=plan.recipe.method)  # before the trials leave their own memory behind
+    method, pace = plan.recipe.method, choose_pace(plan, device, None)
+    peak = peak_memory(plan.units, device, pace, method=method)  # before the trials leave their own memory behind
     known = _Trials(device)
-    seconds = sum(known.seconds(unit, plan.recipe) * count for unit, count in _distinct(plan.matrices))
+    seconds = sum(known.seconds(unit, plan.recipe, pace) * count for unit, count in _distinct(plan.matrices))
     copied = sum(unit.backbone_bytes for unit in plan.kept)
     seconds += (copied + plan.backbone_bytes + plan.adapter_bytes) * known.seconds_per_byte(plan.output)
     known.save()
     return Estimate(seconds, peak)
 
 
-def peak_memory(units: Iterable[Unit], device: torch.device, *, read_ahead: bool = True, method: str = "loftq") -> int:
-    """Peak memory of converting `units` one after the other, on a GPU the device's."""
+def peak_memory(units: Iterable[Unit], device: torch.device, pace: Pace, *, method: str = "loftq") -> int:
+    """Peak memory of converting `units` at this pace, on a GPU the device's."""
     units = list(units)
-    worst = max((working_set(unit, method) for unit in units), default=0)
+    needs = [working_set(unit, method) for unit in units]
     if device.type != "cpu":
-        return worst
-    ahead = max((unit.source.nbytes for unit in units), default=0) if read_ahead else 0
-    return resident_memory() + worst + ahead + _SPARE
+        return max(needs, default=0)
+    together = pace.lanes * max((need for need in needs if need <= LANE_BYTES), default=0)
+    ahead = max((unit.source.nbytes for unit in units), default=0) if pace.read_ahead else 0
+    return resident_memory() + max(together, max(needs, default=0)) + ahead + _SPARE
 
 
-def may_read_ahead(plan: Plan, device: torch.device, limit: int | None) -> bool:
-    """Whether the next tensor may be read while one is converted, within `limit` bytes of resident memory.
+def choose_pace(plan: Plan, device: torch.device, limit: int | None) -> Pace:
+    """The fastest pace of one process within `limit` bytes of resident memory.
 
     Raises:
         LoftqError: not even one unit at a time fits.
     """
-    method = plan.recipe.method
-    if limit is None or device.type != "cpu" or peak_memory(plan.units, device, method=method) <= limit:
-        return True
-    least = peak_memory(plan.units, device, read_ahead=False, method=method)
-    if least > limit:
-        largest = max(plan.units, key=lambda unit: working_set(unit, method))
-        raise LoftqError(
-            f"--max-memory {limit / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
-            f"about {least / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
-        )
-    return False
+    if device.type != "cpu":
+        return Pace()
+    threads, method = torch.get_num_threads(), plan.recipe.method
+    paces = [Pace(True, lanes, threads // lanes) for lanes in range(min(MOST_LANES, threads), 0, -1)]
+    paces.append(least := Pace(False, 1, threads))
+    for pace in paces:
+        if limit is None or peak_memory(plan.units, device, pace, method=method) <= limit:
+            return pace
+    largest = max(plan.units, key=lambda unit: working_set(unit, method))
+    needed = peak_memory(plan.units, device, least, method=method)
+    raise LoftqError(
+        f"--max-memory {(limit or 0) / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
+        f"about {needed / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
+    )
 
 
 def working_set(unit: Unit, method: str = "loftq") -> int:
@@ -108,9 +115,10 @@ class _Trials:
         self._known: dict[str, float] = self._read()
         self._new = False
 
-    def seconds(self, unit: Unit, recipe: Recipe) -> float:
-        """Converting one matrix."""
+    def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:
+        """Converting one matrix; of those that share the machine, its share of the time."""
         assert unit.matrix is not None
+        pace = pace if working_set(unit, recipe.method) <= LANE_BYTES else Pace(threads=torch.get_num_threads())
         trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
         rank = unit.target.rank if unit.target else 0
         work = [
@@ -123,8 +131,10 @@ class _Trials:
             str(unit.matrix.grid),
             trial,
             unit.kind,
+            pace.lanes,
+            pace.threads,
         ]
-        measured = self._once(work, lambda: self._convert(unit, recipe, trial))
+        measured = self._once(work, lambda: self._convert(unit, recipe, trial, pace))
         return measured * unit.matrix.weights / (trial[0] * trial[1])
 
     def seconds_per_byte(self, output: Path) -> float:
@@ -150,7 +160,7 @@ class _Trials:
             self._known[key], self._new = measure(), True
         return self._known[key]
 
-    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int]) -> float:
+    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], pace: Pace) -> float:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
@@ -158,11 +168,15 @@ class _Trials:
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
         best = float("inf")
-        for _ in range(3):  # the first run may compile kernels
-            started = time.perf_counter()
-            convert(trial, weight, recipe, self._device)
-            best = min(best, time.perf_counter() - started)
-        return best
+        with lane_pool(pace) as pool:
+            for _ in range(3):  # the first run may compile kernels
+                started = time.perf_counter()
+                runs = [pool.submit(convert, trial, weight, recipe, self._device) for _ in range(pace.lanes)]
+                wait(runs)
+                best = min(best, time.perf_counter() - started)
+        for run in runs:
+            run.result()
+        return best / pace.lanes
 
     def _read(self) -> dict[str, float]:
         try:

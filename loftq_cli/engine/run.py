@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, par
 from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
-from loftq_cli.engine.estimate import may_read_ahead
+from loftq_cli.engine.estimate import choose_pace, working_set
 from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
+from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.output import (
     FULL_DISK,
@@ -50,7 +52,7 @@ class Run:
     checkpoint: Checkpoint
     device: torch.device
     reporter: Reporter
-    read_ahead: bool
+    pace: Pace
 
 
 def run_plan(
@@ -67,7 +69,7 @@ def run_plan(
 
     Args:
         device: what this process computes on, where it works alone.
-        max_memory: resident bytes to stay below; None lets the next tensor be read ahead whatever it takes.
+        max_memory: resident bytes to stay below; None lets tensors be read ahead and converted side by side.
         team: other processes that do the work.
 
     Raises:
@@ -76,7 +78,7 @@ def run_plan(
             back (exit code 4: the same command goes on).
     """
     started = time.perf_counter()
-    run = Run(plan, checkpoint, device, reporter, may_read_ahead(plan, device, max_memory))
+    run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
     with on_full_disk(plan.output), team or nullcontext():
         lock = claim(plan, checkpoint, overwrite)
         try:
@@ -137,7 +139,10 @@ def _convert_rest(
     writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
     writer.open()
     try:
-        records |= work_off(run, _while_owned(lock, todo), writer, journal_of(run.plan.output))
+        journal = journal_of(run.plan.output)
+        for pace, units in _by_size(run, todo):
+            paced = dataclasses.replace(run, pace=pace)
+            records |= work_off(paced, _while_owned(lock, units), writer, journal)
     finally:
         writer.close()
     return records, own_cost(run.device)
@@ -161,13 +166,23 @@ def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
         yield unit
 
 
+def _by_size(run: Run, units: Sequence[Unit]) -> list[tuple[Pace, list[Unit]]]:
+    """First what shares the machine, then what is converted alone with all of its threads."""
+    if run.pace.lanes == 1:
+        return [(run.pace, list(units))]
+    small = [unit for unit in units if working_set(unit, run.plan.recipe.method) <= LANE_BYTES]
+    large = [unit for unit in units if working_set(unit, run.plan.recipe.method) > LANE_BYTES]
+    return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1), large)]
+
+
 def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Journal) -> dict[str, MatrixRecord]:
-    """Convert `units` one after the other; the next is read and the last is written meanwhile.
+    """Convert `units` at the run's pace; the next is read and the last is written meanwhile.
 
     Returns:
         The records of the matrices among them, by tensor name.
     """
     records: dict[str, MatrixRecord] = {}
+    pending: deque[Future[None]] = deque()
 
     def store(unit: Unit, converted: Converted) -> None:
         tensors = {**converted.backbone, **converted.adapter}
@@ -175,24 +190,40 @@ def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Jour
         journal.add(Entry(unit.tensor, hash_tensors(tensors), converted.record))
         run.reporter.done(unit, converted.record)
 
-    with ThreadPoolExecutor(max_workers=1) as writing:
-        pending: Future[None] | None = None
-        for unit, tensor in (_read_ahead if run.read_ahead else _read)(run.checkpoint, units):
+    def taken() -> Generator[Task, None, None]:
+        for unit, tensor in (_read_ahead if run.pace.read_ahead else _read)(run.checkpoint, units):
             run.reporter.working(unit)
-            converted = _convert(unit, tensor, run)
-            if converted.record is not None:
-                records[unit.tensor] = converted.record
-            if pending is not None:
-                pending.result()  # one result in flight bounds the memory, and a failed write stops the run
-            pending = writing.submit(store, unit, converted)
-        if pending is not None:
-            pending.result()
+            yield Task(unit, tensor, _moment(unit, run))
+
+    def work(task: Task) -> None:
+        converted = _convert(task, run)
+        if converted.record is not None:
+            records[task.unit.tensor] = converted.record
+        pending.append(writing.submit(store, task.unit, converted))
+        if len(pending) > run.pace.lanes:
+            pending.popleft().result()  # what is on its way bounds the memory, and a failed write stops the run
+
+    tasks = taken()
+    with ThreadPoolExecutor(max_workers=1) as writing, closing(tasks):
+        in_lanes(run.pace, tasks, work)
+        for write in pending:
+            write.result()
     return records
 
 
-def _convert(unit: Unit, tensor: Tensor, run: Run) -> Converted:
+@dataclass(frozen=True)
+class Task:
+    """A unit with what it is computed from; `moment` as in `engine.convert.convert`."""
+
+    unit: Unit
+    tensor: Tensor
+    moment: Tensor | None
+
+
+def _convert(task: Task, run: Run) -> Converted:
+    unit = task.unit
     try:
-        return convert(unit, tensor, run.plan.recipe, run.device, _moment(unit, run))
+        return convert(unit, task.tensor, run.plan.recipe, run.device, task.moment)
     except torch.OutOfMemoryError as error:
         raise LoftqError(
             f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the "

@@ -107,7 +107,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.artifacts.summary import own_cost
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.estimate import may_read_ahead
+    from loftq_cli.engine.estimate import choose_pace
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.run import Run, on_full_disk, work_off
     from loftq_cli.engine.session import Session
@@ -131,8 +131,9 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
                 "same model, command and versions."
             )
         plan = known_moments(plan, checkpoint)
-        read_ahead = may_read_ahead(plan, device, order.max_memory)
-        run = Run(plan, checkpoint, device, _telling(tell), read_ahead)
+        # Other workers fill the machine already.
+        pace = dataclasses.replace(choose_pace(plan, device, order.max_memory), lanes=1)
+        run = Run(plan, checkpoint, device, _telling(tell), pace)
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
         writer.open()
         try:

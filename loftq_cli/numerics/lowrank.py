@@ -17,7 +17,8 @@ from torch import Tensor
 from loftq_cli.numerics.krylov import orthonormal, ritz_pairs
 from loftq_cli.numerics.threads import eigh, product, svd
 
-FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md
+FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next
+_FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
 LATER_DEPTH = 2
 _LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the rank, one power less keeps the course
 
@@ -174,7 +175,8 @@ class _Space:
         width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
         smaller = min(residual.shape)
         large = smaller >= max(_LARGE, _LARGE_SHARE * rank)
-        depth = depth or (FIRST_DEPTH if previous is None else LATER_DEPTH - large)
+        first = FIRST_DEPTH if smaller >= _LARGE else _FIRST_OF_SMALL
+        depth = depth or (first if previous is None else LATER_DEPTH - large)
         if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * smaller or width * (depth + 1) < rank:
             return None
         return _Space(rank, width, depth)
