@@ -52,7 +52,8 @@ def pin_calibration(recipe: Recipe) -> Recipe:
             f"{path} is not what this recipe was calibrated on (sha256 {digest[:12]}…, not "
             f"{str(recipe.calibration_hash)[:12]}…): give that file, or drop calibration_hash from the recipe."
         )
-    return dataclasses.replace(recipe, calibrate=str(path.resolve()), calibration_hash=digest)
+    place = str(path.resolve()) if path.exists() else recipe.calibrate  # a dataset on the Hub keeps its name
+    return dataclasses.replace(recipe, calibrate=place, calibration_hash=digest)
 
 
 def _hash_of_moments(path: Path, recipe: Recipe) -> str:

@@ -226,9 +226,9 @@ class _Hub(_Handler):
 
     def _routes(self) -> Iterator[tuple[str, Callable[[Repo, str, str, str], None]]]:
         name = r"(?P<repo>[^/]+/[^/]+)"
-        yield rf"/api/models/{name}(?:/revision/(?P<revision>[^/]+))?", self._info
+        yield rf"/api/(?:models|datasets)/{name}(?:/revision/(?P<revision>[^/]+))?", self._info
         yield rf"/api/models/{name}/tree/(?P<revision>[^/]+)(?P<file>.*)", self._tree
-        yield rf"/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._resolve
+        yield rf"(?:/datasets)?/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._resolve
 
     def _open(self, action: Callable[[Repo, str, str, str], None], given: dict[str, str]) -> None:
         """Who may see what, as the Hub answers it."""

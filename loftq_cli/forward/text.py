@@ -26,7 +26,7 @@ _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Text:
-    """What was read of a file, or of all the files in a directory.
+    """What was read of a file, or of all the files in a directory; `path` as it was given.
 
     Attributes:
         sha256: of the whole content, so that the same text under another name is the same.
@@ -39,17 +39,17 @@ class Text:
 
 
 def read_text(path: str | Path, flag: str) -> Text:
-    """Text from .txt, .jsonl, .json or .parquet, or from all such files of a directory in the order of their names.
+    """Text from .txt, .md, .jsonl, .json or .parquet, or from all such files of a directory by their names' order.
 
-    A record's text is its field `text`, or else all its strings, a line each.
+    What is no path here but may be a dataset on the Hub, ORG/NAME or a folder or file in one, is fetched from there:
+    one file, of the training split if there is one. A record's text is its field `text`, or else all its strings, a
+    line each.
 
     Raises:
         UsageError: there is no such file, or none of these kinds.
         LoftqError: it cannot be read, or holds no text.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UsageError(f"{flag} {path}: there is no such file or directory.")
+    name, path = Path(path), _find(path, flag)
     files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{flag} {path}: there is no {', '.join(_SUFFIXES)} file in it.")
@@ -67,7 +67,19 @@ def read_text(path: str | Path, flag: str) -> Text:
             raise LoftqError(f"{file} is no text that can be read ({error}): give UTF-8.") from error
     if not any(record.strip() for record in records):
         raise LoftqError(f"{path} holds no text.")
-    return Text(path, hashed.hexdigest(), tuple(records))
+    return Text(name, hashed.hexdigest(), tuple(records))
+
+
+def _find(path: str | Path, flag: str) -> Path:
+    """The file or directory, fetched from the Hub where it is a dataset's name."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    from loftq_cli.hub.texts import fetch_text, may_be_dataset
+
+    if not may_be_dataset(str(path), _SUFFIXES):
+        raise UsageError(f"{flag} {path}: there is no such file or directory.")
+    return fetch_text(str(path), flag, _SUFFIXES)
 
 
 def _records(file: Path) -> list[str]:
