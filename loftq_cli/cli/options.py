@@ -9,9 +9,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from loftq_cli import recipe as r
+from loftq_cli import recipe_choices as c
+from loftq_cli.recipe import recipe_fields
 
-_DEFAULTS = r.recipe_fields()
+_DEFAULTS = recipe_fields()
 FIELD_HELPS: dict[str, str] = {}  # what is said of each recipe field, for the schema as well
 _WHAT, _WHERE, _GRID, _LOFTQ, _RUN, _SHOW = (
     "What to convert",
@@ -105,12 +106,12 @@ Embeddings = Annotated[
         "--embeddings",
         "Input embedding: keep it, quantize it, or quantize it and give it an adapter (adapt).",
         _WHAT,
-        choices=r.EMBEDDINGS,
+        choices=c.EMBEDDINGS,
     ),
 ]
 LmHead = Annotated[
     Optional[str],
-    _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=r.LM_HEADS),
+    _option("lm_head", "--lm-head", "Output head: keep it or quantize it.", _WHAT, choices=c.LM_HEADS),
 ]
 Experts = Annotated[
     Optional[str],
@@ -119,7 +120,7 @@ Experts = Annotated[
         "--experts",
         "Experts of a mixture: quantize them where the container can hold them, require that it can, or keep them.",
         _WHAT,
-        choices=r.EXPERTS,
+        choices=c.EXPERTS,
     ),
 ]
 AllowNonfinite = Annotated[
@@ -140,12 +141,12 @@ MetaVersion = Annotated[
         "--meta-version",
         "Which Llama Meta's consolidated.*.pth are, where params.json leaves it open.",
         _WHAT,
-        choices=r.META_VERSIONS,
+        choices=c.META_VERSIONS,
     ),
 ]
 Bits = Annotated[
     Optional[float],
-    _option("bits", "--bits", "Bits of a weight's code, or a mean such as 2.5.", _GRID, choices=r.BITS),
+    _option("bits", "--bits", "Bits of a weight's code, or a mean such as 2.5.", _GRID, choices=c.BITS),
 ]
 Mix = Annotated[
     Optional[str],
@@ -155,7 +156,7 @@ Mix = Annotated[
         "Widths matrix by matrix: the least error under the budget (optimal), or 4 bits in the first layers and 2 in "
         "the rest (paper).",
         _GRID,
-        choices=r.MIXES,
+        choices=c.MIXES,
         show="optimal for a mean or a size",
     ),
 ]
@@ -170,7 +171,7 @@ Weigh = Annotated[
         "--weigh",
         "What optimal minimises: squared error relative to each matrix, or as it is.",
         _GRID,
-        choices=r.WEIGHINGS,
+        choices=c.WEIGHINGS,
     ),
 ]
 DataTypeOption = Annotated[
@@ -181,12 +182,12 @@ DataTypeOption = Annotated[
         "Levels: NormalFloat, its symmetric variant, evenly spaced (8 bits are always uniform), or integers with "
         "fitted scales; auto is int for the containers of integers, else nf.",
         _GRID,
-        choices=r.DATA_TYPE_CHOICES,
+        choices=c.DATA_TYPE_CHOICES,
     ),
 ]
 BlockSize = Annotated[
     Optional[int],
-    _option("block_size", "--block-size", "Weights that share a scale.", _GRID, choices=r.BLOCK_SIZES),
+    _option("block_size", "--block-size", "Weights that share a scale.", _GRID, choices=c.BLOCK_SIZES),
 ]
 GroupSize = Annotated[
     Optional[int],
@@ -195,7 +196,7 @@ GroupSize = Annotated[
         "--group-size",
         "The same for integers; -1 is a whole row.",
         _GRID,
-        choices=r.GROUP_SIZES,
+        choices=c.GROUP_SIZES,
         show="64, gguf 32",
     ),
 ]
@@ -207,7 +208,7 @@ Scale = Annotated[
         "Scales by the largest magnitude, by the range, or of least squared error; auto is mse for integers, absmax "
         "for codebooks.",
         _GRID,
-        choices=r.SCALES,
+        choices=c.SCALES,
     ),
 ]
 Symmetric = Annotated[
@@ -247,7 +248,7 @@ Format = Annotated[
         "--format",
         "Container: auto takes bnb for 4-bit nf, else packed.",
         _GRID,
-        choices=r.FORMAT_NAMES,
+        choices=c.FORMAT_NAMES,
     ),
 ]
 Dtype = Annotated[
@@ -257,7 +258,7 @@ Dtype = Annotated[
         "--dtype",
         "Type the model is loaded in; auto keeps the source's.",
         _GRID,
-        choices=r.DTYPE_CHOICES,
+        choices=c.DTYPE_CHOICES,
     ),
 ]
 Method = Annotated[
@@ -269,7 +270,7 @@ Method = Annotated[
         "quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input over integer groups "
         "(--group-size), so that it merges into their zeros.",
         _LOFTQ,
-        choices=r.METHODS,
+        choices=c.METHODS,
     ),
 ]
 Init = Annotated[
@@ -280,7 +281,7 @@ Init = Annotated[
         "Start of refined (the rank-r SVD of the weights, or a zero adapter as LoftQ's) and of qa-lora (the low-rank "
         "part of the error, or zero over a plainly quantized backbone).",
         _LOFTQ,
-        choices=r.INITS,
+        choices=c.INITS,
         show="svd",
     ),
 ]
@@ -307,7 +308,7 @@ Levels = Annotated[
         "Levels of refined: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or fitted to each "
         "matrix (packed only).",
         _LOFTQ,
-        choices=r.LEVELS,
+        choices=c.LEVELS,
         show="those of --data-type",
     ),
 ]
@@ -329,7 +330,7 @@ KeepLast = Annotated[
 ]
 Svd = Annotated[
     Optional[str],
-    _option("svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, choices=r.SVDS),
+    _option("svd", "--svd", "Low-rank step: fast (within 0.1 % of exact) or the full SVD.", _LOFTQ, choices=c.SVDS),
 ]
 Calibrate = Annotated[
     Optional[str],
@@ -355,7 +356,7 @@ CalibrateKind = Annotated[
         "--calibrate-kind",
         "Weigh by each input's own variance, or by all covariances (slower, more disk).",
         _LOFTQ,
-        choices=r.CALIBRATE_KINDS,
+        choices=c.CALIBRATE_KINDS,
     ),
 ]
 Seed = Annotated[Optional[int], _option("seed", "--seed", "Seed of every random start.", _LOFTQ)]
