@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loftq_cli.experts import Expert
 
 if TYPE_CHECKING:
-    from loftq_cli.module_build import Conversion, RuntimeName
+    from loftq_cli.module_names import Conversion, RuntimeName
     from loftq_cli.module_view import ModelView
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from loftq_cli.module_build import RuntimeName
+    from loftq_cli.module_names import RuntimeName
 
 
 @dataclass(frozen=True)

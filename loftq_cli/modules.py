@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from loftq_cli import module_exceptions as rules
 from loftq_cli.errors import LoftqError
 from loftq_cli.experts import Expert
-from loftq_cli.module_build import RuntimeName, build_on_meta, named_class, runtime_names
+from loftq_cli.module_build import build_on_meta, named_class
 from loftq_cli.module_exceptions import Tower
 from loftq_cli.module_experts import find_expert, is_expert
+from loftq_cli.module_names import RuntimeName, runtime_names
 from loftq_cli.module_view import ModelView
 
 if TYPE_CHECKING:

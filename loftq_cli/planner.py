@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +15,25 @@ from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.adapter import AdapterTarget
 from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import fingerprint, name_order
-from loftq_cli.checkpoint.scaled import quantization_of
-from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.files import TensorFile, lay_out, shard, shard_names
-from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor, QuantizedMatrix, Request
+from loftq_cli.errors import LoftqError
+from loftq_cli.files import TensorFile
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor, Request
 from loftq_cli.modules import ModuleMap, map_modules
-from loftq_cli.recipe import Recipe, parse_size, write_yaml
+from loftq_cli.plan_checks import (
+    level_notes,
+    refuse_nothing,
+    refuse_quantized,
+    refuse_together,
+    refuse_unsound,
+    source_notes,
+)
+from loftq_cli.plan_files import INDEX, index_text, lay_out_files, output_texts
+from loftq_cli.recipe import Recipe
 from loftq_cli.resolve import resolve
-from loftq_cli.select import Decision, decide, unused_filters
+from loftq_cli.select import Decision, decide
 from loftq_cli.units import Unit, calibration_notes, dense_experts, expert_notes, make_units
 
-__all__ = ["INDEX", "Plan", "Unit", "make_plan"]
-
-INDEX = "model.safetensors.index.json"
-_SCRATCH = "scratch.safetensors"
-_PACKED = (".qweight", ".weight_packed", ".SCB", ".absmax", ".W_q")  # names that only quantized weights have
+__all__ = ["INDEX", "Plan", "Unit", "find_modules", "index_text", "make_plan", "refuse_together"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def find_modules(checkpoint: Checkpoint) -> ModuleMap:
     Raises:
         LoftqError: it is quantized already, or does not belong to its config.json.
     """
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     return _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
 
@@ -146,17 +147,9 @@ def make_plan(
         LoftqError: the checkpoint cannot be converted.
     """
     modules = modules or find_modules(checkpoint)
-    _refuse_unsound(checkpoint, modules, recipe)
-    decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
-    decisions |= _spoiled(modules, nonfinite or {})
-    if not any(decision.bits for decision in decisions.values()):
-        raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
-    notes = [
-        *modules.notes,
-        *_missing_notes(modules),
-        *_filter_notes(recipe, modules),
-        *_nonfinite_notes(recipe, nonfinite),
-    ]
+    refuse_unsound(checkpoint, modules, recipe)
+    decisions = _decisions(recipe, checkpoint, modules, nonfinite or {})
+    notes = source_notes(recipe, modules, nonfinite)
     dtype = _model_dtype(recipe, checkpoint, decisions)
     recipe = resolve(recipe, modules, decisions)
     side = checkpoint.side_files()
@@ -166,74 +159,24 @@ def make_plan(
     units = tuple(make_units(checkpoint, modules, decisions, recipe, dtype, request))
     request = dataclasses.replace(request, dense_experts=dense_experts(units))
     refuse_together([unit.matrix for unit in units if unit.matrix is not None], recipe, request)
-    _refuse_nothing(units, recipe)
-    notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe)]
-    if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
-        notes.append(f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels.")
+    refuse_nothing(units, recipe)
+    notes += [*expert_notes(units, recipe), *calibration_notes(units, recipe), *level_notes(recipe, decisions)]
     identity = recipe.fingerprint(f"{version} {_source_fingerprint(checkpoint, modules)}")
-    files, scratch, weight_index = _lay_out_files(units, recipe, identity, request)
-    texts = _texts(recipe, checkpoint, modules, units, request, dtype, output, weight_index)
-    return Plan(
-        recipe,
-        checkpoint.path,
-        output,
-        identity,
-        modules,
-        dtype,
-        units,
-        files,
-        scratch,
-        texts,
-        side,
-        tuple(notes),
-        dict(nonfinite or {}),
-    )
+    files, scratch, index = lay_out_files(units, recipe, identity, request)
+    texts = output_texts(recipe, checkpoint.config, modules, units, request, dtype, output, index)
+    path, told, left = checkpoint.path, tuple(notes), dict(nonfinite or {})
+    return Plan(recipe, path, output, identity, modules, dtype, units, files, scratch, texts, side, told, left)
 
 
-def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
-    """What the container cannot hold as a whole: the model (no matrices yet), or these matrices in one file."""
-    reason = get_format(recipe.format).refuse(matrices, request)
-    if reason is not None:
-        raise UsageError(f"this model does not fit --format {recipe.format}: {reason}.")
-
-
-def _refuse_nothing(units: Sequence[Unit], recipe: Recipe) -> None:
-    """A container that holds none of the matrices that were asked for."""
-    if not any(unit.matrix is not None for unit in units):
-        reasons = {unit.reason for unit in units if unit.target is not None}
-        raise UsageError(
-            f"this model has nothing that fits --format {recipe.format} ({'; '.join(sorted(reasons))}): use --format "
-            "packed or --format dense."
-        )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    quantization = quantization_of(checkpoint.config)
-    if quantization is None and not any(name.endswith(_PACKED) for name in checkpoint.tensors):
-        return
-    method = (quantization or {}).get("quant_method", "some method")
-    name = checkpoint.config.get("_name_or_path")
-    where = f", perhaps {name}" if name and Path(str(name)) != checkpoint.path else ""
-    raise LoftqError(
-        f"{checkpoint.path} is already quantized ({method}): give the full-precision model it was made from{where}."
-    )
-
-
-def _refuse_unsound(checkpoint: Checkpoint, modules: ModuleMap, recipe: Recipe) -> None:
-    """Without a model class matrices are chosen by name only where the user chooses them; and a model of which layers
-    are missing is damaged. Heads and poolers may be missing: transformers starts them anew."""
-    if modules.architecture is None and not recipe.include:
-        raise LoftqError(
-            f"{checkpoint.path}: {modules.notes[0].split(': matrices were chosen')[0]}; check config.json or upgrade "
-            "transformers, or give --include '*' to choose matrices by name and shape."
-        )
-    lost = [name for name in modules.missing if re.search(r"\.\d+\.", name)]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise LoftqError(
-            f"{checkpoint.path} lacks {lost[0]}{more}, which {modules.architecture} built from config.json has: finish "
-            "the download, or check that config.json belongs to these weights."
-        )
+def _decisions(
+    recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite: Mapping[str, str]
+) -> dict[str, Decision]:
+    """What becomes of every tensor, by name."""
+    decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
+    decisions |= _spoiled(modules, nonfinite)
+    if not any(decision.bits for decision in decisions.values()):
+        raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
+    return decisions
 
 
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:
@@ -259,14 +202,6 @@ def _source_fingerprint(checkpoint: Checkpoint, modules: ModuleMap) -> str:
     return checkpoint.fingerprint if len(used) == len(checkpoint.tensors) else fingerprint(checkpoint.config, used)
 
 
-def _missing_notes(modules: ModuleMap) -> list[str]:
-    return [f"the checkpoint has no {name}: transformers will start it at random." for name in modules.missing]
-
-
-def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
-    return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
-
-
 def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
     """Tensors that stay in full precision for NaN or infinity; experts of a layer are packed together or not at all."""
     found = {name: Decision(0, 0, reason) for name, reason in nonfinite.items()}
@@ -277,14 +212,6 @@ def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Deci
         beside = Decision(0, 0, f"stacked with {name}, which {reason}")
         found |= {role.tensor: found.get(role.tensor, beside) for role in experts if role.parameter in parameters}
     return found
-
-
-def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:
-    if nonfinite:
-        return [f"{name} {reason} and stays in full precision." for name, reason in nonfinite.items()]
-    if recipe.allow_nonfinite and nonfinite is None:
-        return ["no weight was read: a matrix that holds NaN or infinity will stay in full precision."]
-    return []
 
 
 def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str, Decision]) -> torch.dtype:
@@ -300,93 +227,3 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint, decisions: Mapping[str,
             bytes_by_dtype[checkpoint.tensors[name].dtype] += checkpoint.tensors[name].nbytes
     most = bytes_by_dtype.most_common(1)[0][0]
     return most if most in DTYPE_NAMES else torch.float32
-
-
-def _lay_out_files(
-    units: Sequence[Unit], recipe: Recipe, fingerprint: str, request: Request
-) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
-    """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
-    shard)."""
-    metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
-    matrices = [unit.matrix for unit in units if unit.matrix is not None]
-    backbone = [tensor for unit in units for tensor in unit.backbone]
-    container = get_format(recipe.format)
-    adapter_files, scratch = _adapter_files(units, recipe, metadata, request)
-    single = container.container(backbone, matrices, request, fingerprint)
-    if single is not None:
-        return (single, *adapter_files), scratch, {}
-    shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
-    names = shard_names(len(shards))
-    files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
-    index = {tensor.name: file.name for file in files for tensor in file.tensors}
-    return (*files, *adapter_files), scratch, index if len(shards) > 1 else {}
-
-
-def _adapter_files(
-    units: Sequence[Unit], recipe: Recipe, metadata: Mapping[str, str], request: Request
-) -> tuple[list[TensorFile], TensorFile | None]:
-    """Files of adapters, and what is needed only while work is under way."""
-    adapters, apart = [], []
-    for unit in units:
-        if unit.target is None:
-            continue
-        joint = adapter.joint_b(unit.target)
-        first, second = adapter.adapter_tensors(unit.target)
-        adapters += [first, joint or second]
-        apart += [second] if joint else []
-    files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
-    copies = [tensor for unit in units for tensor in unit.copies]
-    other = get_format(recipe.format).copies_container(copies, request, recipe.rank) if copies else None
-    return files if other is None else [*files, other], lay_out(_SCRATCH, apart, metadata) if apart else None
-
-
-def _texts(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    modules: ModuleMap,
-    units: Sequence[Unit],
-    request: Request,
-    dtype: torch.dtype,
-    output: Path,
-    index: Mapping[str, str],
-) -> dict[str, bytes]:
-    matrices = [unit.matrix for unit in units if unit.matrix is not None]
-    packed = {matrix.module for matrix in matrices}
-    dense_linears = [module for module in modules.linear_modules if module not in packed]
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    config["dtype"] = DTYPE_NAMES[dtype]
-    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype, request)
-    if quantization is not None and quantization["quant_method"] in modules.rebuilt_for:
-        raise UsageError(
-            f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "
-            "this checkpoint is made for: choose --format packed or --format dense."
-        )
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
-    if index:
-        size = sum(unit.backbone_bytes for unit in units)
-        texts[INDEX] = index_text(size, index)
-    targets = [unit.target for unit in units if unit.target is not None]
-    if targets:
-        texts[adapter.CONFIG] = _json(
-            adapter.adapter_config(
-                targets,
-                modules.linear_modules,
-                scaling=recipe.scaling,
-                task_type=modules.task_type,
-                base_model=str(output),
-                # Only a dense Conv1D keeps its [in, out] orientation at run time.
-                fan_in_fan_out=recipe.format == "dense" and any(t.kind == "conv1d" for t in targets),
-            )
-        )
-    return texts
-
-
-def index_text(size: int, index: Mapping[str, str]) -> bytes:
-    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
-    return _json({"metadata": {"total_size": size}, "weight_map": index})
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

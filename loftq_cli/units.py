@@ -143,6 +143,23 @@ class _Maker:
         if not decision.bits:
             return Refusal(decision.reason, fatal=False)
         recipe, kind = self.recipe, cast("MatrixKind", role.kind)
+        grid = self._grid(role, shape, expert, decision)
+        if not isinstance(grid, Refusal):
+            return QuantizedMatrix(role.tensor, name, kind, *shape, grid, role.parameter, expert)
+        if grid.fatal:
+            raise UsageError(f"{role.tensor} does not fit --format {recipe.format}: {grid.reason}.")
+        if kind == "expert" and recipe.experts == "require":
+            raise UsageError(
+                f"{role.tensor} cannot be quantized as --experts require asks: {grid.reason}; choose --format packed "
+                "or --format dense."
+            )
+        return grid
+
+    def _grid(
+        self, role: TensorRole, shape: tuple[int, int], expert: Expert | None, decision: Decision
+    ) -> Grid | Refusal:
+        """The container's grid for a matrix [out, in], or why it has none."""
+        recipe, kind = self.recipe, cast("MatrixKind", role.kind)
         request = GridRequest(
             kind,
             *shape,
@@ -157,32 +174,21 @@ class _Maker:
             module=role.module or "",
         )
         container = get_format(recipe.format)
-        grid: Grid | Refusal
         if kind == "expert" and not container.holds_experts:
-            grid = Refusal(
+            return Refusal(
                 f"{container.name} holds no experts, which transformers stacks in one parameter", fatal=False
             )
-        elif expert is not None and expert.stacked and not container.holds_stacked_experts:
-            grid = Refusal(
+        if expert is not None and expert.stacked and not container.holds_stacked_experts:
+            return Refusal(
                 f"{container.name} holds one expert at a time, and this checkpoint stores all of a layer in one tensor",
                 fatal=False,
             )
-        else:
-            grid = container.grid(request)
+        grid = container.grid(request)
         if role.parameter and recipe.format == "packed" and not isinstance(grid, Refusal) and not _is_table(grid):
-            grid = Refusal(
+            return Refusal(
                 "weights dequantized while loading are packed with the levels of a codebook only: use --format dense, "
                 "or drop --levels fitted and --data-type int",
                 fatal=True,
-            )
-        if not isinstance(grid, Refusal):
-            return QuantizedMatrix(role.tensor, name, kind, *shape, grid, role.parameter, expert)
-        if grid.fatal:
-            raise UsageError(f"{role.tensor} does not fit --format {recipe.format}: {grid.reason}.")
-        if kind == "expert" and recipe.experts == "require":
-            raise UsageError(
-                f"{role.tensor} cannot be quantized as --experts require asks: {grid.reason}; choose --format packed "
-                "or --format dense."
             )
         return grid
 

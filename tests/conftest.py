@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, environment
+from hub_server import HubServer, talking_to
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -46,48 +46,15 @@ def wikitext() -> str:
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama (float32, one shard), for everything that asks for no trained weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from handmade import two_layer_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
     path = tmp_path_factory.mktemp("random") / "llama"
-    LlamaForCausalLM(config).save_pretrained(path)
+    two_layer_llama().save_pretrained(path)
     return path
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub that this process's huggingface_hub talks to, with an empty cache and nobody logged in."""
-    from huggingface_hub import close_session, constants
-
-    from loftq_cli.checkpoint import hub_errors
-
-    home = tmp_path / "home"
-    with HubServer() as server:
-        for name, value in environment(server, home).items():
-            monkeypatch.setenv(name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-            monkeypatch.delenv(name, raising=False)
-        changes = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_TOKEN_PATH": str(home / "token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }
-        for name, value in changes.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
-        close_session()
+    with HubServer() as server, talking_to(server, tmp_path / "home", monkeypatch):
         yield server
-        close_session()

@@ -186,6 +186,24 @@ def tiny_llama(*, tied: bool = False, cls: str = "LlamaForCausalLM") -> PreTrain
     return getattr(transformers, cls)(config)
 
 
+def two_layer_llama() -> PreTrainedModel:
+    """Wide enough for groups of 32 and 64, with fewer key than query heads and a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
 def tiny_gpt2() -> PreTrainedModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -143,7 +144,7 @@ class HubServer:
         return server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(ABC, BaseHTTPRequestHandler):
     """What both hosts share: log, failures, bodies and ranges."""
 
     protocol_version = "HTTP/1.1"
@@ -160,8 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    @abstractmethod
     def route(self) -> None:
-        raise NotImplementedError
+        """Answer the request."""
 
     def _handle(self) -> None:
         self.cut = None

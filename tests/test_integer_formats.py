@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from handmade import two_layer_llama
 from torch import Tensor
 
 import loftq_cli
@@ -123,20 +124,7 @@ def test_compressed_tensors_decompresses_to_q(bits: int, dtype: torch.dtype) -> 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same random two-layer Llama in every dtype."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model, folder = LlamaForCausalLM(config), tmp_path_factory.mktemp("llamas")
+    model, folder = two_layer_llama(), tmp_path_factory.mktemp("llamas")
     for name in ("float32", "bfloat16", "float16"):
         model.to(DTYPES[name]).save_pretrained(folder / name)
     return {name: folder / name for name in ("float32", "bfloat16", "float16")}

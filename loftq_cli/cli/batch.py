@@ -27,13 +27,7 @@ def batch_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML recipes, also with a matrix: of lists.")],
     output: Annotated[
         Optional[Path],
-        typer.Option(
-            "--output",
-            "-o",
-            help="Directory for the outputs whose file names none. [dim]\\[default: .][/]",
-            rich_help_panel="Output",
-            show_default=False,
-        ),
+        o.option("--output", "-o", help="Directory for the outputs whose file names none.", shown=".", panel="Output"),
     ] = None,
     summary: Annotated[
         Optional[Path],

@@ -30,32 +30,22 @@ def eval_command(
     ],
     max_tokens: Annotated[
         Optional[int],
-        typer.Option(
-            "--max-tokens",
-            help="Use only so many tokens from the start. [dim]\\[default: all][/]",
-            metavar="N",
-            rich_help_panel=_TEXT,
-            show_default=False,
-        ),
+        o.option("--max-tokens", help="Use only so many tokens from the start.", shown="all", metavar="N", panel=_TEXT),
     ] = None,
     window: Annotated[
         Optional[int],
-        typer.Option(
+        o.option(
             "--window",
-            help="Tokens the model sees at once. [dim]\\[default: what it takes, at most 2048][/]",
+            help="Tokens the model sees at once.",
+            shown="what it takes, at most 2048",
             metavar="N",
-            rich_help_panel=_TEXT,
-            show_default=False,
+            panel=_TEXT,
         ),
     ] = None,
     source: Annotated[
         Optional[str],
-        typer.Option(
-            "--source",
-            help="The full-precision model. [dim]\\[default: the one it was made from][/]",
-            metavar="MODEL",
-            rich_help_panel=_HOW,
-            show_default=False,
+        o.option(
+            "--source", help="The full-precision model.", shown="the one it was made from", metavar="MODEL", panel=_HOW
         ),
     ] = None,
     device: o.Device = "auto",

@@ -24,9 +24,7 @@ def merge_command(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT's save_pretrained wrote.")],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", help="Directory to write.", rich_help_panel="Output", metavar="OUT", show_default=False
-        ),
+        o.option("--output", "-o", help="Directory to write.", panel="Output", metavar="OUT"),
     ],
     to: Annotated[
         str,
@@ -34,9 +32,8 @@ def merge_command(
             "--to",
             help="dense weights; a QA-LoRA adapter into the groups' zeros, packed or as GGUF Q4_1; or quantized again. "
             "auto takes zeros where exact, else dense.",
-            metavar="|".join(_WAYS),
-            autocompletion=lambda incomplete: [way for way in _WAYS if way.startswith(incomplete)],
             rich_help_panel="Output",
+            **o.choice_of(_WAYS),
         ),
     ] = "auto",
     dtype: o.Dtype = None,

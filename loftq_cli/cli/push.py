@@ -25,11 +25,11 @@ def push_command(
     ] = False,
     revision: Annotated[
         Optional[str],
-        typer.Option(
+        o.option(
             "--revision",
-            help="Branch to push to, made where there is none; or refs/pr/N. [dim]\\[default: main][/]",
-            rich_help_panel=_WHERE,
-            show_default=False,
+            help="Branch to push to, made where there is none; or refs/pr/N.",
+            shown="main",
+            panel=_WHERE,
             metavar="BRANCH",
         ),
     ] = None,
@@ -43,21 +43,14 @@ def push_command(
     ] = False,
     message: Annotated[
         Optional[str],
-        typer.Option(
-            "--message",
-            "-m",
-            help="Message of the commit, title of the pull request.",
-            rich_help_panel=_WHERE,
-            show_default=False,
-        ),
+        o.option("--message", "-m", help="Message of the commit, title of the pull request.", panel=_WHERE),
     ] = None,
     base_model: Annotated[
         Optional[str],
-        typer.Option(
+        o.option(
             "--base-model",
             help="The model that was converted, for the card, where it came from a directory.",
-            rich_help_panel=_WHERE,
-            show_default=False,
+            panel=_WHERE,
             metavar="ORG/NAME",
         ),
     ] = None,

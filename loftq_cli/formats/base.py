@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from loftq_cli.experts import Expert
+from loftq_cli.formats.tensors import OutputTensor, TensorFile
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids import Grid, Quantized
@@ -23,80 +23,6 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float16: "float16",
 }
 DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of an output file, known before any weight is read; or a piece of one.
-
-    Attributes:
-        whole: the tensor that this is a piece of, so many bytes (`offset`) from its beginning; None for a tensor.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    whole: OutputTensor | None = None
-    offset: int = 0
-
-    def piece(self, index: int) -> OutputTensor:
-        """One entry of the first dimension."""
-        return OutputTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], self, index * self.row_bytes)
-
-    def rows(self, first: int, count: int) -> OutputTensor:
-        """`count` entries of the first dimension."""
-        name, shape = f"{self.name}[{first}:{first + count}]", (count, *self.shape[1:])
-        return OutputTensor(name, self.dtype, shape, self, first * self.row_bytes)
-
-    @property
-    def row_bytes(self) -> int:
-        return prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file that one unit writes; `name` is "" where none does and they stay zero."""
-
-    name: str
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name, of
-    the tensors and of the pieces that units write."""
-
-    name: str
-    header: bytes
-    tensors: tuple[OutputTensor, ...]
-    starts: Mapping[str, int]
-    pieces: tuple[OutputTensor, ...] = ()
-
-    def spans(self, tensor: OutputTensor) -> list[Span]:
-        """`tensor`, or the pieces it is written in and what lies between them, in the order of their bytes."""
-        pieces = sorted(
-            ((self.starts[p.name], p) for p in self.pieces if p.whole and p.whole.name == tensor.name),
-            key=lambda pair: pair[0],
-        )
-        position, end, found = self.starts[tensor.name], self.starts[tensor.name] + tensor.nbytes, []
-        for start, piece in pieces:
-            if start > position:
-                found.append(Span("", position, start - position))
-            found.append(Span(piece.name, start, piece.nbytes))
-            position = start + piece.nbytes
-        if not pieces:
-            return [Span(tensor.name, position, tensor.nbytes)]
-        return [*found, Span("", position, end - position)] if position < end else found
-
-    @property
-    def nbytes(self) -> int:
-        ends = (self.starts[tensor.name] + tensor.nbytes for tensor in self.tensors)
-        return max(ends, default=len(self.header))
 
 
 @dataclass(frozen=True)

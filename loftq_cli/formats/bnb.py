@@ -33,6 +33,7 @@ from loftq_cli.formats.base import (
     block_grid,
     blocks_of,
 )
+from loftq_cli.formats.refusals import INSTEAD
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.codebooks import Codebook, codebook
 from loftq_cli.numerics.grids import Quantized
@@ -40,7 +41,6 @@ from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, dynamic_map
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)
-_INSTEAD = "use --format packed or --format dense"
 _WIDEST_OFFSET = 1.2345678901234567e-100
 _SMALLEST_BLOCK = 32  # bitsandbytes 0.50 takes powers of two from 32 on
 
@@ -74,18 +74,18 @@ class BnbFormat(FormatDefaults):
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         if request.data_type == "int":
-            return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, no integers: {_INSTEAD}", fatal=True)
+            return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, no integers: {INSTEAD}", fatal=True)
         book = codebook(request.data_type, request.bits)
         if nf4_codes_of(book) is None:
             reason = (
                 f"a bitsandbytes checkpoint holds NF4's sixteen levels, which {request.bits}-bit {book.data_type} "
-                f"levels are not among: {_INSTEAD}"
+                f"levels are not among: {INSTEAD}"
             )
             return Refusal(reason, fatal=True)
         if book.fitted:
             return Refusal("only packed files have room for --levels fitted: use --levels nf4-subset", fatal=True)
         if request.kind == "embedding":
-            return Refusal(f"bitsandbytes quantizes no embeddings: {_INSTEAD}", fatal=True)
+            return Refusal(f"bitsandbytes quantizes no embeddings: {INSTEAD}", fatal=True)
         block_size = safe_block_size(request.block_size, request.in_features)
         if block_size is None:
             return Refusal(f"bitsandbytes' CPU kernel misreads rows of {request.in_features} elements", fatal=False)

@@ -5,7 +5,7 @@ A cell's claim names the test that shows it, or says that it was read in upstrea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 UPSTREAM = "upstream source"
 
@@ -41,8 +41,17 @@ class Capability:
 _PACKED_EXACT = "test_quantize.py::test_small_llama"
 _CT = "test_integer_formats.py::test_transformers_loads_compressed_tensors_exactly"
 _GPTQ = "test_integer_formats.py::test_gptqmodel_loads_gptq_exactly"
-
 _GGUF = "test_gguf.py::test_transformers_and_gguf_load_exactly"
+
+_GPTQ_V1 = Capability(
+    "gptq",
+    (2, 3, 4, 8),
+    "integers, group 32 to 256 or a row",
+    Claim("yes", _GPTQ),
+    Claim("yes, at the stored bits", _GPTQ),
+    Claim("vLLM: 4 and 8 bits, `--symmetric`", UPSTREAM),
+    ("peft", "optimum", "gptqmodel"),
+)
 
 CAPABILITIES: tuple[Capability, ...] = (
     Capability(
@@ -63,24 +72,8 @@ CAPABILITIES: tuple[Capability, ...] = (
         Claim("vLLM", UPSTREAM),
         ("peft", "bitsandbytes"),
     ),
-    Capability(
-        "gptq",
-        (2, 3, 4, 8),
-        "integers, group 32 to 256 or a row",
-        Claim("yes", _GPTQ),
-        Claim("yes, at the stored bits", _GPTQ),
-        Claim("vLLM: 4 and 8 bits, `--symmetric`", UPSTREAM),
-        ("peft", "optimum", "gptqmodel"),
-    ),
-    Capability(
-        "gptq-v2",
-        (2, 3, 4, 8),
-        "the same",
-        Claim("yes", _GPTQ),
-        Claim("yes, at the stored bits", _GPTQ),
-        Claim("gptqmodel", UPSTREAM),
-        ("peft", "optimum", "gptqmodel"),
-    ),
+    _GPTQ_V1,
+    replace(_GPTQ_V1, format="gptq-v2", levels="the same", serves=Claim("gptqmodel", UPSTREAM)),
     Capability(
         "compressed-tensors",
         (2, 3, 4, 8),

@@ -36,11 +36,11 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
+from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.packing import pack_words, unpack_words
 
-_INSTEAD = "use --format packed or --format dense"
 _GATES = ("gate", "router")
 
 
@@ -54,44 +54,41 @@ class CompressedTensorsFormat(FormatDefaults):
         if request.dense_experts:
             return (
                 "transformers unpacks every expert that it stacks, so none can stay in full precision as "
-                f"{request.dense_experts[0]} would: quantize them all, or {_INSTEAD}"
+                f"{request.dense_experts[0]} would: quantize them all, or {INSTEAD}"
             )
         grids = {affine_grid(matrix) for matrix in matrices if matrix.kind != "expert"}
         expert_grids = {affine_grid(matrix) for matrix in matrices if matrix.kind == "expert"}
         if len(expert_grids) > 1:
-            return f"transformers unpacks experts at one bit width only: give all of them the same, or {_INSTEAD}"
+            return f"transformers unpacks experts at one bit width only: give all of them the same, or {INSTEAD}"
         if len(grids) > 1 and request.dequantize:
-            return f"unpacking while loading knows one bit width for all matrices: give --compressed, or {_INSTEAD}"
+            return f"unpacking while loading knows one bit width for all matrices: give --compressed, or {INSTEAD}"
         if any(grid.zero == "integer" for grid in grids) and not request.dequantize:
             return "asymmetric integers load only with --dequantize: drop --compressed, or give --symmetric"
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
-        if request.double_quant:
-            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
-        if request.data_type != "int":
-            return Refusal(f"it holds integers, no '{request.data_type}' levels: {_INSTEAD}", fatal=True)
+        if refusal := integers_only(request):
+            return refusal
         if request.kind == "embedding":
-            return Refusal(f"it quantizes no embeddings: {_INSTEAD}", fatal=True)
+            return Refusal(f"it quantizes no embeddings: {INSTEAD}", fatal=True)
         if request.kind == "conv1d":
-            return Refusal(f"the library knows linear layers, no Conv1D: {_INSTEAD}", fatal=True)
-        if not request.group_divides:
-            reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
-            return Refusal(f"{reason}: choose another --group-size, or {_INSTEAD}", fatal=True)
+            return Refusal(f"the library knows linear layers, no Conv1D: {INSTEAD}", fatal=True)
+        if refusal := whole_groups(request):
+            return refusal
         if request.kind == "expert" and not request.symmetric:
             return Refusal(
-                f"transformers unpacks experts without zero points only: give --symmetric, or {_INSTEAD}", fatal=True
+                f"transformers unpacks experts without zero points only: give --symmetric, or {INSTEAD}", fatal=True
             )
-        dtype, rule = request.dtype, request.scale_rule
-        zero = "none" if request.symmetric else "integer"
+        dtype = request.dtype
+        zero: Zero = "none" if request.symmetric else "integer"
         return AffineGrid(
             request.bits,
             request.block_size,
-            zero,  # type: ignore[arg-type]
+            zero,
             scale_dtype=dtype,
             value_dtype=dtype,
             product_dtype=dtype,
-            scale_rule=rule,
+            scale_rule=request.scale_rule,
         )
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:

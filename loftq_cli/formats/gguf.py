@@ -41,11 +41,11 @@ from loftq_cli.formats.base import (
 )
 from loftq_cli.formats.gguf_file import GgmlType, adapter_values, file_layout, model_values
 from loftq_cli.formats.gguf_vocabulary import vocabulary_values
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
+from loftq_cli.formats.refusals import INSTEAD, integers_only
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 
 FILE, LORA_FILE = "model.gguf", "loftq_init/adapter.gguf"
-_INSTEAD = "use --format packed or --format dense"
 _BLOCK = 32
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _REORDERED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
@@ -61,33 +61,31 @@ class GgufFormat(FormatDefaults):
         config = request.config
         kind = config.get("model_type")
         if kind not in _MODEL_TYPES:
-            return f"it is written for {', '.join(_MODEL_TYPES)} models alone, not for '{kind}': {_INSTEAD}"
+            return f"it is written for {', '.join(_MODEL_TYPES)} models alone, not for '{kind}': {INSTEAD}"
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            return f"transformers reads no scaled rotary positions from it: {_INSTEAD}"
+            return f"transformers reads no scaled rotary positions from it: {INSTEAD}"
         if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-            return f"its Llama has no biases: {_INSTEAD}"
+            return f"its Llama has no biases: {INSTEAD}"
         if kind == "qwen3" and config.get("head_dim", _QWEN3_HEAD) != _QWEN3_HEAD:
-            return f"transformers reads no other head size than {_QWEN3_HEAD} from it: {_INSTEAD}"
+            return f"transformers reads no other head size than {_QWEN3_HEAD} from it: {INSTEAD}"
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
-        if request.double_quant:
-            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
-        if request.data_type != "int":
-            return Refusal(f"it holds integers, no '{request.data_type}' levels: {_INSTEAD}", fatal=True)
+        if refusal := integers_only(request):
+            return refusal
         if request.bits not in (4, 8):
             reason = f"it has no blocks of {request.bits} bits with free scales: take 4 or 8 bits"
-            return Refusal(f"{reason}, or {_INSTEAD}", fatal=True)
+            return Refusal(f"{reason}, or {INSTEAD}", fatal=True)
         if request.bits == 8 and request.symmetric is False:
-            return Refusal(f"its 8-bit blocks are symmetric: drop --asymmetric, or {_INSTEAD}", fatal=True)
+            return Refusal(f"its 8-bit blocks are symmetric: drop --asymmetric, or {INSTEAD}", fatal=True)
         if request.block_size != _BLOCK:
-            return Refusal(f"its blocks have {_BLOCK} weights: give --group-size {_BLOCK}, or {_INSTEAD}", fatal=True)
+            return Refusal(f"its blocks have {_BLOCK} weights: give --group-size {_BLOCK}, or {INSTEAD}", fatal=True)
         if not request.group_divides:
-            return Refusal(f"blocks of {_BLOCK} do not divide rows of {request.in_features}: {_INSTEAD}", fatal=True)
+            return Refusal(f"blocks of {_BLOCK} do not divide rows of {request.in_features}: {INSTEAD}", fatal=True)
         half, single = torch.float16, torch.float32
-        zero, rule = "none" if request.symmetric else "float", request.scale_rule
-        return AffineGrid(request.bits, _BLOCK, zero, half, single, zero_dtype=half, scale_rule=rule)  # type: ignore[arg-type]
+        zero: Zero = "none" if request.symmetric else "float"
+        return AffineGrid(request.bits, _BLOCK, zero, half, single, zero_dtype=half, scale_rule=request.scale_rule)
 
     def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
         found = _REORDERED.fullmatch(tensor_name(matrix.tensor))
@@ -174,7 +172,7 @@ def tensor_name(name: str) -> str:
     layer = re.search(r"\.(\d+)\.", stem)
     found = _names().get_name(stem if layer is None else stem.replace(layer[0], ".0.", 1))
     if found is None:
-        raise LoftqError(f"{name} has no place in a GGUF file: use --format packed or --format dense.")
+        raise LoftqError(f"{name} has no place in a GGUF file: {INSTEAD}.")
     return f"{found if layer is None else found.replace('.0.', layer[0], 1)}.{leaf}"
 
 

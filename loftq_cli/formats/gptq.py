@@ -33,11 +33,11 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups
+from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
+from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.packing import pack_words, unpack_words
 
-_INSTEAD = "use --format packed or --format dense"
 _WORD = 32  # codes that fill whole int32 words at every width
 # Where optimum looks for a decoder's blocks; nothing outside them is quantized.
 _BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
@@ -54,35 +54,32 @@ class GptqFormat(FormatDefaults):
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
         if request.task_type != "CAUSAL_LM":
-            return f"its loaders know the blocks of decoder-only language models alone: {_INSTEAD}"
+            return f"its loaders know the blocks of decoder-only language models alone: {INSTEAD}"
         if len({matrix.grid for matrix in matrices}) > 1:
-            return f"it has one bit width and group size for all matrices: {_INSTEAD}"
+            return f"it has one bit width and group size for all matrices: {INSTEAD}"
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
-        if request.double_quant:
-            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
-        if request.data_type != "int":
-            return Refusal(f"it holds integers, no '{request.data_type}' levels: {_INSTEAD}", fatal=True)
+        if refusal := integers_only(request):
+            return refusal
         if request.kind in ("embedding", "head"):
-            return Refusal(f"its loaders leave embeddings and heads alone: {_INSTEAD}", fatal=True)
+            return Refusal(f"its loaders leave embeddings and heads alone: {INSTEAD}", fatal=True)
         if not _IN_BLOCK.fullmatch(request.module):
             return Refusal("GPTQ loaders quantize a decoder's blocks alone", fatal=False)
-        if not request.group_divides:
-            reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
-            return Refusal(f"{reason}: choose another --group-size, or {_INSTEAD}", fatal=True)
+        if refusal := whole_groups(request):
+            return refusal
         if request.in_features % _WORD or request.out_features % _WORD:
-            return Refusal(f"its words need multiples of {_WORD} rows and columns: {_INSTEAD}", fatal=True)
+            return Refusal(f"its words need multiples of {_WORD} rows and columns: {INSTEAD}", fatal=True)
         half = torch.float16
-        zero, rule = "none" if request.symmetric else "integer", request.scale_rule
+        zero: Zero = "none" if request.symmetric else "integer"
         return AffineGrid(
             request.bits,
             request.block_size,
-            zero,  # type: ignore[arg-type]
+            zero,
             scale_dtype=half,
             value_dtype=request.dtype,
             product_dtype=half,
-            scale_rule=rule,
+            scale_rule=request.scale_rule,
             least_zero=1,
         )
 

@@ -42,6 +42,7 @@ from loftq_cli.formats.base import (
     blocks_of,
     groups_of,
 )
+from loftq_cli.formats.refusals import plain_scales
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.codebooks import codebook
@@ -61,8 +62,8 @@ class PackedFormat(FormatDefaults):
     holds_stacked_experts = True
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
-        if request.double_quant:
-            return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
+        if refusal := plain_scales(request):
+            return refusal
         dtype = request.dtype
         if request.data_type == "int":
             zero: Zero = "none" if request.symmetric else "float"

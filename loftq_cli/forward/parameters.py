@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loftq_cli.experts import Expert
 from loftq_cli.forward.weights import Weights
-from loftq_cli.module_build import RuntimeName
+from loftq_cli.module_names import RuntimeName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,7 +49,7 @@ class SourceWeights:
         return self.checkpoint.read(name)
 
 
-class _Converted:
+class _Converted(ABC):
     """The tensors of a conversion by their names in the checkpoint; of a tensor that stacks experts, whose entries the
     manifest lists one by one, all of them."""
 
@@ -64,8 +65,9 @@ class _Converted:
             return self._one(first)
         return torch.stack([self._one(record) for record in (first, *others)])
 
+    @abstractmethod
     def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
-        raise NotImplementedError
+        """The tensor of one record, as the checkpoint orients it."""
 
     @cached_property
     def _entries(self) -> dict[str, list[MatrixRecord | KeptRecord]]:
