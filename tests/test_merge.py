@@ -214,7 +214,7 @@ def test_nothing_of_a_stopped_merge_looks_like_a_model(
     from loftq_cli.engine import merge as engine
 
     backbone, adapter, expected = qalora
-    whole = engine._merged
+    whole = engine.merge_piece
     count = 0
 
     def stop(*arguments):
@@ -224,7 +224,7 @@ def test_nothing_of_a_stopped_merge_looks_like_a_model(
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(engine, "_merged", stop)
+    monkeypatch.setattr(engine, "merge_piece", stop)
     with pytest.raises(KeyboardInterrupt):
         loftq_cli.merge(backbone, adapter, output=tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").iterdir()] == [".loftq"]
