@@ -86,7 +86,12 @@ class MatrixRecord:
 
 @dataclass(frozen=True)
 class KeptRecord:
-    """A tensor left in full precision, and why; `rank` > 0 where it got an adapter that starts at zero."""
+    """A tensor left in full precision, and why; `rank` > 0 where it got an adapter that starts at zero.
+
+    Attributes:
+        module: its path; of an expert's matrix the parameter, and `expert` says whose it is.
+        shape: as it is stored.
+    """
 
     tensor: str
     module: str | None
@@ -95,6 +100,7 @@ class KeptRecord:
     reason: str
     rank: int
     nbytes: int
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True)
@@ -250,9 +256,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
     values["notes"] = tuple(values["notes"])
     values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
     values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(
-        KeptRecord(**{**_checked(KeptRecord, record), "shape": tuple(record["shape"])}) for record in values["kept"]
-    )
+    values["kept"] = tuple(_parse_kept(record) for record in values["kept"])
     return Manifest(**_checked(Manifest, values))
 
 
@@ -262,6 +266,12 @@ def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
     expert = Expert(**record["expert"]) if record["expert"] else None
     shape, residuals = tuple(record["shape"]), tuple(record["residuals"])
     return MatrixRecord(**{**record, "expert": expert, "shape": shape, "residuals": residuals})
+
+
+def _parse_kept(record: dict[str, Any]) -> KeptRecord:
+    record = _checked(KeptRecord, record)
+    expert = Expert(**record["expert"]) if record.get("expert") else None
+    return KeptRecord(**{**record, "expert": expert, "shape": tuple(record["shape"])})
 
 
 def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def _manifest(
                 reason=unit.reason,
                 rank=unit.target.rank if unit.target else 0,
                 nbytes=unit.backbone_bytes,
+                expert=unit.target.expert if unit.target else None,
             )
             for unit in plan.kept
         ),

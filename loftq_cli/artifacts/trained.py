@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.experts import Expert
 from loftq_cli.numerics.qalora import peft_constant, widened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,9 +25,23 @@ _OTHER = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "trained biases",
     "modules_to_save": "modules trained as a whole (modules_to_save)",
-    "target_parameters": "adapters on bare parameters (target_parameters)",
     "trainable_token_indices": "trained tokens",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter holds what it adds to one matrix.
+
+    Attributes:
+        path: of the factors in the file, a key of `TrainedAdapter.keys`.
+        name: PEFT's own name of the module or the parameter, which its patterns are matched with.
+        expert: which share of factors that all experts of a parameter have together.
+    """
+
+    path: str
+    name: str
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True)
@@ -55,27 +71,70 @@ class TrainedAdapter:
             a, b = (file.get_slice(self.keys[module][factor]).get_shape() for factor in "AB")
         return (a[1], b[0]) if "lora_embedding" in self.keys[module]["A"] else (b[0], a[1])
 
-    def compact(self, module: str, in_features: int) -> Tensor:
-        """What is added to the weight, float32 [out, in / group]: constant within groups."""
+    def rank(self, path: str) -> int:
+        """What A and B meet in; of experts, of all together.
+
+        Raises:
+            LoftqError: they do not.
+        """
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            a, b = (file.get_tensor(self.keys[module][factor]).float() for factor in "AB")
-        constant = self._scaling(module)
+            a, b = (file.get_slice(self.keys[path][factor]).get_shape() for factor in "AB")
+        if a[0] != b[1]:
+            raise LoftqError(
+                f"the adapter's factors for {path} have ranks {a[0]} and {b[1]}, and must have one: save it again."
+            )
+        return int(a[0])
+
+    def targets(self, parameter: str) -> bool:
+        """Whether PEFT adapts a bare parameter; the config may name it by its end, or with more before it."""
+        named = self.config.get("target_parameters") or ()
+        return any(
+            name == parameter or parameter.endswith(f".{name}") or name.endswith(f".{parameter}") for name in named
+        )
+
+    def compact(self, place: Place, in_features: int) -> Tensor:
+        """What is added to the weight, float32 [out, in / group]: constant within groups."""
+        a, b = self._factors(place)
+        constant = self._scaling(place.name)
         if self.group > 1:
             constant *= peft_constant(in_features, self.group)
         # An embedding's factors are stored transposed; of a table [vocabulary, width] "in" is the width.
-        product = (b @ a).T if "lora_embedding" in self.keys[module]["A"] else b @ a
+        product = (b @ a).T if "lora_embedding" in self.keys[place.path]["A"] else b @ a
         return product * constant
 
-    def update(self, module: str, in_features: int) -> Tensor:
+    def update(self, place: Place, in_features: int) -> Tensor:
         """What is added to the weight, float32 [out, in]."""
-        compact = self.compact(module, in_features)
+        compact = self.compact(place, in_features)
         return compact if self.group == 1 else widened(compact, self.group)
 
-    def _scaling(self, module: str) -> float:
+    def _factors(self, place: Place) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r], float32. Experts share A [experts * r, in] and B [outs, r * experts], in which the
+        expert counts fastest; a part of the outputs, gate or up, has its rows."""
+        file, keys, expert = self.folder / WEIGHTS, self.keys[place.path], place.expert
+        if expert is None:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(keys["A"]).float(), opened.get_tensor(keys["B"]).float()
+        with safe_open(file, framework="pt") as opened:
+            whole = opened.get_slice(keys["A"])
+            rank = whole.get_shape()[0] // expert.count
+            a = whole[expert.index * rank : (expert.index + 1) * rank].float()
+        b = _shared(file, file.stat().st_mtime_ns, keys["B"])
+        height = b.shape[0] // expert.parts
+        rows = b[expert.part * height : (expert.part + 1) * height]
+        return a, rows.unflatten(1, (rank, expert.count))[:, :, expert.index].float()
+
+    def _scaling(self, name: str) -> float:
         """lora_alpha / r, with PEFT's patterns: a key matches a path or the end of one."""
-        rank = _matching(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _matching(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        rank = _matching(self.config.get("rank_pattern"), name, self.config["r"])
+        alpha = _matching(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@lru_cache(maxsize=2)  # a checkpoint has gate, down and up of one expert after the other
+def _shared(file: Path, changed: int, key: str) -> Tensor:
+    """A factor of all experts as the file was at one time, which each of them takes columns of."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key)
 
 
 def read_adapter(folder: Path) -> TrainedAdapter:
@@ -95,7 +154,7 @@ def read_adapter(folder: Path) -> TrainedAdapter:
     _check_kind(folder, config)
     keys: dict[str, dict[str, str]] = {}
     for name in names:
-        if ".base_layer." in name:  # PEFT saves the frozen table beside an embedding's factors
+        if ".base_layer." in name and ".lora_" not in name:  # PEFT saves the frozen table beside an embedding's factors
             continue
         match = _KEY.match(name)
         if match is None:

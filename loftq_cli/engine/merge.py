@@ -7,73 +7,36 @@ Four ways:
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
 * `gguf`: the same into a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
 * `requantize`: W = Q + ΔW is quantized anew on the container's own grid; what that costs is measured.
+
+Experts that share a parameter in the running model are merged one at a time, under the names they have on disk.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loftq_cli.artifacts import merged
-from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
+from loftq_cli.artifacts.manifest import read_manifest
 from loftq_cli.artifacts.merged import MergeReport
-from loftq_cli.artifacts.trained import WEIGHTS, TrainedAdapter, read_adapter
-from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.artifacts.trained import WEIGHTS, read_adapter
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
-from loftq_cli.engine.merge_gguf import blocks_of_record, copied, into_gguf, lay_out_gguf
+from loftq_cli.engine.merge_gguf import lay_out_gguf
+from loftq_cli.engine.merge_pieces import Merge, Piece, merge_piece, pieces_of
+from loftq_cli.engine.merge_places import find_places
 from loftq_cli.engine.merge_way import choose_way
 from loftq_cli.engine.output import STATE, hash_file, locate, partial_folder, publish, write_file
 from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
-from loftq_cli.formats import get_format
-from loftq_cli.formats.base import DTYPES, OutputTensor
-from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.lowrank import frobenius
+from loftq_cli.formats.base import DTYPES
 from loftq_cli.planner import INDEX, index_text
 from loftq_cli.recipe import DTYPE_CHOICES, parse_size
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A matrix in its container, or a tensor in full precision.
-
-    Attributes:
-        record: None for a tensor in full precision; `turned` then says that it lies [in, out].
-        inputs: its tensors in the backbone; `outputs`: in the result.
-        module: its path, where the adapter changes it.
-    """
-
-    record: MatrixRecord | None
-    inputs: tuple[str, ...]
-    outputs: tuple[OutputTensor, ...]
-    module: str | None
-    turned: bool = False
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What the steps of one merge share."""
-
-    manifest: Manifest
-    source: Path
-    checkpoint: Checkpoint
-    trained: TrainedAdapter
-    places: dict[str, str]
-    way: str
-    dtype: torch.dtype
-    cast: bool  # tensors in full precision too, because the user named a dtype
-
-    def update(self, module: str, in_features: int) -> Tensor:
-        return self.trained.update(self.places[module], in_features)
 
 
 def merge(
@@ -104,17 +67,11 @@ def merge(
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
     manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
-    stacked = next((record.parameter for record in manifest.matrices if record.parameter), None)
-    if stacked is not None:
-        raise UsageError(
-            f"{source} has adapters of stacked parameters ({stacked}), which merging by file cannot take apart: load "
-            "it with loftq_cli.load, then call model.dequantize() and model.merge_and_unload()."
-        )
     if manifest.format == "gguf":
         choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
     checkpoint = open_safetensors(source)
     try:
-        places = _places(trained, manifest)
+        places = find_places(trained, manifest)
         way = choose_way(to, manifest, trained, places, checkpoint.read)
         kind = DTYPES[manifest.dtype if dtype == "auto" else dtype]
         job = Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto")
@@ -124,34 +81,6 @@ def merge(
         raise LoftqError(f"merging into {target} failed ({error.strerror}): make room and try again.") from error
     finally:
         checkpoint.close()
-
-
-def _places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, str]:
-    """Module of the backbone → module in the adapter, whose class may put a prefix before its paths.
-
-    Raises:
-        LoftqError: a module of the adapter is not in the backbone, or has another shape.
-    """
-    shapes = {record.module: tuple(record.shape) for record in manifest.matrices}
-    for kept in manifest.kept:
-        if kept.module is not None and len(kept.shape) == 2:
-            shapes[kept.module] = kept.shape[::-1] if kept.kind == "conv1d" else kept.shape  # type: ignore[assignment]
-    places = {}
-    for path in trained.modules:
-        near = [m for m in shapes if m == path or m.endswith(f".{path}") or path.endswith(f".{m}")]
-        found = path if path in shapes else near[0] if len(near) == 1 else None
-        if found is None:
-            raise LoftqError(
-                f"the adapter changes {path}, which is no matrix of {manifest.output}: is it of this model?"
-            )
-        n_out, n_in = shapes[found]
-        if trained.shape(path) != (n_out, n_in // trained.group):
-            raise LoftqError(
-                f"the adapter's factors for {path} give {list(trained.shape(path))}, but the matrix is "
-                f"{[n_out, n_in]}: is the adapter of this model?"
-            )
-        places[found] = path
-    return places
 
 
 def _claim(output: Path, others: list[Path], overwrite: bool) -> None:
@@ -177,7 +106,7 @@ def _claim(output: Path, others: list[Path], overwrite: bool) -> None:
 def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int], None]) -> MergeReport:
     adapter_sha = hash_file(job.trained.folder / WEIGHTS).sha256
     identity = merged.fingerprint(job.manifest, adapter_sha, job.way, str(job.dtype))
-    pieces = list(_pieces(job))
+    pieces = list(pieces_of(job))
     files, index = lay_out_gguf(job, pieces, identity) if job.way == "gguf" else _lay_out(pieces, max_bytes, identity)
     errors: dict[str, float] = {}
     writer = ShardWriter(lambda name: locate(output, name), tuple(files))
@@ -185,7 +114,7 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
     try:
         for i, piece in enumerate(pieces):
             progress(i, len(pieces))
-            tensors, error = _merged(job, piece)
+            tensors, error = merge_piece(job, piece)
             writer.write(tensors)
             if piece.module is not None:
                 errors[piece.module] = float(f"{error:.6g}")
@@ -207,34 +136,6 @@ def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int]
     return report
 
 
-def _pieces(job: Merge) -> Iterator[Piece]:
-    """The backbone's tensors in their order; those of one matrix come together, where its first one is."""
-    owners: dict[str, MatrixRecord] = {}
-    for one in job.manifest.matrices:
-        for tensor in get_format(job.manifest.format).tensors(quantized_matrix(one)):
-            owners[tensor.name] = one
-    kept = {one.tensor: one for one in job.manifest.kept}
-    seen = set()
-    for name, info in job.checkpoint.tensors.items():
-        record: MatrixRecord | None = owners.get(name)
-        if record is None:
-            module = kept[name].module if name in kept else None
-            module = module if module in job.places else None
-            cast = job.cast and job.way == "dense" and info.dtype.is_floating_point
-            dtype = job.dtype if cast else info.dtype
-            turned = name in kept and kept[name].kind == "conv1d"
-            output = OutputTensor(name, dtype, info.shape)
-            yield Piece(None, (name,), (copied(output) if job.way == "gguf" else output,), module, turned)
-        elif record.tensor not in seen:
-            seen.add(record.tensor)
-            inputs = get_format(job.manifest.format).tensors(quantized_matrix(record))
-            shape = record.shape[::-1] if record.kind == "conv1d" else record.shape
-            outputs = (OutputTensor(record.tensor, job.dtype, shape),) if job.way == "dense" else inputs
-            outputs = blocks_of_record(job, record) if job.way == "gguf" else outputs
-            module = record.module if record.module in job.places else None
-            yield Piece(record, tuple(tensor.name for tensor in inputs), outputs, module)
-
-
 def _lay_out(pieces: list[Piece], max_bytes: int, identity: str) -> tuple[list[TensorFile], dict[str, str]]:
     shards = shard((piece.outputs for piece in pieces), max_bytes)
     names = shard_names(len(shards))
@@ -242,58 +143,6 @@ def _lay_out(pieces: list[Piece], max_bytes: int, identity: str) -> tuple[list[T
     files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
     index = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
     return files, index if len(shards) > 1 else {}
-
-
-def _merged(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
-    """The tensors of a piece, and how far they are from Q + ΔW, relatively."""
-    read = job.checkpoint.read
-    if piece.record is None:
-        (output,) = piece.outputs
-        weight = read(piece.inputs[0])
-        if piece.module is None:
-            return {output.name: weight.to(output.dtype)}, 0.0
-        update = job.update(piece.module, weight.shape[0 if piece.turned else 1])
-        exact = weight.float() + (update.T if piece.turned else update)
-        stored = exact.to(output.dtype)
-        return {output.name: stored}, _relative(exact, stored.float())
-    if job.way == "gguf":
-        return into_gguf(job, piece)
-    if piece.module is None and job.way != "dense":
-        return {name: read(name) for name in piece.inputs}, 0.0
-    if job.way == "zeros":
-        return _into_zeros(job, piece)
-    matrix = quantized_matrix(piece.record)
-    container = get_format(job.manifest.format)
-    exact = container.decode(matrix, read)
-    if piece.module is not None:
-        exact += job.update(piece.module, matrix.in_features)
-    if job.way == "requantize":
-        step = block_quantizer(matrix.grid, exact.device).quantize_residual(exact, exact)
-        norm = frobenius(exact)
-        encoded = container.encode(matrix, step.quantized)
-        return {name: value.cpu() for name, value in encoded.items()}, step.residual_norm() / norm if norm else 0.0
-    stored = exact.to(job.dtype)
-    error = _relative(exact, stored.float())
-    (output,) = piece.outputs
-    return {output.name: stored.T.contiguous() if matrix.kind == "conv1d" else stored}, error
-
-
-def _into_zeros(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
-    """Zeros (the value of code 0) plus the update of their group; everything else as it was."""
-    assert piece.record is not None and piece.module is not None
-    matrix, container = quantized_matrix(piece.record), get_format(job.manifest.format)
-    tensors = {name: job.checkpoint.read(name) for name in piece.inputs}
-    exact = container.decode(matrix, tensors.__getitem__) + job.update(piece.module, matrix.in_features)
-    compact = job.trained.compact(job.places[piece.module], matrix.in_features)
-    name = f"{matrix.prefix}.weight_zeros"
-    zeros = tensors[name]
-    tensors[name] = zeros + compact.repeat_interleave(zeros.shape[1] // compact.shape[1], dim=1)
-    return tensors, _relative(exact, container.decode(matrix, tensors.__getitem__))
-
-
-def _relative(exact: Tensor, stored: Tensor) -> float:
-    norm = frobenius(exact)
-    return frobenius(exact - stored) / norm if norm else 0.0
 
 
 def _finish(job: Merge, output: Path, report: MergeReport, weights: list[str], index: dict[str, str]) -> None:

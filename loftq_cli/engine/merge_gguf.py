@@ -22,7 +22,7 @@ from loftq_cli.numerics.grids import dequantize
 from loftq_cli.numerics.lowrank import frobenius
 
 if TYPE_CHECKING:
-    from loftq_cli.engine.merge import Merge, Piece
+    from loftq_cli.engine.merge_pieces import Merge, Piece
 
 _GGUF, _PACKED = GgufFormat(), PackedFormat()
 

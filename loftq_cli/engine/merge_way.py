@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
-from loftq_cli.artifacts.trained import TrainedAdapter
+from loftq_cli.artifacts.trained import Place, TrainedAdapter
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.numerics.qalora import lost_in_integer_zeros
@@ -21,13 +21,13 @@ def choose_way(
     wanted: str,
     manifest: Manifest,
     trained: TrainedAdapter,
-    places: Mapping[str, str],
+    places: Mapping[str, Place],
     read: Callable[[str], Tensor],
 ) -> str:
     """`dense`, `zeros`, `gguf` or `requantize`.
 
     Args:
-        places: module of the backbone → module in the adapter.
+        places: module of the backbone → its place in the adapter.
         read: a tensor of the backbone by name.
 
     Raises:
@@ -91,7 +91,7 @@ def _groups_fit(trained: TrainedAdapter, changed: list[MatrixRecord]) -> bool:
 def _lost(
     manifest: Manifest,
     trained: TrainedAdapter,
-    places: Mapping[str, str],
+    places: Mapping[str, Place],
     changed: list[MatrixRecord],
     read: Callable[[str], Tensor],
 ) -> str:

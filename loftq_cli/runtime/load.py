@@ -68,6 +68,7 @@ def load(
     source, placement = _picked(options, _SOURCE_OPTIONS), _picked(options, _PLACEMENT_OPTIONS)
     _check_request(Path(path), adapter is True)
     config = _read_config(name, source, options)
+    _check_packed_state(name, config, options.get("quantization_config"), adapter is not False)
     home = _adapter_home(name, adapter, source)
     if home is not None:
         options = {**_trainable_kernel(config), **options}
@@ -124,6 +125,37 @@ def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any
     for module, extra in _LOADERS.get(_quant_method(config) or "", ()):
         _require(module, extra, "read this checkpoint")
     return config
+
+
+def _check_packed_state(name: str, config: PretrainedConfig, given: Any, adapter: bool) -> None:
+    """What compressed-tensors checkpoints cannot do in the state they load in: PEFT adapts unpacked layers only, and
+    transformers unpacks all of them at the width of the first.
+
+    Args:
+        given: the user's own `quantization_config`, whose `dequantize` wins over the file's.
+
+    Raises:
+        LoftqError: an adapter over packed layers, or several widths to unpack.
+    """
+    if _quant_method(config) != "compressed-tensors":
+        return
+    quantization = _quantization(config)
+    unpacked = quantization.get("dequantize", False) if given is None else getattr(given, "dequantize", False)
+    groups = (quantization.get("config_groups") or {}).values()
+    # Experts have a group of their own, which transformers looks up for them.
+    several = sum(not any("experts" in target for target in group["targets"]) for group in groups) > 1
+    if unpacked and several:
+        raise LoftqError(
+            f"transformers would unpack the several bit widths of {name} as if they were one: load it as it is with "
+            "adapter=False, or convert with --format packed to train."
+        )
+    if adapter and not unpacked:
+        way = "quantization_config=transformers.CompressedTensorsConfig(dequantize=True)"
+        raise LoftqError(
+            f"{name} stays packed when it is loaded (--compressed), and PEFT adapts unpacked layers only: "
+            + ("convert with --format packed to train" if several else f"pass {way}")
+            + ", or adapter=False for the backbone alone."
+        )
 
 
 def _trainable_kernel(config: PretrainedConfig) -> dict[str, Any]:
