@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loftq_cli.cache import cache_folder
 from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.files import cache_folder
 from loftq_cli.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -6,17 +6,10 @@ Every tensor's place follows from names, dtypes and shapes alone, so that result
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
 from loftq_cli.formats.base import OutputTensor, TensorFile
-
-
-def cache_folder() -> Path:
-    """Where this user's machine keeps what it need not find out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:

@@ -23,8 +23,8 @@ def eval_command(
         Path,
         typer.Option(
             "--text",
-            help="Text to measure on: .txt, .jsonl, .json or .parquet, or a directory of them.",
-            metavar="FILE",
+            help="Text to measure on: .txt, .jsonl, .json, .parquet, a directory of them, or a dataset on the Hub.",
+            metavar="FILE|DATASET",
             rich_help_panel=_TEXT,
         ),
     ],

@@ -59,9 +59,9 @@ Calibrate = Annotated[
     Optional[str],
     _option(
         "calibrate",
-        "Weigh errors by what the layers see on this text (.txt, .jsonl, .json, .parquet or a directory of them), or "
-        "by second moments collected before (.safetensors).",
-        metavar="FILE",
+        "Weigh errors by what the layers see on this text (.txt, .jsonl, .json, .parquet, a directory of them, or a "
+        "dataset on the Hub), or by second moments collected before (.safetensors).",
+        metavar="FILE|DATASET",
     ),
 ]
 # No flag: it is written to loftq.yaml.

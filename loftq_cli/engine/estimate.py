@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from loftq_cli.artifacts.summary import versions
+from loftq_cli.cache import cache_folder, keep, read_cached
 from loftq_cli.engine.convert import convert
 from loftq_cli.engine.lanes import LANE_BYTES, MOST_LANES, Pace, lane_pool
 from loftq_cli.errors import LoftqError
-from loftq_cli.files import cache_folder
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
 
@@ -112,7 +112,7 @@ class _Trials:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
         self._machine = [name, os.cpu_count(), versions()]
         self._path = cache_folder() / "trials.json"
-        self._known: dict[str, float] = self._read()
+        self._known = {key: value for key, value in read_cached(self._path).items() if isinstance(value, float)}
         self._new = False
 
     def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:
@@ -143,16 +143,9 @@ class _Trials:
         return self._once(["disk", os.stat(folder).st_dev], lambda: _write_trial(folder)) / _DISK_TRIAL
 
     def save(self) -> None:
-        """Keep what was measured; where the cache cannot be written the next plan measures again."""
-        if not self._new:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._path)
-        except OSError:
-            return
+        """Keep what was measured."""
+        if self._new:
+            keep(self._path, self._known)
 
     def _once(self, work: list, measure) -> float:
         key = hashlib.sha256(json.dumps([self._machine, work], default=str).encode()).hexdigest()[:24]
@@ -177,13 +170,6 @@ class _Trials:
         for run in runs:
             run.result()
         return best / pace.lanes
-
-    def _read(self) -> dict[str, float]:
-        try:
-            known = json.loads(self._path.read_text())
-            return {str(key): float(value) for key, value in known.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
 
 
 def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:

@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loftq_cli.artifacts.summary import versions
+from loftq_cli.cache import cache_folder, keep, read_cached
 from loftq_cli.checkpoint import Checkpoint, TensorInfo
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.errors import LoftqError
@@ -65,10 +65,9 @@ class Measurements:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._checkpoint, self._origin, self._device, self._progress = checkpoint, origin, device, progress
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         name = hashlib.sha256(f"{origin} {checkpoint.fingerprint}".encode()).hexdigest()[:24]
-        self._path = Path(base) / "loftq" / "curves" / f"{name}.json"
-        self._known = self._read()
+        self._path = cache_folder() / "curves" / f"{name}.json"
+        self._known = {key: value for key, value in read_cached(self._path).items() if isinstance(value, list)}
         self._states: dict[str, object] = {}
 
     def curves(self, probes: Sequence[Probe]) -> list[Curve]:
@@ -80,14 +79,8 @@ class Measurements:
         return [self._spectrum(probe, rank, i, len(probes)) for i, probe in enumerate(probes)]
 
     def save(self) -> None:
-        """Keep the numbers; where the cache cannot be written the next run measures again."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(self._known))
-            os.replace(temporary, self._path)
-        except OSError:
-            return
+        """Keep the numbers."""
+        keep(self._path, self._known)
 
     def _curve(self, probe: Probe, done: int, total: int) -> Curve:
         keys = {width: self._key(probe, "plain", width) for width in probe.widths}
@@ -148,13 +141,6 @@ class Measurements:
             except OSError:
                 self._states[file] = [file]
         return self._states[file]
-
-    def _read(self) -> dict[str, list[float]]:
-        try:
-            known = json.loads(self._path.read_text())
-            return {str(key): [float(number) for number in numbers] for key, numbers in known.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
 
 
 def _rounded(value: float) -> float:
