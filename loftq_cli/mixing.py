@@ -7,6 +7,7 @@ its width already is left as it is, so nothing is measured again.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.measure import Curve, Measurements, Probe
 from loftq_cli.errors import UsageError
 from loftq_cli.formats.base import Request
-from loftq_cli.layers import Layer, find_layers
 from loftq_cli.modules import ModuleMap
 from loftq_cli.numerics.allocation import Choices, RankChoice, allocate, allocate_ranks
 from loftq_cli.planner import Plan, Unit, make_plan, refuse_together
@@ -26,6 +26,7 @@ from loftq_cli.recipe import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size
 
 _TOLERANCE = 0.005  # of the budget: how far the result may stay from it without a word
 _RANK_REACH = 4  # times the mean rank is the most one matrix gets
+_LAYER = re.compile(r"(.*?)(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Candidate:
 
     widths: Mapping[int, Unit]
     rank_given: bool
-    layer: Layer | None
 
     @property
     def unit(self) -> Unit:
@@ -59,7 +59,7 @@ class Candidate:
 
     def at(self, width: int) -> Candidate:
         """The same with its width settled."""
-        return dataclasses.replace(self, widths={width: self.widths[width]})
+        return Candidate({width: self.widths[width]}, self.rank_given)
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,7 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite
         for unit in plan.matrices:
             assert unit.matrix is not None
             widths.setdefault(unit.tensor, {}).setdefault(unit.matrix.grid.bits, unit)
-    layers = find_layers([next(iter(found.values())).module or "" for found in widths.values()])
-    candidates = tuple(
-        Candidate(found, _rank_given(recipe, found), layer) for found, layer in zip(widths.values(), layers)
-    )
+    candidates = tuple(Candidate(found, _rank_given(recipe, found)) for found in widths.values())
     _refuse_experts(candidates, recipe)
     widest = plans[max(plans)]  # its headers are the longest
     other = sum(unit.backbone_bytes for unit in widest.units if unit.tensor not in widths)
@@ -233,24 +230,34 @@ def _paper(recipe: Recipe, field: Field) -> list[int]:
     A layer is an entry of a numbered list of modules; of several lists (encoder and decoder) each gives its share.
     """
     high, low = PAPER_WIDTHS
-    layers = [candidate.layer for candidate in field.candidates]
-    most = max((layer.count for layer in layers if layer), default=0)
-    if not most:
+    layers = [_layer(candidate.unit.module or "") for candidate in field.candidates]
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer is not None:
+            counts[layer[0]] = max(counts.get(layer[0], 0), layer[1] + 1)
+    if not counts:
         raise UsageError("--mix paper needs numbered layers, which this model has not: use --mix optimal.")
 
     def widths(share: float) -> list[int]:
         # A tie goes to the smaller model.
-        wanted = [high if layer and layer.index < -int(-(share * layer.count - 0.5) // 1) else low for layer in layers]
+        first = {stack: -int(-(share * count - 0.5) // 1) for stack, count in counts.items()}
+        wanted = [high if layer is not None and layer[1] < first[layer[0]] else low for layer in layers]
         return [w if w in c.widths else next(iter(c.widths)) for w, c in zip(wanted, field.candidates)]
 
     if recipe.target_size is None:
         return widths((recipe.bits - low) / (high - low))
-    budget = _budget(recipe, field)
+    budget, most = _budget(recipe, field), max(counts.values())
     for count in range(most, -1, -1):
         taken = widths(count / most)
         if sum(_size(recipe, c, width) for c, width in zip(field.candidates, taken)) <= budget:
             return taken
     raise UsageError(_too_small(recipe, field))
+
+
+def _layer(module: str) -> tuple[str, int] | None:
+    """`model.layers.3.mlp.up_proj` → (`model.layers`, 3); None outside numbered lists."""
+    match = _LAYER.match(module)
+    return (match[1], int(match[2])) if match else None
 
 
 def _ranks(recipe: Recipe, field: Field, measured: Measurements) -> list[int]:
@@ -271,11 +278,7 @@ def _ranks(recipe: Recipe, field: Field, measured: Measurements) -> list[int]:
 
 def _scale(recipe: Recipe, candidate: Candidate, norm: float) -> float:
     """What a relative squared error counts."""
-    if recipe.weigh == "absolute":
-        return norm**2
-    # scripts/study/results/mixed_precision.md: errors near the output cost more, and a factor of two says enough.
-    later = candidate.layer.depth if recipe.weigh == "depth" and candidate.layer else 0.0
-    return candidate.weights * (1.0 + later)
+    return float(candidate.weights) if recipe.weigh == "relative" else norm**2
 
 
 def _adapter_size(candidate: Candidate) -> int:

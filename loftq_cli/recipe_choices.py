@@ -9,7 +9,7 @@ from loftq_cli.numerics.codebooks import DATA_TYPES, LEVELS
 BITS = (2, 3, 4, 8)
 MIXES = ("optimal", "paper")
 PAPER_WIDTHS = (4, 2)  # of the first layers and of the rest (LoftQ section 4)
-WEIGHINGS = ("relative", "absolute", "depth")
+WEIGHINGS = ("relative", "absolute")
 BLOCK_SIZES = (32, 64, 128, 256)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")

@@ -14,7 +14,6 @@ import loftq_cli
 from loftq_cli.api import default_output
 from loftq_cli.cli.plan import mean_bits, output_sizes, widths
 from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.layers import find_layers
 from loftq_cli.planner import Plan
 from loftq_cli.recipe import Recipe, exact_rule, make_recipe, parse_rule
 
@@ -121,26 +120,6 @@ def test_absolute_errors_weigh_large_weights(llama: Path, tmp_path: Path) -> Non
     relative = bits_of(loftq_cli.plan(llama, bits=2.5))
     assert bits_of(loftq_cli.plan(source, bits=2.5)) == relative, "a scale changes no relative error"
     assert bits_of(loftq_cli.plan(source, bits=2.5, weigh="absolute"))[loud.removesuffix(".weight")] == 8
-
-
-def test_depth_moves_bits_to_later_layers(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, vocab_size=64
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "alike")
-    bits = bits_of(loftq_cli.plan(tmp_path / "alike", bits=2.5, weigh="depth", lm_head="quantize"))
-    means = [sum(width for name, width in bits.items() if f"layers.{i}." in name) / 7 for i in range(4)]
-    assert means == sorted(means) and means[0] == 2 and means[3] >= 3
-    assert sum(bits.values()) / len(bits) == pytest.approx(2.5, abs=0.05)
-
-
-def test_layers_are_told_by_their_stack() -> None:
-    first, last, decoder, outside = find_layers(["encoder.layers.0.fc", "encoder.layers.5.fc", "decoder.0", "lm_head"])
-    assert first and last and decoder and outside is None
-    assert (first.stack, first.count, first.depth, last.depth) == ("encoder.layers", 6, 0.0, 1.0)
-    assert (decoder.stack, decoder.index, decoder.count, decoder.depth) == ("decoder", 0, 1, 0.0)
 
 
 def test_loftq_yaml_repeats_it_and_measures_nothing(

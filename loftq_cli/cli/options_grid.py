@@ -25,12 +25,7 @@ TargetSize = Annotated[
     Optional[str], _option("target_size", "Size of the backbone as the budget of --mix.", metavar="SIZE")
 ]
 Weigh = Annotated[
-    Optional[str],
-    _option(
-        "weigh",
-        "What optimal minimises: squared error relative to each matrix, as it is, or relative and counting up to twice "
-        "with depth.",
-    ),
+    Optional[str], _option("weigh", "What optimal minimises: squared error relative to each matrix, or as it is.")
 ]
 DataTypeOption = Annotated[
     Optional[str],
