@@ -4,6 +4,7 @@ run's, byte for byte, and config.json must never be there before the end.
     python scripts/soak/kills.py path/to/model --kills 100
 
 Conversions run in forks of this process, which has imported everything, so that most kills hit work and not imports.
+Some of them work on one matrix at a time and some on two, by chance.
 With two workers the victim is the main process or a worker, by chance.
 """
 
@@ -114,6 +115,7 @@ def start(model: Path, out: Path, recipe: dict, workers: int) -> int:
         return process
     code = 1
     try:
+        torch.set_num_threads(1 + os.getpid() % 2)  # one matrix at a time, or two
         loftq_cli.quantize(model, output=out, num_processes=workers, device="cpu", **recipe)
         code = 0
     except LoftqError as error:
