@@ -25,6 +25,7 @@ from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
 from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
 from loftq_cli.engine.lock import Lock
+from loftq_cli.engine.memory import reused_memory
 from loftq_cli.engine.output import (
     FULL_DISK,
     abandon,
@@ -79,7 +80,7 @@ def run_plan(
     """
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
-    with on_full_disk(plan.output), team or nullcontext():
+    with on_full_disk(plan.output), reused_memory(), team or nullcontext():
         lock = claim(plan, checkpoint, overwrite)
         try:
             finished = _prepare(run)

@@ -108,6 +108,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.estimate import choose_pace
+    from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.run import Run, on_full_disk, work_off
     from loftq_cli.engine.session import Session
@@ -138,7 +139,8 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
         writer.open()
         try:
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            work_off(run, session.claimed(plan), writer, journal)
+            with reused_memory():
+                work_off(run, session.claimed(plan), writer, journal)
         finally:
             writer.close()
     return own_cost(device)
