@@ -52,10 +52,10 @@ def test_memory_limit_gives_up_lanes_then_reading_ahead_and_then_refuses(random_
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        paces = [Pace(True, 2, 1), Pace(True, 1, 2), Pace(False, 1, 2)]
+        paces = [Pace(True, 2, 1, True), Pace(True, 1, 2, True), Pace(False, 1, 2)]
         peaks = [peak_memory(plan.units, CPU, pace) for pace in paces]
         assert peaks == sorted(set(peaks), reverse=True)
-        assert choose_pace(plan, CPU, None) == choose_pace(plan, CPU, 10**12) == paces[0]
+        assert choose_pace(plan, CPU, None) == paces[0] and choose_pace(plan, CPU, 10**12) == Pace(True, 2, 1)
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(LoftqError, match=r"--max-memory 0\.00GB is too little: model\.layers"):

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
-from loftq_cli.engine.run import _by_size
+from loftq_cli.engine.run import by_size
 from loftq_cli.errors import LoftqError
 
-PACE = Pace(read_ahead=True, lanes=3, threads=2)
+PACE = Pace(read_ahead=True, lanes=3, threads=2, keeps_memory=True)
 
 
 def test_every_item_is_done_and_no_more_at_once_than_lanes() -> None:
@@ -97,6 +97,7 @@ def test_large_matrices_are_converted_alone(random_llama: Path, tmp_path: Path, 
     largest = max(plan.units, key=lambda unit: unit.source.nbytes)
     monkeypatch.setattr(module, "working_set", lambda unit, _: LANE_BYTES + (unit is largest))
     run = module.Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
-    (shared, small), (alone, large) = _by_size(run, plan.units)
+    (shared, small), (alone, large) = by_size(run, plan.units)
     assert (shared.lanes, alone.lanes) == (3, 1) and large == [largest]
+    assert shared.keeps_memory and not alone.keeps_memory
     assert len(small) + 1 == len(plan.units)

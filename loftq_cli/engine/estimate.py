@@ -75,7 +75,8 @@ def choose_pace(plan: Plan, device: torch.device, limit: int | None) -> Pace:
     if device.type != "cpu":
         return Pace()
     threads, method = torch.get_num_threads(), plan.recipe.method
-    paces = [Pace(True, lanes, threads // lanes) for lanes in range(min(MOST_LANES, threads), 0, -1)]
+    keeps = limit is None  # gaps are not foreseen
+    paces = [Pace(True, lanes, threads // lanes, keeps) for lanes in range(min(MOST_LANES, threads), 0, -1)]
     paces.append(least := Pace(False, 1, threads))
     for pace in paces:
         if limit is None or peak_memory(plan.units, device, pace, method=method) <= limit:

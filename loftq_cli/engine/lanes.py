@@ -25,11 +25,14 @@ class Pace:
         read_ahead: the next tensor is read while others are converted.
         lanes: units converted at the same time; those above LANE_BYTES are alone all the same.
         threads: torch's threads in each lane.
+        keeps_memory: memory that units of a lane's size free is kept for the next ones. Larger ones would leave gaps of
+            their own size.
     """
 
     read_ahead: bool = True
     lanes: int = 1
     threads: int = 1
+    keeps_memory: bool = False
 
 
 def lane_pool(pace: Pace) -> ThreadPoolExecutor:

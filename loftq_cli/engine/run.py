@@ -80,7 +80,7 @@ def run_plan(
     """
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
-    with on_full_disk(plan.output), reused_memory(), team or nullcontext():
+    with on_full_disk(plan.output), team or nullcontext():
         lock = claim(plan, checkpoint, overwrite)
         try:
             finished = _prepare(run)
@@ -141,9 +141,10 @@ def _convert_rest(
     writer.open()
     try:
         journal = journal_of(run.plan.output)
-        for pace, units in _by_size(run, todo):
-            paced = dataclasses.replace(run, pace=pace)
-            records |= work_off(paced, _while_owned(lock, units), writer, journal)
+        for pace, units in by_size(run, todo):
+            with reused_memory() if pace.keeps_memory else nullcontext():
+                paced = dataclasses.replace(run, pace=pace)
+                records |= work_off(paced, _while_owned(lock, units), writer, journal)
     finally:
         writer.close()
     return records, own_cost(run.device)
@@ -167,13 +168,11 @@ def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
         yield unit
 
 
-def _by_size(run: Run, units: Sequence[Unit]) -> list[tuple[Pace, list[Unit]]]:
+def by_size(run: Run, units: Sequence[Unit]) -> list[tuple[Pace, list[Unit]]]:
     """First what shares the machine, then what is converted alone with all of its threads."""
-    if run.pace.lanes == 1:
-        return [(run.pace, list(units))]
     small = [unit for unit in units if working_set(unit, run.plan.recipe.method) <= LANE_BYTES]
     large = [unit for unit in units if working_set(unit, run.plan.recipe.method) > LANE_BYTES]
-    return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1), large)]
+    return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1, keeps_memory=False), large)]
 
 
 def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Journal) -> dict[str, MatrixRecord]:

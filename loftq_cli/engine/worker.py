@@ -108,7 +108,6 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.estimate import choose_pace
-    from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.run import Run, on_full_disk, work_off
     from loftq_cli.engine.session import Session
@@ -133,14 +132,13 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
             )
         plan = known_moments(plan, checkpoint)
         # Other workers fill the machine already.
-        pace = dataclasses.replace(choose_pace(plan, device, order.max_memory), lanes=1)
+        pace = dataclasses.replace(choose_pace(plan, device, order.max_memory), lanes=1, keeps_memory=False)
         run = Run(plan, checkpoint, device, _telling(tell), pace)
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
         writer.open()
         try:
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            with reused_memory():
-                work_off(run, session.claimed(plan), writer, journal)
+            work_off(run, session.claimed(plan), writer, journal)
         finally:
             writer.close()
     return own_cost(device)
