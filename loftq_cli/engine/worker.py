@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,9 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.artifacts.summary import own_cost
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.estimate import choose_pace
+    from loftq_cli.engine.estimate import choose_pace, working_set
+    from loftq_cli.engine.lanes import LANE_BYTES
+    from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.run import Run, on_full_disk, work_off
     from loftq_cli.engine.session import Session
@@ -131,14 +134,16 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
                 "same model, command and versions."
             )
         plan = known_moments(plan, checkpoint)
-        # Other workers fill the machine already.
-        pace = dataclasses.replace(choose_pace(plan, device, order.max_memory), lanes=1, keeps_memory=False)
-        run = Run(plan, checkpoint, device, _telling(tell), pace)
+        pace = choose_pace(plan, device, order.max_memory)
+        keeps = pace.keeps_memory and all(working_set(unit, recipe.method) <= LANE_BYTES for unit in plan.units)
+        # One lane: the other workers fill the machine already.
+        run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
         writer.open()
         try:
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            work_off(run, session.claimed(plan), writer, journal)
+            with reused_memory() if keeps else nullcontext():
+                work_off(run, session.claimed(plan), writer, journal)
         finally:
             writer.close()
     return own_cost(device)
