@@ -7,7 +7,8 @@ on the validation text and scored by test perplexity; GSM8K, trained on and scor
 Every run has the same steps, learning rate and, for a seed, the same batches in the same order; a seed also draws
 QLoRA's random A. Calibrated starts use the task's own training text. Weights are dequantized to float32 for speed: the
 same numbers as the packed layers give. Runs that are in results/finetune.json already, with the same settings, are not
-repeated. Writes results/finetune.{json,md,png}.
+repeated. Writes results/finetune.{json,md,png}, or under another `--name`: starts differ in the size of their factors,
+and with it in how fast they learn, so results/finetune-faster.* repeats part of it at three times the learning rate.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def convert(run: Run, settings: Settings, arguments: argparse.Namespace, work: P
 
 
 def run_all(arguments: argparse.Namespace, settings: Settings, work: Path) -> dict[str, dict[str, Any]]:
-    found = known_runs(settings)
+    found = known_runs(arguments.name, settings)
     todo = [run for run in plan(arguments) if run.key not in found]
     # The workers are forked only where nothing has used threads yet, so they are spawned.
     import multiprocessing
@@ -191,22 +192,22 @@ def run_all(arguments: argparse.Namespace, settings: Settings, work: Path) -> di
         for done in as_completed(waiting):
             found[waiting[done].key] = done.result()
             print(f"{len(found)} runs, {done.result()}", flush=True)
-            keep(found, settings)
+            keep(arguments.name, found, settings)
     return found
 
 
-def known_runs(settings: Settings) -> dict[str, dict[str, Any]]:
-    path = RESULTS / "finetune.json"
+def known_runs(name: str, settings: Settings) -> dict[str, dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     return known["runs"] if known.get("settings") == asdict(settings) else {}
 
 
-def keep(found: dict[str, dict[str, Any]], settings: Settings) -> None:
+def keep(name: str, found: dict[str, dict[str, Any]], settings: Settings) -> None:
     """What is done so far, for a run that is stopped."""
     RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / ".finetune.json"
+    temporary = RESULTS / f".{name}.json"
     temporary.write_text(json.dumps({"settings": asdict(settings), "runs": found}))
-    os.replace(temporary, RESULTS / "finetune.json")
+    os.replace(temporary, RESULTS / f"{name}.json")
 
 
 def groups(found: dict[str, dict[str, Any]]) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
@@ -242,7 +243,7 @@ def table(found: dict[str, dict[str, Any]], settings: Settings) -> str:
     )
 
 
-def picture(found: dict[str, dict[str, Any]]) -> None:
+def picture(file: str, found: dict[str, dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -268,7 +269,7 @@ def picture(found: dict[str, dict[str, Any]]) -> None:
         axis.set(title=f"{TASKS[task]}: test perplexity after fine-tuning", yscale="log")
         axis.get_yaxis().set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
     axes[0][0].legend(fontsize=8)
-    figure.savefig(RESULTS / "finetune.png", dpi=110)
+    figure.savefig(RESULTS / f"{file}.png", dpi=110)
 
 
 def main() -> None:
@@ -287,6 +288,7 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=8192)
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--name", default="finetune", help="of the results' files")
     parser.add_argument("--work", type=Path, help="keep the conversions here, for a second run")
     arguments = parser.parse_args()
     names = ("rank", "steps", "batch", "length", "learning_rate", "test_tokens", "calibration_tokens")
@@ -295,8 +297,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         found = run_all(arguments, settings, arguments.work or Path(temporary))
     seconds = round(time.perf_counter() - started, 1)
-    save("finetune", {"settings": asdict(settings), "seconds": seconds, "runs": found}, table(found, settings))
-    picture(found)
+    save(arguments.name, {"settings": asdict(settings), "seconds": seconds, "runs": found}, table(found, settings))
+    picture(arguments.name, found)
 
 
 if __name__ == "__main__":
