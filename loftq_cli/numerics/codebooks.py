@@ -39,8 +39,8 @@ _NF_SYM_POSITIVE: dict[int, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-# The NF4 codes that leave the least squared error at fitted scales, over all subsets with both ends, on Gaussian blocks
-# and on blocks of trained matrices together (scripts/study/subsets.py): within 1 to 3 % of levels of a matrix's own.
+# NF4 codes that leave nearly the least squared error at fitted scales, of all subsets with both ends, on blocks of
+# Gaussian numbers and of trained matrices (scripts/study/subsets.py): within 1 to 3 % of a matrix's own levels.
 _NF4_SUBSET: dict[int, tuple[int, ...]] = {2: (0, 4, 10, 15), 3: (0, 2, 4, 6, 8, 11, 13, 15), 4: tuple(range(16))}
 
 
