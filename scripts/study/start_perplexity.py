@@ -134,6 +134,7 @@ def picture(records: list[dict[str, Any]]) -> None:
             axis.set(xscale="log", yscale="log", title=f"{title}, {width} bits", xlabel="rank", ylabel="perplexity")
             axis.set_xticks(sorted({r["rank"] for r in records[1:]}))
             axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.get_xaxis().set_minor_locator(matplotlib.ticker.NullLocator())
             axis.get_yaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
             axis.get_yaxis().set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.4g"))
     axes[0][0].legend(fontsize=8)
