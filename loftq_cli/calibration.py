@@ -57,6 +57,7 @@ def pin_calibration(recipe: Recipe) -> Recipe:
 
 
 def _hash_of_moments(path: Path, recipe: Recipe) -> str:
+    from loftq_cli.engine.output import hash_file
     from loftq_cli.forward.moments import open_moments
 
     if not path.is_file():
@@ -64,15 +65,7 @@ def _hash_of_moments(path: Path, recipe: Recipe) -> str:
     about = open_moments(path).about
     if recipe.calibrate_kind == "full" and about["kind"] == "diagonal":
         raise UsageError(f"--calibrate-kind full: {path} holds only diagonals; collect it again with that flag.")
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(handle)
-
-
-def _hash(handle: object) -> str:
-    digest = hashlib.sha256()
-    while chunk := handle.read(1 << 20):  # type: ignore[attr-defined]
-        digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(path).sha256
 
 
 def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporter: Reporter) -> Plan:

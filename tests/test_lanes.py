@@ -91,12 +91,13 @@ def test_a_damaged_matrix_ends_the_run_by_its_name(random_llama: Path, tmp_path:
 
 
 def test_large_matrices_are_converted_alone(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
-    from loftq_cli.engine import run as module
+    from loftq_cli.engine import estimate
+    from loftq_cli.engine.run import Run
 
     plan = loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2)
     largest = max(plan.units, key=lambda unit: unit.source.nbytes)
-    monkeypatch.setattr(module, "working_set", lambda unit, _: LANE_BYTES + (unit is largest))
-    run = module.Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
+    monkeypatch.setattr(estimate, "working_set", lambda unit, _: LANE_BYTES + (unit is largest))
+    run = Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
     (shared, small), (alone, large) = by_size(run, plan.units)
     assert (shared.lanes, alone.lanes) == (3, 1) and large == [largest]
     assert shared.keeps_memory and not alone.keeps_memory

@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from loftq_cli.checkpoint import pickled, safetensors
 from loftq_cli.checkpoint.base import Checkpoint
-from loftq_cli.checkpoint.hub_errors import CutShort, HubModel, hub_errors, passes, patiently
+from loftq_cli.checkpoint.hub_errors import OPENING_ATTEMPTS, CutShort, HubModel, hub_errors, passes, patiently
 from loftq_cli.checkpoint.local import pick_files, read_index
 from loftq_cli.checkpoint.meta import read_ranks
 from loftq_cli.checkpoint.remote import open_remote
@@ -31,7 +31,6 @@ from loftq_cli.errors import ExitCode, LoftqError, UsageError
 _BESIDE = ("config.json", "README.md")  # the card tells the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
 _FOREIGN = re.compile(r".*\.(gguf|ggml|h5|msgpack|onnx|ckpt|npz|pth|pt|bin|safetensors)")
-_OPENING_ATTEMPTS = 3  # nothing is lost yet, so the sentence comes after seconds
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _no_weights(model: HubModel, top: Sequence[str]) -> str:
 
 def _list(model: HubModel) -> tuple[str, list[str]]:
     """The commit and its files."""
-    found = patiently(lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), _OPENING_ATTEMPTS)
+    found = patiently(lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), OPENING_ATTEMPTS)
     if found.sha is None:
         raise LoftqError(f"the Hub names no commit of {model}: give one with --revision.")
     return found.sha, [file.rfilename for file in found.siblings or ()]

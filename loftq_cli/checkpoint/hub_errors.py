@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from loftq_cli.errors import ExitCode, LoftqError
 
 ATTEMPTS = 7
+OPENING_ATTEMPTS = 3  # nothing is lost yet, so the sentence comes after seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 _LONGEST_WISH = 600.0  # seconds; the Hub counts requests in windows of five minutes
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})

@@ -97,6 +97,11 @@ def working_set(unit: Unit, method: str = "loftq") -> int:
     return unit.source.nbytes + per_weight * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
 
 
+def fits_a_lane(unit: Unit, method: str = "loftq") -> bool:
+    """Whether a unit may share the machine with others of its size."""
+    return working_set(unit, method) <= LANE_BYTES
+
+
 def resident_memory() -> int:
     """Resident bytes of this process now: interpreter and libraries, before any work."""
     try:
@@ -119,7 +124,7 @@ class _Trials:
     def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:
         """Converting one matrix; of those that share the machine, its share of the time."""
         assert unit.matrix is not None
-        pace = pace if working_set(unit, recipe.method) <= LANE_BYTES else Pace(threads=torch.get_num_threads())
+        pace = pace if fits_a_lane(unit, recipe.method) else Pace(threads=torch.get_num_threads())
         trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
         rank = unit.target.rank if unit.target else 0
         work = [

@@ -20,10 +20,10 @@ from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, par
 from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.convert import Converted, convert
-from loftq_cli.engine.estimate import choose_pace, working_set
+from loftq_cli.engine.estimate import choose_pace, fits_a_lane
 from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
-from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
+from loftq_cli.engine.lanes import Pace, in_lanes
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.memory import reused_memory
 from loftq_cli.engine.output import (
@@ -170,8 +170,8 @@ def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
 
 def by_size(run: Run, units: Sequence[Unit]) -> list[tuple[Pace, list[Unit]]]:
     """First what shares the machine, then what is converted alone with all of its threads."""
-    small = [unit for unit in units if working_set(unit, run.plan.recipe.method) <= LANE_BYTES]
-    large = [unit for unit in units if working_set(unit, run.plan.recipe.method) > LANE_BYTES]
+    small = [unit for unit in units if fits_a_lane(unit, run.plan.recipe.method)]
+    large = [unit for unit in units if not fits_a_lane(unit, run.plan.recipe.method)]
     return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1, keeps_memory=False), large)]
 
 

@@ -108,8 +108,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.artifacts.summary import own_cost
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.estimate import choose_pace, working_set
-    from loftq_cli.engine.lanes import LANE_BYTES
+    from loftq_cli.engine.estimate import choose_pace, fits_a_lane
     from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.run import Run, on_full_disk, work_off
@@ -135,7 +134,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
             )
         plan = known_moments(plan, checkpoint)
         pace = choose_pace(plan, device, order.max_memory)
-        keeps = pace.keeps_memory and all(working_set(unit, recipe.method) <= LANE_BYTES for unit in plan.units)
+        keeps = pace.keeps_memory and all(fits_a_lane(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
         run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)

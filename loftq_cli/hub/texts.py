@@ -17,11 +17,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from loftq_cli.checkpoint.hub_errors import CutShort, patiently, reason
+from loftq_cli.checkpoint.hub_errors import OPENING_ATTEMPTS, CutShort, patiently, reason
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
-_ATTEMPTS = 3
 _TRAINING = re.compile(r"(^|[-_./])train")
 
 
@@ -47,7 +46,7 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
     assert match is not None, "may_be_dataset was asked"
     repo, place = match["repo"], (match["place"] or "").rstrip("/")
     try:
-        found = patiently(lambda: HfApi().dataset_info(repo, timeout=30.0), _ATTEMPTS)
+        found = patiently(lambda: HfApi().dataset_info(repo, timeout=30.0), OPENING_ATTEMPTS)
         file = _choose([sibling.rfilename for sibling in found.siblings or ()], place, suffixes)
         if file is None:
             where = f"{place} of the dataset {repo}" if place else f"the dataset {repo}"

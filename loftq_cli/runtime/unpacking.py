@@ -151,10 +151,6 @@ class Unpack(ConversionOps):
         dense = dense.unflatten(0, codes.shape[:-1])
         return dense.transpose(-1, -2).contiguous() if parameter.transposed else dense
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError  # `Unpacking.restore` takes this operation out before anything is saved
-
 
 def _tensors(value: Any) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
