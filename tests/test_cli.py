@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import typer.testing
 
 from loftq_cli.cli import app
 from loftq_cli.cli.terminal import duration, gigabytes
+from loftq_cli.waiting import brief_spins
 
 runner = typer.testing.CliRunner()
 
@@ -139,3 +142,12 @@ def test_the_shell_completes(words: str, at: int, expected: str) -> None:
 def test_numbers_for_people() -> None:
     assert gigabytes(26_030_000_000) == "26 GB" and gigabytes(91_400_000) == "91.4 MB" and gigabytes(12) == "12 B"
     assert duration(8.44) == "8.4 s" and duration(200) == "3 min 20 s" and duration(3900) == "1 h 05 min"
+
+
+def test_idle_threads_sleep_soon_unless_the_user_decides() -> None:
+    assert brief_spins({"HOME": "/root"}) == {"GOMP_SPINCOUNT": "3000"}
+    assert brief_spins({"GOMP_SPINCOUNT": "7"}) == {} == brief_spins({"OMP_WAIT_POLICY": "active"})
+    code = "import os, sys; sys.argv = ['loftq', '--help']\nfrom loftq_cli.cli import main\ntry: main()\n"
+    code += "finally: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False 3000"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.verify import verify_command
+from loftq_cli.waiting import brief_spins
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -71,4 +73,5 @@ def _root(
 
 def main() -> None:
     """The console script."""
+    os.environ.update(brief_spins(os.environ))
     app()

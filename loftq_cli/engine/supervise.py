@@ -26,6 +26,7 @@ from loftq_cli.engine.session import MAIN, Presence, Session, Silence, Status
 from loftq_cli.engine.worker import Order
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.planner import Plan, Unit
+from loftq_cli.waiting import brief_spins
 
 _LOOK_SECONDS = 0.1
 _LEAVE_SECONDS = 30.0  # for a worker that has nothing left to do
@@ -168,7 +169,7 @@ def _start(order: Order, state: Path) -> Child:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # What a launcher told this process does not hold for its workers.
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), **brief_spins(env)}
     if order.threads is not None:
         env["OMP_NUM_THREADS"] = str(order.threads)
     log = open(state / f"worker.{order.rank}.log", "w+b")  # noqa: SIM115

@@ -12,6 +12,8 @@ scripts/bench/results/matrix.json.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import Codebook, codebook
 from loftq_cli.numerics.loftq import fast_step, loftq
+from loftq_cli.waiting import brief_spins
 
 _BLOCK = 64
 _LARGEST_BASELINE = 4096 * 4096
@@ -130,6 +133,8 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="run the full-SVD baseline on any size")
     asked = parser.parse_args()
+    if missing := brief_spins(os.environ):  # the command line's environment, for both; torch has read this one already
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     results = {}
     for size in asked.sizes:
         rows, _, columns = size.partition("x")
