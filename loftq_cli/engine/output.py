@@ -11,7 +11,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,26 @@ def check_file(path: Path, file: TensorFile, hashes: Mapping[str, str]) -> tuple
         header = b"".join(read_pieces(handle, 0, len(file.header)))
         whole.update(header)
         damaged += [] if header == file.header else [HEADER]
-        for tensor in file.tensors:
-            for span in file.spans(tensor):
-                own = hashlib.sha256()
-                for piece in read_pieces(handle, span.start, span.nbytes):
-                    whole.update(piece)
-                    own.update(piece)
-                expected = hashes[span.name] if span.name else hashlib.sha256(bytes(span.nbytes)).hexdigest()
-                damaged += [] if own.hexdigest() == expected else [tensor.name]
+        with ThreadPoolExecutor(2, "loftq-hash") as beside:
+            for tensor in file.tensors:
+                for span in file.spans(tensor):
+                    own = _hash_twice(read_pieces(handle, span.start, span.nbytes), whole, beside)
+                    expected = hashes[span.name] if span.name else hashlib.sha256(bytes(span.nbytes)).hexdigest()
+                    damaged += [] if own == expected else [tensor.name]
         size = os.fstat(handle).st_size
         return FileRecord(size, whole.hexdigest()), damaged if size == file.nbytes else [HEADER, *damaged]
     finally:
         os.close(handle)
+
+
+def _hash_twice(pieces: Iterator[bytes], whole: hashlib._Hash, beside: Executor) -> str:
+    """The sha256 of the pieces; meanwhile `whole` takes them too, and the next one is read, on other cores."""
+    own, following = hashlib.sha256(), beside.submit(next, pieces, b"")
+    while piece := following.result():
+        following, taken = beside.submit(next, pieces, b""), beside.submit(whole.update, piece)
+        own.update(piece)
+        taken.result()
+    return own.hexdigest()
 
 
 def hash_file(path: Path) -> FileRecord:
