@@ -7,11 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.threads import cholesky, eigh, product, qr
+from loftq_cli.numerics.threads import cholesky, eigh, lower_gram, product, qr
 
-# Shares of a column that outlive the projection: float32 has seven digits, and half of them where it is squared.
-_MUCH_LEFT = {True: 0.5, False: 5e-2}
-_NOTHING_LEFT = {True: 1e-5, False: 2e-3}
+# Shares of its length that a column must keep in the projection for one round to do, and for two; and how far columns
+# must stand apart, as the least diagonal entry of their correlations' Cholesky factor. float32 has seven digits, and
+# half of them where it is squared.
+_MUCH_LEFT = {True: 0.5, False: 2e-3}
+_NOTHING_LEFT = 1e-5
+_FAR_APART = {True: 0.1, False: 5e-2}
+_ALIKE = {True: 1e-5, False: 2e-3}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful:
         if level < depth:
             image = orthonormal(image, image[:, :0], careful=True) if careful else image
             block = product(matrix.T, image.to(matrix.dtype)).float()
-    wide = images.double() if careful else images
-    captured, vectors = eigh(wide.T @ wide)
+    captured, vectors = eigh(lower_gram(images.double() if careful else images))
     captured, vectors = captured[-rank:].flip(0).float(), vectors[:, -rank:].flip(1).float()
     return RitzPairs(basis @ vectors, images @ vectors, captured)
 
@@ -58,21 +61,29 @@ def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful:
 def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
     """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR.
 
-    Where little is left of some column, float32 has lost its digits, and a second round restores orthogonality; where
-    nothing is left, Householder QR fills the block up.
+    Where little is left of some column, or columns are nearly alike, float32 has lost their digits, and a second round
+    restores orthogonality; where nothing is left, Householder QR fills the block up.
     """
     for _ in range(2):
-        before = block.norm(dim=0).max()
+        before = block.square().sum(dim=0).sqrt()
         block = _without(block, basis)
         wide = block.double() if careful else block
-        factor, failed = cholesky(wide.T @ wide)
-        left = factor.diagonal().min()
-        if failed or left <= _NOTHING_LEFT[careful] * before:
-            return _householder(block / before.clamp(min=torch.finfo(torch.float32).tiny), basis)
-        block = torch.linalg.solve_triangular(factor.float().T, block, upper=True, left=False)
-        if left > _MUCH_LEFT[careful] * before:
+        gram = wide.T @ wide
+        lengths = gram.diagonal().sqrt()
+        factor, failed = cholesky(gram / lengths.outer(lengths))  # what counts is how columns differ in direction
+        apart, left = factor.diagonal().min(), (lengths / before).min()
+        if failed or not (apart > _ALIKE[careful] and left > _NOTHING_LEFT):
+            return _householder(block / before.max().clamp(min=torch.finfo(torch.float32).tiny), basis)
+        block = block @ (_inverse(factor) / lengths.unsqueeze(1)).float()
+        if apart > _FAR_APART[careful] and left > _MUCH_LEFT[careful]:
             break
     return block
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """L⁻ᵀ of a lower triangle L [l, l]: a product with it takes half the time of solving for a tall block."""
+    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor.T, identity, upper=True)
 
 
 def _householder(block: Tensor, basis: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics.krylov import orthonormal, ritz_pairs
-from loftq_cli.numerics.threads import eigh, product, svd
+from loftq_cli.numerics.threads import eigh, lower_gram, product, svd
 
 FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next
 _FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
@@ -80,7 +80,7 @@ def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRa
     if residual.shape[0] < residual.shape[1]:
         return gram_low_rank(residual.T, rank, careful=careful).transposed
     wide = residual.double() if careful else residual
-    _, vectors = eigh(wide.T @ wide)
+    _, vectors = eigh(lower_gram(wide))
     basis = vectors[:, -rank:]
     return _decompose((wide @ basis).double(), basis.double())
 

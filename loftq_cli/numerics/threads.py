@@ -8,7 +8,7 @@ products, which may part the inner dimension among threads, are not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial, wraps
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _PANEL = 512  # rows of a product that one thread computes
+_TRIANGLE = 4  # panels of a symmetric product, of which only one triangle is needed
 
 
 def one_thread(decompose: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -50,13 +51,34 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
     def work(start: int) -> None:
         torch.mm(left[start : start + _PANEL], right, out=result[start : start + _PANEL])
 
+    _share(work, starts)
+    return result
+
+
+def lower_gram(matrix: Tensor) -> Tensor:
+    """MᵀM [k, k] of M [n, k], for `eigh`, which reads the lower triangle: on the CPU the rest holds zeros."""
+    if matrix.device.type != "cpu":
+        return matrix.T @ matrix
+    width = matrix.shape[1]
+    gram = matrix.new_zeros(width, width)
+    panel = -(-width // _TRIANGLE)
+
+    def work(start: int) -> None:
+        end = min(start + panel, width)
+        torch.mm(matrix[:, start:end].T, matrix[:, :end], out=gram[start:end, :end])
+
+    _share(work, range(0, width, panel)[::-1])  # the longest first
+    return gram
+
+
+def _share(work: Callable[[int], None], starts: Sequence[int]) -> None:
+    """`work` on every panel, each on one of torch's threads."""
     threads = min(torch.get_num_threads(), len(starts))
     if threads == 1 and torch.get_num_threads() == 1:
         for start in starts:
             work(start)
     else:
         list(_pool(os.getpid(), threads).map(work, starts))
-    return result
 
 
 @cache
