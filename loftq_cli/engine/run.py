@@ -41,6 +41,7 @@ from loftq_cli.engine.supervise import Team, supervise
 from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.forward.moments import open_moments
+from loftq_cli.kernels import load_kernels
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.units import UNWEIGHTED
 
@@ -78,6 +79,8 @@ def run_plan(
         LoftqError: a weight cannot be converted; the disk is full, a worker died, or what was written does not read
             back (exit code 4: the same command goes on).
     """
+    if team is None:
+        load_kernels(device)  # part of starting up, as importing torch is
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
     with on_full_disk(plan.output), team or nullcontext():

@@ -26,6 +26,12 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     return BlockQuantizer(grid) if compiled is None or grid.nested else compiled.blocks(grid)
 
 
+def load_kernels(device: torch.device) -> None:
+    """Import, and on first use compile, what `block_quantizer` will give, so that the first matrices need not wait."""
+    if device.type == "cpu":
+        _compiled_quantizers()
+
+
 @dataclass(frozen=True)
 class _Compiled:
     blocks: Callable[[BlockGrid], Quantizer]

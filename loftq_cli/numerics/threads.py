@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _PANEL = 512  # rows of a product that one thread computes
+_WHOLE = 768  # up to so many rows a second panel costs more than a second thread gains
 _TRIANGLE = 4  # panels of a symmetric product, of which only one triangle is needed
 
 
@@ -46,12 +47,13 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
     if left.device.type != "cpu" or left.dtype != torch.bfloat16:
         return torch.mm(left, right, out=out)
     result = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype) if out is None else out
-    starts = range(0, left.shape[0], _PANEL)
+    rows = left.shape[0]
+    panel = _PANEL if rows > _WHOLE else rows
 
     def work(start: int) -> None:
-        torch.mm(left[start : start + _PANEL], right, out=result[start : start + _PANEL])
+        torch.mm(left[start : start + panel], right, out=result[start : start + panel])
 
-    _share(work, starts)
+    _share(work, range(0, rows, panel))
     return result
 
 
