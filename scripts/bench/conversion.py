@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -63,8 +64,10 @@ def bench(name: str, work: Path, recipe: dict[str, Any], device: str) -> dict[st
     totals = convert_once(source, output, recipe, device)
     shutil.rmtree(output)
     weights = plan.quantized_weights
-    result = {"shape": name, "recipe": recipe, "device": device, "quantized_weights": weights, **estimated, **totals}
-    result["seconds_per_billion"] = round(totals["seconds"] / weights * 1e9, 2)
+    parameters = sum(math.prod(unit.source.shape) for unit in plan.units)
+    result = {"shape": name, "recipe": recipe, "device": device, "parameters": parameters, **estimated, **totals}
+    result["seconds_per_billion"] = round(totals["seconds"] / parameters * 1e9, 2)
+    result["seconds_per_billion_quantized"] = round(totals["seconds"] / weights * 1e9, 2)
     if device == "cpu":
         rates = measure_rates(work, torch.get_num_threads())
         floor = floor_seconds(plan, count_products(plan), rates)
@@ -83,15 +86,17 @@ def _drop_cache(folder: Path) -> None:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     table = Table(title="whole conversions", title_justify="left")
-    for column in ("shape", "weights", "seconds", "s / billion", "× floor", "peak memory", "residual"):
+    columns = "shape", "parameters", "seconds", "s / billion", "of quantized", "× floor", "peak memory", "residual"
+    for column in columns:
         table.add_column(column, justify="right")
     for r in results:
         peak = r["peak_device_memory_bytes"] or r["peak_memory_bytes"]
         table.add_row(
             r["shape"],
-            f"{r['quantized_weights'] / 1e9:.2f} b",
+            f"{r['parameters'] / 1e9:.2f} b",
             f"{r['seconds']:.1f}",
             f"{r['seconds_per_billion']:.1f}",
+            f"{r['seconds_per_billion_quantized']:.1f}",
             str(r.get("times_the_floor", "-")),
             f"{peak / 2**30:.2f} GiB",
             f"{r['plain_residual']:.4f} → {r['residual']:.4f}",

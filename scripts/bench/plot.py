@@ -29,13 +29,15 @@ def table(matrix: Records, conversion: Records) -> str:
             f"| {key} | {_machine(record)} | {record['ours']['seconds']} | {svd} | {record.get('times_faster', '')} | "
             f"{record.get('kept_residual_ratio', '')} |"
         )
-    lines += ["", "| whole conversion | machine | s | s per 10⁹ weights | times the floor | plan said, s | peak, GiB |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
-    for key, record in conversion.items():
+    lines += ["", "| whole conversion | machine | s | s per 10⁹ parameters | of those quantized | times the floor | "]
+    lines[-1] += "plan said, s | peak, GiB |"
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+    for key, record in sorted(conversion.items(), key=lambda item: item[1]["parameters"]):
         peak = record["peak_device_memory_bytes"] or record["peak_memory_bytes"]
         lines.append(
             f"| {key} | {_machine(record)} | {record['seconds']:.1f} | {record['seconds_per_billion']:.1f} | "
-            f"{record.get('times_the_floor', '')} | {record.get('estimated_seconds', '')} | {peak / 2**30:.2f} |"
+            f"{record['seconds_per_billion_quantized']:.1f} | {record.get('times_the_floor', '')} | "
+            f"{record.get('estimated_seconds', '')} | {peak / 2**30:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -51,7 +53,7 @@ def picture(matrix: Records, conversion: Records, quality: Records, path: Path) 
     faster = {key: r["times_faster"] for key, r in matrix.items() if "times_faster" in r}
     _bars(axes[0, 0], faster, "times faster than the full-SVD algorithm", "{:.0f}")
     cost = {key: r["seconds_per_billion"] for key, r in conversion.items()}
-    _bars(axes[0, 1], cost, "seconds per 10⁹ quantized weights", "{:.1f}")
+    _bars(axes[0, 1], cost, "seconds per 10⁹ parameters", "{:.1f}")
     peak = {k: (r["peak_device_memory_bytes"] or r["peak_memory_bytes"]) / 2**30 for k, r in conversion.items()}
     _bars(axes[1, 0], peak, "peak memory, GiB", "{:.2f}")
     ratios = [100 * (value - 1) for record in quality.values() for value in record["ratios"]]

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 def commands(work: Path, models: list[Path], large: bool) -> list[list[str]]:
     """The scripts to run, with their arguments, shortest first."""
     gpu = torch.cuda.is_available()
-    shapes = ["1b", "7b", "13b"] if gpu else ["0.1b", "1b", "3b"]
+    shapes = ["1b", "7b", "13b"] if gpu else ["0.1b", "0.4b-deep", "1b", "3b"]
     found = [["matrix.py", "1024", "4096", "--rank", "16", "64", "--bits", "2", "4"]]
     if models:
         found.append(["quality.py", *map(str, models)])
@@ -33,8 +33,7 @@ def commands(work: Path, models: list[Path], large: bool) -> list[list[str]]:
     found.append(["workers.py", "1b", "--work", str(work)])
     if large:
         found.append(["conversion.py", "13b", "--work", str(work), "--device", "cuda" if gpu else "cpu"])
-        found.append(["matrix.py", "5120x13824", "--rank", "16", "64", "--bits", "2", "4"])
-        found.append(["matrix.py", "5120x13824", "--rank", "64", "--bits", "2", "--full"])
+        found.append(["matrix.py", "5120x13824", "--rank", "64", "16", "--bits", "2", "4", "--full"])
     return [*found, ["plot.py"]]
 
 

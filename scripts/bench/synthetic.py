@@ -37,6 +37,7 @@ class Shape:
 
 SHAPES = {
     "0.1b": Shape(768, 2048, 12, 12, 12),
+    "0.4b-deep": Shape(768, 2048, 48, 12, 12),  # the same matrices, four times as many layers
     "1b": Shape(2048, 5632, 22, 32, 4),
     "3b": Shape(3200, 8640, 26, 32, 32),
     "7b": Shape(4096, 11008, 32, 32, 32),
