@@ -28,7 +28,8 @@ def commands(work: Path, models: list[Path], large: bool) -> list[list[str]]:
     shapes = ["1b", "7b", "13b"] if gpu else ["0.1b", "0.4b-deep", "1b", "3b"]
     found = [["matrix.py", "1024", "4096", "--rank", "16", "64", "--bits", "2", "4"]]
     if models:
-        found.append(["quality.py", *map(str, models)])
+        found.append(["quality.py", *map(str, models), "--rank", "16", "64"])
+        found.append(["quality.py", *map(str, models), "--rank", "16", "64", "--stack", "2"])
     found.append(["conversion.py", *shapes, "--work", str(work), "--device", "cuda" if gpu else "cpu"])
     found.append(["workers.py", "1b", "--work", str(work)])
     if large:
