@@ -107,7 +107,7 @@ class _Stack:
             return [None] * len(self.seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         for t in range(1, iters + 1):
-            step = self._quantize(found)
+            step = self._quantize(found, kept)
             plain = step.norms if t == 1 else plain
             ranks = low_ranks(
                 step.residuals, step.norms, self.rank, previous=found, generators=generators, half=self.half
@@ -127,12 +127,14 @@ class _Stack:
             kept, sound = self._settled(kept, step.norms, sound)
         return self._results(kept, sound, norms, plain, lefts)
 
-    def _quantize(self, found: LowRanks | None) -> _Step:
+    def _quantize(self, found: LowRanks | None, kept: _Kept | None) -> _Step:
         """Q of W - BA, for the stack as one matrix [b * out, in]."""
         tall = self.weights.flatten(0, 1)
         target = tall
-        if found is not None:
-            product = found.product(torch.bfloat16 if self.half else torch.float32)
+        if found is not None and kept is not None:
+            # Quantizers of groups take BA in float32 all the same.
+            rounds = self.half and isinstance(kept.quantized, QuantizedBlocks)
+            product = found.product(torch.bfloat16 if rounds else torch.float32)
             target = (self.weights - product.float()).flatten(0, 1)
         step = self.quantizer.quantize_residual(tall, target)
         residuals = step.residual.view_as(self.weights)
