@@ -90,7 +90,7 @@ class CudaTransfers:
         self._pins = True  # until the system refuses
 
     def stage(self, tensor: Tensor) -> Staged:
-        with torch.cuda.stream(self._inward):  # this thread's current stream, and its current device
+        with self._current(self._inward):
             room = self._page_locked(tensor)
             source = tensor if room is None else room.copy_(tensor)
             try:
@@ -117,7 +117,7 @@ class CudaTransfers:
         return Leaving(whole, computed)
 
     def land(self, leaving: Leaving) -> dict[str, Tensor]:
-        with torch.cuda.stream(self._outward):
+        with self._current(self._outward):
             if leaving.computed is not None:
                 self._outward.wait_event(leaving.computed)
             landed = {name: self._fetch(tensor) for name, tensor in leaving.tensors.items()}
@@ -125,6 +125,14 @@ class CudaTransfers:
             copied.record(self._outward)
         copied.synchronize()
         return landed
+
+    def _current(self, stream: torch.cuda.Stream) -> torch.cuda.StreamContext:
+        """A context in which work of this thread, of no other, goes to `stream`.
+
+        The device stays the thread's current one: going back to GPU 0 would take memory there in every worker.
+        """
+        torch.cuda.set_device(self._device)
+        return torch.cuda.stream(stream)
 
     def _fetch(self, tensor: Tensor) -> Tensor:
         """On the CPU once `_outward` gets there."""
