@@ -14,6 +14,7 @@ from test_quantize import load_plainly
 from test_resume import StopAfter, tensors
 
 import loftq_cli
+from loftq_cli.engine import estimate as estimate_module
 from loftq_cli.engine import pipeline
 from loftq_cli.engine.batches import Batch, batch_size, form_batches
 from loftq_cli.engine.convert import Converted
@@ -208,3 +209,19 @@ def test_a_gpu_gets_batches_and_its_estimate_counts_them() -> None:
     matrix = max(unit.matrix.weights for unit in plan.matrices)
     assert one > 33 * matrix and several - one > 33 * matrix
     assert one - peak_memory(plan, gpu, Pace(read_ahead=False)) == max(unit.source.nbytes for unit in plan.matrices)
+
+
+def test_a_trial_is_of_a_batch_where_there_will_be_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(estimate_module, "choose_pace", lambda *_: TOGETHER)
+    tried: list[int] = []
+    real = estimate_module.convert_together
+
+    def convert_together(units: Sequence[Unit], *rest) -> list[Converted]:
+        tried.append(len(units))
+        return real(units, *rest)
+
+    monkeypatch.setattr(estimate_module, "convert_together", convert_together)
+    plan = loftq_cli.plan(saved("mixtral").folder, output=tmp_path / "out", **RECIPE)
+    found = estimate_module.estimate(plan, torch.device("cpu"))
+    assert tried and set(tried) == {3} and found.seconds > 0

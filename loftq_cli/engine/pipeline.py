@@ -110,7 +110,7 @@ def _finish(task: Task, run: Run, transfers: Transfers) -> deque[Finished]:
 def _together(
     units: Sequence[Unit], tensors: Sequence[Tensor], run: Run, transfers: Transfers
 ) -> list[Finished] | None:
-    """None where the device has too little memory for all of them at once."""
+    """None where the device has too little memory for all of them at once: then their last bits may differ."""
     try:
         converted = convert_together(units, tensors, run.plan.recipe, run.device)
         return [_leaving(unit, one, transfers) for unit, one in zip(units, converted)]

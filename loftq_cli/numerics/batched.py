@@ -100,8 +100,9 @@ class _Stack:
 
     def run(self, iters: int, keep_last: bool) -> list[LoftQResult | None]:
         """As `batched_loftq`, except that eigenvalue solvers may fail."""
-        norms, plain, lefts = norms_of(self.weights), torch.empty(0), list[Tensor]()
-        sound, found = in_range(norms), None
+        norms = plain = norms_of(self.weights)
+        sound, lefts = in_range(norms), list[Tensor]()
+        found: LowRanks | None = None
         kept: _Kept | None = None
         if not bool(torch.isfinite(norms).all()):  # compiled quantizers are made for numbers
             return [None] * len(self.seeds)
@@ -115,14 +116,13 @@ class _Stack:
             squares = step.norms.square() - ranks.ranks.energies
             sound = sound & ranks.sound & (squares > _CANCELLING * step.norms.square())
             if not bool(sound.any()):
-                break
+                return [None] * len(self.seeds)
             found = ranks.ranks.where(sound)  # NaN would spread to the next target
             lefts.append(squares.clamp(min=0).sqrt())
             now = _Kept(torch.full_like(sound, t, dtype=torch.int64), lefts[-1], step.quantized, found)
             better = torch.full_like(sound, True) if kept is None or keep_last else lefts[-1] < kept.left
             kept = now if kept is None else now.where(better, kept)
-        if kept is None:
-            return [None] * len(self.seeds)
+        assert kept is not None, "there is at least one step"
         if self.half:
             kept, sound = self._settled(kept, step.norms, sound)
         return self._results(kept, sound, norms, plain, lefts)
