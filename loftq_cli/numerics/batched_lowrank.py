@@ -107,8 +107,8 @@ def low_ranks(
 def refined(residuals: Tensor, ranks: LowRanks) -> Found:
     """`lowrank.refine` of each: the exact projections of float32 `residuals` on the directions of `ranks`."""
     every = torch.ones(len(residuals), dtype=torch.bool, device=residuals.device)
-    basis = _orthonormal(Block(ranks.v, every), ranks.v[..., :0], careful=True)
-    return _decomposed((residuals @ basis.columns).double(), basis.columns.double(), basis.sound)
+    basis = _orthonormal(Flagged(ranks.v, every), ranks.v[..., :0], careful=True)
+    return _decomposed((residuals @ basis.values).double(), basis.values.double(), basis.sound)
 
 
 def norms_of(matrices: Tensor) -> Tensor:
@@ -123,11 +123,20 @@ def in_range(norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Columns [b, n, l], and of which matrices they are what they should be: bool [b]."""
+class Flagged:
+    """Matrices [b, m, n], and which of them are what they should be: bool [b]."""
 
-    columns: Tensor
+    values: Tensor
     sound: Tensor
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A round of Cholesky-QR: its columns; the least that was left of one, and the most that was there, [b]."""
+
+    block: Flagged
+    left: Tensor
+    before: Tensor
 
 
 def _start(
@@ -137,7 +146,7 @@ def _start(
     known = residuals.new_empty(*residuals.mT.shape[:2], 0) if previous is None else previous.v[..., : space.width]
     n, width = residuals.shape[2], space.width - known.shape[2]
     fresh = [torch.randn(n, width, generator=generator) / math.sqrt(n) for generator in generators]
-    return torch.cat([known.float(), torch.stack(fresh).to(residuals.device)], dim=2)
+    return torch.cat([known, torch.stack(fresh).to(residuals.device)], dim=2)
 
 
 def _ritz(matrices: Tensor, start: Tensor, space: _Space, sound: Tensor) -> Found:
@@ -148,63 +157,64 @@ def _ritz(matrices: Tensor, start: Tensor, space: _Space, sound: Tensor) -> Foun
     block = start
     for level in range(levels):
         here = slice(level * width, (level + 1) * width)
-        fresh = _orthonormal(Block(block, sound), basis[..., : here.start], careful=False)
-        basis[..., here], sound = fresh.columns, fresh.sound
-        image = matrices @ fresh.columns.to(matrices.dtype)
+        fresh = _orthonormal(Flagged(block, sound), basis[..., : here.start], careful=False)
+        basis[..., here], sound = fresh.values, fresh.sound
+        image = matrices @ fresh.values.to(matrices.dtype)
         images[..., here] = image
         if level + 1 < levels:
             block = (matrices.mT @ image).float()
-    squares, sound = _harmless(images.mT @ images, sound)
-    captured, turn = eigh(squares)
+    squares = _harmless(images.mT @ images, sound)
+    captured, turn = eigh(squares.values)
     captured, turn = captured[:, -space.rank :].flip(1), turn[..., -space.rank :].flip(2)
     s = captured.clamp(min=0).sqrt()
-    return Found(LowRanks(images @ turn * _inverse(s), s, basis @ turn), sound)
+    return Found(LowRanks(images @ turn * _inverse(s), s, basis @ turn), squares.sound)
 
 
 def _from_gram(residuals: Tensor, rank: int, sound: Tensor) -> Found:
     """`lowrank.gram_low_rank` in float32 squares; residuals [b, out, in] are not wider than high."""
-    squares, sound = _harmless(residuals.mT @ residuals, sound)
-    _, vectors = eigh(squares)
+    squares = _harmless(residuals.mT @ residuals, sound)
+    _, vectors = eigh(squares.values)
     basis = vectors[..., -rank:]
-    return _decomposed((residuals @ basis).double(), basis.double(), sound)
+    return _decomposed((residuals @ basis).double(), basis.double(), squares.sound)
 
 
 def _decomposed(images: Tensor, basis: Tensor, sound: Tensor) -> Found:
     """`lowrank._decompose` of each: images [b, out, r] times basisᵀ [b, r, in] (orthonormal) as SVDs; both float64."""
-    squares, sound = _harmless(images.mT @ images, sound)
-    values, turn = eigh(squares)
+    squares = _harmless(images.mT @ images, sound)
+    values, turn = eigh(squares.values)
     s, turn = values.flip(1).clamp(min=0).sqrt(), turn.flip(2)
-    return Found(LowRanks((images @ turn * _inverse(s)).float(), s.float(), (basis @ turn).float()), sound)
+    return Found(LowRanks((images @ turn * _inverse(s)).float(), s.float(), (basis @ turn).float()), squares.sound)
 
 
-def _orthonormal(block: Block, basis: Tensor, *, careful: bool) -> Block:
+def _orthonormal(block: Flagged, basis: Tensor, *, careful: bool) -> Flagged:
     """`krylov.orthonormal` of each, as far as Cholesky-QR goes. The second round is made for all of them and taken
     where one matrix alone would have made it: to ask would cost more than to compute."""
-    once, left, before = _cholesky_qr(block, basis, careful=careful)
-    twice, _, _ = _cholesky_qr(once, basis, careful=careful)
-    enough = left > _MUCH_LEFT[careful] * before
-    columns = torch.where(enough[:, None, None], once.columns, twice.columns)
-    return Block(columns, once.sound & (enough | twice.sound))
+    once = _cholesky_qr(block, basis, careful=careful)
+    twice = _cholesky_qr(once.block, basis, careful=careful).block
+    enough = once.left > _MUCH_LEFT[careful] * once.before
+    columns = torch.where(enough[:, None, None], once.block.values, twice.values)
+    return Flagged(columns, once.block.sound & (enough | twice.sound))
 
 
-def _cholesky_qr(block: Block, basis: Tensor, *, careful: bool) -> tuple[Block, Tensor, Tensor]:
-    """One round; and the least of a column that is left, and the largest that was there, [b]."""
-    before = block.columns.norm(dim=1).amax(1)
-    columns = block.columns
+def _cholesky_qr(block: Flagged, basis: Tensor, *, careful: bool) -> _Round:
+    """Columns [b, n, l] less their projections on `basis` [b, n, k], made orthonormal."""
+    columns = block.values
+    before = columns.norm(dim=1).amax(1)
     if basis.shape[2]:
         columns = torch.baddbmm(columns, basis, basis.mT @ columns, alpha=-1)
     wide = columns.double() if careful else columns
     factor, failed = cholesky(wide.mT @ wide)
     left = factor.diagonal(dim1=1, dim2=2).amin(1)
     columns = torch.linalg.solve_triangular(factor.float().mT, columns, upper=True, left=False)
-    return Block(columns, block.sound & (failed == 0) & (left > _NOTHING_LEFT[careful] * before)), left, before
+    sound = block.sound & (failed == 0) & (left > _NOTHING_LEFT[careful] * before)
+    return _Round(Flagged(columns, sound), left, before)
 
 
-def _harmless(squares: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
+def _harmless(squares: Tensor, sound: Tensor) -> Flagged:
     """[b, n, n] with the identity where there are NaN or infinity, which eigenvalue solvers may not survive."""
     sound = sound & torch.isfinite(squares).all(2).all(1)
     one = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
-    return torch.where(sound[:, None, None], squares, one), sound
+    return Flagged(torch.where(sound[:, None, None], squares, one), sound)
 
 
 def _inverse(s: Tensor) -> Tensor:
