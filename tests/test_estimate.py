@@ -53,7 +53,7 @@ def test_memory_limit_gives_up_lanes_then_reading_ahead_and_then_refuses(random_
     torch.set_num_threads(2)
     try:
         paces = [Pace(True, 2, 1, True), Pace(True, 1, 2, True), Pace(False, 1, 2)]
-        peaks = [peak_memory(plan.units, CPU, pace) for pace in paces]
+        peaks = [peak_memory(plan, CPU, pace) for pace in paces]
         assert peaks == sorted(set(peaks), reverse=True)
         assert choose_pace(plan, CPU, None) == paces[0] and choose_pace(plan, CPU, 10**12) == Pace(True, 2, 1)
     finally:

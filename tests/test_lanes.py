@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loftq_cli
+from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
 from loftq_cli.engine.run import by_size
 from loftq_cli.errors import LoftqError
@@ -92,13 +93,13 @@ def test_a_damaged_matrix_ends_the_run_by_its_name(random_llama: Path, tmp_path:
 
 def test_large_matrices_are_converted_alone(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
     from loftq_cli.engine import estimate
-    from loftq_cli.engine.run import Run
+    from loftq_cli.engine.pipeline import Run
 
     plan = loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2)
     largest = max(plan.units, key=lambda unit: unit.source.nbytes)
     monkeypatch.setattr(estimate, "working_set", lambda unit, _: LANE_BYTES + (unit is largest))
     run = Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
-    (shared, small), (alone, large) = by_size(run, plan.units)
-    assert (shared.lanes, alone.lanes) == (3, 1) and large == [largest]
+    (shared, small), (alone, large) = by_size(run, [Batch.of(unit) for unit in plan.units])
+    assert (shared.lanes, alone.lanes) == (3, 1) and large == [Batch.of(largest)]
     assert shared.keeps_memory and not alone.keeps_memory
     assert len(small) + 1 == len(plan.units)

@@ -205,13 +205,13 @@ def test_interrupt_leaves_exit_130_and_state(random_llama: Path, tmp_path: Path)
     out = tmp_path / "out"
     program = f"""
 import os, signal
-from loftq_cli.engine import run
-convert = run.convert
+from loftq_cli.engine import pipeline
+convert = pipeline.convert
 def interrupted(unit, *rest):
     if unit.matrix is not None and "layers.1" in unit.tensor:
         os.kill(os.getpid(), signal.SIGINT)
     return convert(unit, *rest)
-run.convert = interrupted
+pipeline.convert = interrupted
 import sys
 sys.argv = ["loftq", "quantize", {str(random_llama)!r}, "-o", {str(out)!r}, "--bits", "2"]
 from loftq_cli.cli import main

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -25,12 +25,14 @@ from loftq_cli.api import plan as make_plan
 from loftq_cli.checkpoint import open_checkpoint
 from loftq_cli.engine import session as session_module
 from loftq_cli.engine import supervise
+from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.lock import Holder
 from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.session import Presence, Session, Silence, Status, work_of
 from loftq_cli.engine.world import launched_rank
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.planner import Plan, Unit
 
 LIMIT = 300  # seconds for a command that takes a few: the machine may be busy
 
@@ -65,6 +67,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def claimed_units(session: Session, plan: Plan) -> Iterator[Unit]:
+    for batch in session.claimed(plan):
+        yield from batch.units
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +221,7 @@ def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tm
 
     def join(run_id: str) -> None:
         session = Session(out, run_id)
-        unit = next(session.claimed(plan))
+        (unit,) = next(session.claimed(plan)).units
         status = Status(beat=5, host="node7", pid=4711, unit=unit.tensor)
         (session.path / "status.1").write_text(json.dumps(dataclasses.asdict(status)))
 
@@ -236,15 +243,15 @@ def test_each_unit_is_claimed_once_largest_first_and_not_after_a_stop(random_lla
     plan = make_plan(random_llama, output=tmp_path / "out", **RECIPE)
     (tmp_path / "out" / ".loftq").mkdir(parents=True)
     session = Session(tmp_path / "out", "a")
-    session.begin(plan, plan.units)
-    first, second = session.claimed(plan), Session(tmp_path / "out", "a").claimed(plan)
+    session.begin(plan, [Batch.of(unit) for unit in plan.units])
+    first, second = (claimed_units(Session(tmp_path / "out", "a"), plan) for _ in range(2))
     taken = [next(first), next(second), next(second), next(first)]
     assert [unit.matrix.weights for unit in taken] == [10240] * 4 and len({unit.tensor for unit in taken}) == 4
     taken += second
     assert list(first) == [] and {unit.tensor for unit in taken} == {unit.tensor for unit in plan.units}
     assert [work_of(unit) for unit in taken] == sorted(map(work_of, plan.units), reverse=True)
-    session.begin(plan, plan.units)
-    third = session.claimed(plan)
+    session.begin(plan, [Batch.of(unit) for unit in plan.units])
+    third = claimed_units(session, plan)
     next(third)
     session.stop()
     assert list(third) == []

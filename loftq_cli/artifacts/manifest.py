@@ -50,6 +50,7 @@ class MatrixRecord:
         heads: attention heads whose rows the container reorders (`formats.base.QuantizedMatrix`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
         residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
+        seconds: of computing, without what goes on meanwhile; matrices that were computed together share them alike.
     """
 
     tensor: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ from loftq_cli.engine.finite import first_nonfinite
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.batched import batched_loftq
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.grids import Grid
 from loftq_cli.numerics.loftq import (
@@ -50,7 +51,10 @@ from loftq_cli.recipe import Recipe
 
 @dataclass(frozen=True)
 class Converted:
-    """Output tensors by name (CPU), split by file kind; `record` is None for a copied tensor."""
+    """Output tensors by name, split by file kind; `record` is None for a copied tensor.
+
+    Tensors are computed, but where that was done: `engine.transfers` brings them to the CPU.
+    """
 
     backbone: dict[str, Tensor]
     adapter: dict[str, Tensor]
@@ -63,7 +67,7 @@ def convert(
     """Quantize or copy one tensor.
 
     Args:
-        tensor: as it is on disk, on the CPU.
+        tensor: as it is on disk, on the CPU or already on the device.
         moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
 
     Raises:
@@ -74,15 +78,63 @@ def convert(
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
     result, weighted = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator, moment))
-    encoded = get_format(recipe.format).encode(unit.matrix, result.quantized)
-    backbone = {name: value.cpu() for name, value in encoded.items()}
-    adapter = {}
+    return _converted(unit, result, weighted, recipe, started)
+
+
+def convert_together(
+    units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
+) -> list[Converted]:
+    """`convert` of each unit of an `engine.batches.Batch`, at once as far as that goes.
+
+    Raises:
+        LoftqError: as `convert`.
+    """
+    started = time.perf_counter()
+    results = _quantize_together(units, tensors, recipe, device)
+    share = (time.perf_counter() - started) / len(units)
+    converted = []
+    for unit, tensor, result in zip(units, tensors, results):
+        if result is None:
+            converted.append(convert(unit, tensor, recipe, device))
+        else:
+            converted.append(_converted(unit, result, None, recipe, time.perf_counter() - share))
+    return converted
+
+
+def _quantize_together(
+    units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
+) -> list[LoftQResult | None]:
+    """As `numerics.batched.batched_loftq`."""
+    matrix, target = units[0].matrix, units[0].target
+    assert matrix is not None and target is not None, "batches are of matrices with adapters"
+    return batched_loftq(
+        torch.stack([_weight(unit, tensor, device) for unit, tensor in zip(units, tensors)]),
+        block_quantizer(matrix.grid, device),
+        rank=target.rank,
+        iters=recipe.iters,
+        seeds=[_seed(recipe.seed, unit.tensor) for unit in units],
+        keep_last=recipe.keep_last,
+    )
+
+
+def _converted(
+    unit: Unit, result: LoftQResult, weighted: WeightedResult | None, recipe: Recipe, started: float
+) -> Converted:
+    """The outputs of a matrix, computed, with its record.
+
+    Args:
+        started: when work on it began, on the clock `time.perf_counter`.
+    """
+    assert unit.matrix is not None
+    backbone, adapter = get_format(recipe.format).encode(unit.matrix, result.quantized), {}
     if unit.target is not None:
-        lora_a, lora_b = result.lora_a.cpu(), result.lora_b.cpu()
-        adapter = encode_adapter(unit.target, lora_a, lora_b, recipe.scaling)
+        adapter = encode_adapter(unit.target, result.lora_a, result.lora_b, recipe.scaling)
         # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
         share = unit.target.rank / recipe.rank
-        adapter |= get_format(recipe.format).encode_copies(unit.matrix, lora_a, lora_b * share)
+        adapter |= get_format(recipe.format).encode_copies(unit.matrix, result.lora_a, result.lora_b * share)
+    device = result.quantized.codes.device
+    if device.type == "cuda":  # else the clock would stop before the work does
+        torch.cuda.current_stream(device).synchronize()
     record = matrix_record(
         unit,
         plain_residual=_rounded(result.plain_residual),
@@ -127,10 +179,9 @@ def _quantize(
 ) -> tuple[LoftQResult, WeightedResult | None]:
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
-    weight = tensor.to(device).float()
-    _check_finite(unit, weight)
-    if unit.matrix.transposed:
-        weight = weight.T.contiguous()
+    weight = _weight(unit, tensor, device)
+    _check_finite(unit, weight.T if unit.matrix.transposed else weight)
+    weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
     if recipe.plain or (rank == 0 and recipe.method != "refined"):
@@ -152,6 +203,13 @@ def _quantize(
         keep_last=recipe.keep_last,
     )
     return weighted.result, weighted
+
+
+def _weight(unit: Unit, tensor: Tensor, device: torch.device) -> Tensor:
+    """float32 [out, in] on the device, not always contiguous."""
+    assert unit.matrix is not None
+    weight = tensor.to(device).float()
+    return weight.T if unit.matrix.transposed else weight
 
 
 def _refine(

@@ -22,7 +22,8 @@ import torch
 
 from loftq_cli.artifacts.summary import versions
 from loftq_cli.cache import cache_folder, keep, read_cached
-from loftq_cli.engine.convert import convert
+from loftq_cli.engine.batches import MOST_BATCHED, Batch, batch_size, form_batches
+from loftq_cli.engine.convert import convert, convert_together
 from loftq_cli.engine.lanes import LANE_BYTES, MOST_LANES, Pace, lane_pool
 from loftq_cli.errors import LoftqError
 from loftq_cli.planner import Plan, Unit
@@ -33,6 +34,11 @@ _DISK_TRIAL = 64 << 20
 _WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 _REFINED_SET = 10  # further bytes a weight for `refined`: target and feedback in float32, BA in bfloat16
 _SPARE = 120 << 20  # allocator, thread stacks, buffers on their way to the disk
+
+# Bytes a weight on a device, where quantizing goes through memory several times: measured 30 alone, 33 in a batch.
+_DEVICE_SET = 33
+_DEVICE_SPARE = 64 << 20  # what the libraries of products and decompositions take
+_LEAVING = 2  # batches whose outputs are on their way to the host, at most, while the next is converted
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Estimate:
 
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
-    method, pace = plan.recipe.method, choose_pace(plan, device, None)
-    peak = peak_memory(plan.units, device, pace, method=method)  # before the trials leave their own memory behind
+    pace = choose_pace(plan, device, None)
+    peak = peak_memory(plan, device, pace)  # before the trials leave their own memory behind
     known = _Trials(device)
     seconds = sum(known.seconds(unit, plan.recipe, pace) * count for unit, count in _distinct(plan.matrices))
     copied = sum(unit.backbone_bytes for unit in plan.kept)
@@ -55,15 +61,24 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     return Estimate(seconds, peak)
 
 
-def peak_memory(units: Iterable[Unit], device: torch.device, pace: Pace, *, method: str = "loftq") -> int:
-    """Peak memory of converting `units` at this pace, on a GPU the device's."""
-    units = list(units)
-    needs = [working_set(unit, method) for unit in units]
+def peak_memory(plan: Plan, device: torch.device, pace: Pace) -> int:
+    """Peak memory of carrying out a plan at this pace, on a GPU the device's."""
+    method = plan.recipe.method
     if device.type != "cpu":
-        return max(needs, default=0)
+        return _device_memory(form_batches(plan.units, plan.recipe, pace.batch), pace, method)
+    needs = [working_set(unit, method) for unit in plan.units]
     together = pace.lanes * max((need for need in needs if need <= LANE_BYTES), default=0)
-    ahead = max((unit.source.nbytes for unit in units), default=0) if pace.read_ahead else 0
+    ahead = max((unit.source.nbytes for unit in plan.units), default=0) if pace.read_ahead else 0
     return resident_memory() + max(together, max(needs, default=0)) + ahead + _SPARE
+
+
+def _device_memory(batches: Iterable[Batch], pace: Pace, method: str) -> int:
+    """Of the batch that is converted, the next one's sources and the last ones' outputs. What is copied stays away."""
+    units = [[unit for unit in batch.units if unit.matrix is not None] for batch in batches]
+    needs = max((sum(device_set(unit, method) for unit in batch) for batch in units), default=0)
+    ahead = max((sum(unit.source.nbytes for unit in batch) for batch in units), default=0) if pace.read_ahead else 0
+    outputs = max((sum(unit.backbone_bytes + unit.adapter_bytes for unit in batch) for batch in units), default=0)
+    return needs + ahead + _LEAVING * outputs + _DEVICE_SPARE
 
 
 def choose_pace(plan: Plan, device: torch.device, limit: int | None) -> Pace:
@@ -73,16 +88,16 @@ def choose_pace(plan: Plan, device: torch.device, limit: int | None) -> Pace:
         LoftqError: not even one unit at a time fits.
     """
     if device.type != "cpu":
-        return Pace()
+        return Pace(batch=MOST_BATCHED)
     threads, method = torch.get_num_threads(), plan.recipe.method
     keeps = limit is None  # gaps are not foreseen
     paces = [Pace(True, lanes, threads // lanes, keeps) for lanes in range(min(MOST_LANES, threads), 0, -1)]
     paces.append(least := Pace(False, 1, threads))
     for pace in paces:
-        if limit is None or peak_memory(plan.units, device, pace, method=method) <= limit:
+        if limit is None or peak_memory(plan, device, pace) <= limit:
             return pace
     largest = max(plan.units, key=lambda unit: working_set(unit, method))
-    needed = peak_memory(plan.units, device, least, method=method)
+    needed = peak_memory(plan, device, least)
     raise LoftqError(
         f"--max-memory {(limit or 0) / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
         f"about {needed / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
@@ -95,6 +110,12 @@ def working_set(unit: Unit, method: str = "loftq") -> int:
         return 2 * unit.source.nbytes
     per_weight = _WORKING_SET + (_REFINED_SET if method == "refined" else 0)
     return unit.source.nbytes + per_weight * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
+
+
+def device_set(unit: Unit, method: str = "loftq") -> int:
+    """`working_set` on a GPU."""
+    assert unit.matrix is not None, "what is copied never gets there"
+    return working_set(unit, method) + (_DEVICE_SET - _WORKING_SET) * unit.matrix.weights
 
 
 def fits_a_lane(unit: Unit, method: str = "loftq") -> bool:
@@ -140,7 +161,9 @@ class _Trials:
             pace.lanes,
             pace.threads,
         ]
-        measured = self._once(work, lambda: self._convert(unit, recipe, trial, pace))
+        together = batch_size(unit, recipe, pace.batch)
+        work += [together] if together > 1 else []
+        measured = self._once(work, lambda: self._convert(unit, recipe, trial, pace, together))
         return measured * unit.matrix.weights / (trial[0] * trial[1])
 
     def seconds_per_byte(self, output: Path) -> float:
@@ -159,23 +182,30 @@ class _Trials:
             self._known[key], self._new = measure(), True
         return self._known[key]
 
-    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], pace: Pace) -> float:
+    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], pace: Pace, together: int) -> float:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
         stored = shape[::-1] if matrix.transposed else shape
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
+
+        def work() -> None:
+            if together > 1:
+                convert_together([trial] * together, [weight] * together, recipe, self._device)
+            else:
+                convert(trial, weight, recipe, self._device)
+
         best = float("inf")
         with lane_pool(pace) as pool:
             for _ in range(3):  # the first run may compile kernels
                 started = time.perf_counter()
-                runs = [pool.submit(convert, trial, weight, recipe, self._device) for _ in range(pace.lanes)]
+                runs = [pool.submit(work) for _ in range(pace.lanes)]
                 wait(runs)
                 best = min(best, time.perf_counter() - started)
         for run in runs:
             run.result()
-        return best / pace.lanes
+        return best / (pace.lanes * together)
 
 
 def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:

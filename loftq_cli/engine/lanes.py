@@ -27,12 +27,14 @@ class Pace:
         threads: torch's threads in each lane.
         keeps_memory: memory that units of a lane's size free is kept for the next ones. Larger ones would leave gaps of
             their own size.
+        batch: matrices converted at once at most, where they are small and equal (`engine.batches`).
     """
 
     read_ahead: bool = True
     lanes: int = 1
     threads: int = 1
     keeps_memory: bool = False
+    batch: int = 1
 
 
 def lane_pool(pace: Pace) -> ThreadPoolExecutor:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from loftq_cli.artifacts.card import render_card
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, parse_manifest, render, seal
 from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
-from loftq_cli.engine.convert import Converted, convert
+from loftq_cli.engine.batches import Batch, form_batches
 from loftq_cli.engine.estimate import choose_pace, fits_a_lane
 from loftq_cli.engine.joining import join_adapters
-from loftq_cli.engine.journal import Entry, Journal, hash_tensors
-from loftq_cli.engine.lanes import Pace, in_lanes
+from loftq_cli.engine.journal import Entry
+from loftq_cli.engine.lanes import Pace
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.memory import reused_memory
 from loftq_cli.engine.output import (
@@ -36,25 +32,13 @@ from loftq_cli.engine.output import (
     publish,
     write_file,
 )
+from loftq_cli.engine.pipeline import Run, work_off
 from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.supervise import Team, supervise
 from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.forward.moments import open_moments
 from loftq_cli.kernels import load_kernels
 from loftq_cli.planner import Plan, Unit
-from loftq_cli.units import UNWEIGHTED
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the steps of one run share."""
-
-    plan: Plan
-    checkpoint: Checkpoint
-    device: torch.device
-    reporter: Reporter
-    pace: Pace
 
 
 def run_plan(
@@ -135,19 +119,18 @@ def _convert_rest(
 ) -> tuple[dict[str, MatrixRecord], Cost]:
     """Records of all matrices by tensor name, once every unit's bytes are on the disk, and what that took."""
     records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
-    todo = [unit for unit in run.plan.units if unit.tensor not in finished]
+    todo = form_batches(run.plan.units, run.plan.recipe, run.pace.batch, finished)
     if team is not None:
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
-    todo.sort(key=lambda unit: (unit.source.file, unit.source.start))  # as the source lies on the disk
     writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
     writer.open()
     try:
         journal = journal_of(run.plan.output)
-        for pace, units in by_size(run, todo):
+        for pace, batches in by_size(run, todo):
             with reused_memory() if pace.keeps_memory else nullcontext():
                 paced = dataclasses.replace(run, pace=pace)
-                records |= work_off(paced, _while_owned(lock, units), writer, journal)
+                records |= work_off(paced, _while_owned(lock, batches), writer, journal)
     finally:
         writer.close()
     return records, own_cost(run.device)
@@ -165,105 +148,19 @@ def _join(plan: Plan) -> dict[str, str]:
         writer.close()
 
 
-def _while_owned(lock: Lock, units: Iterable[Unit]) -> Iterator[Unit]:
-    for unit in units:
+def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
         lock.check()
-        yield unit
+        yield batch
 
 
-def by_size(run: Run, units: Sequence[Unit]) -> list[tuple[Pace, list[Unit]]]:
+def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]]:
     """First what shares the machine, then what is converted alone with all of its threads."""
-    small = [unit for unit in units if fits_a_lane(unit, run.plan.recipe.method)]
-    large = [unit for unit in units if not fits_a_lane(unit, run.plan.recipe.method)]
+    small, large = list[Batch](), list[Batch]()
+    for batch in batches:
+        shares = all(fits_a_lane(unit, run.plan.recipe.method) for unit in batch.units)
+        (small if shares else large).append(batch)
     return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1, keeps_memory=False), large)]
-
-
-def work_off(run: Run, units: Iterable[Unit], writer: ShardWriter, journal: Journal) -> dict[str, MatrixRecord]:
-    """Convert `units` at the run's pace; the next is read and the last is written meanwhile.
-
-    Returns:
-        The records of the matrices among them, by tensor name.
-    """
-    records: dict[str, MatrixRecord] = {}
-    pending: deque[Future[None]] = deque()
-
-    def store(unit: Unit, converted: Converted) -> None:
-        tensors = {**converted.backbone, **converted.adapter}
-        writer.write(tensors)
-        journal.add(Entry(unit.tensor, hash_tensors(tensors), converted.record))
-        run.reporter.done(unit, converted.record)
-
-    def taken() -> Generator[Task, None, None]:
-        for unit, tensor in (_read_ahead if run.pace.read_ahead else _read)(run.checkpoint, units):
-            run.reporter.working(unit)
-            yield Task(unit, tensor, _moment(unit, run))
-
-    def work(task: Task) -> None:
-        converted = _convert(task, run)
-        if converted.record is not None:
-            records[task.unit.tensor] = converted.record
-        pending.append(writing.submit(store, task.unit, converted))
-        if len(pending) > run.pace.lanes:
-            pending.popleft().result()  # what is on its way bounds the memory, and a failed write stops the run
-
-    tasks = taken()
-    with ThreadPoolExecutor(max_workers=1) as writing, closing(tasks):
-        in_lanes(run.pace, tasks, work)
-        for write in pending:
-            write.result()
-    return records
-
-
-@dataclass(frozen=True)
-class Task:
-    """A unit with what it is computed from; `moment` as in `engine.convert.convert`."""
-
-    unit: Unit
-    tensor: Tensor
-    moment: Tensor | None
-
-
-def _convert(task: Task, run: Run) -> Converted:
-    unit = task.unit
-    try:
-        return convert(unit, task.tensor, run.plan.recipe, run.device, task.moment)
-    except torch.OutOfMemoryError as error:
-        raise LoftqError(
-            f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the "
-            "same command with --device cpu; finished matrices are kept.",
-            exit_code=ExitCode.INCOMPLETE,
-        ) from error
-
-
-def _moment(unit: Unit, run: Run) -> Tensor | None:
-    """The second moment of what the matrix multiplies, where the recipe asks for calibration and it was seen."""
-    if run.plan.moments is None or unit.matrix is None or unit.kind in UNWEIGHTED:
-        return None
-    return open_moments(run.plan.moments).of(unit.matrix.module, run.plan.recipe.calibrate_kind)
-
-
-def _read(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-    """Units with their tensors, one after the other."""
-    for unit in units:
-        yield unit, unit.read(checkpoint)
-
-
-def _read_ahead(checkpoint: Checkpoint, units: Iterable[Unit]) -> Iterator[tuple[Unit, Tensor]]:
-    """Units with their tensors; the next one is read while the caller works on this one."""
-    rest = iter(units)
-    with ThreadPoolExecutor(max_workers=1) as reading:
-        unit = next(rest, None)
-        ahead = reading.submit(unit.read, checkpoint) if unit else None
-        try:
-            while unit is not None and ahead is not None:
-                tensor = ahead.result()
-                following = next(rest, None)
-                ahead = reading.submit(following.read, checkpoint) if following else None
-                yield unit, tensor
-                unit = following
-        except BaseException:  # the caller's too: then this generator is closed
-            checkpoint.cancel()  # leaving waits for the thread, which may be waiting for the network
-            raise
 
 
 def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:

@@ -1,7 +1,8 @@
 """What the workers of one run share: a folder in the output's state, on a file system that all of them see.
 
-.loftq/run-ID/units        the units to do, largest first
-.loftq/run-ID/claims/N     unit N is taken: created exclusively, which every shared file system does atomically
+.loftq/run-ID/units        the batches of units to do, largest first
+.loftq/run-ID/claims/N     the batch that unit N begins is taken: created exclusively, which every shared file system
+                           does atomically
 .loftq/run-ID/status.R     what worker R is at, rewritten in place every second (also on a full disk)
 .loftq/run-ID/stop         the run has failed; workers leave
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.lock import Holder
 from loftq_cli.engine.output import STATE
 from loftq_cli.planner import Plan, Unit
@@ -61,17 +63,20 @@ class Session:
         self.run_id = run_id
         self.path = output / STATE / f"run-{run_id}"
 
-    def begin(self, plan: Plan, todo: Sequence[Unit]) -> None:
+    def begin(self, plan: Plan, todo: Sequence[Batch]) -> None:
         """Lay out the folder; those of earlier runs go. Only the main process, under the lock."""
         for old in self.path.parent.glob("run-*"):
             shutil.rmtree(old, ignore_errors=True)
         draft = self.path.with_name(f"draft-{self.run_id}")
         (draft / "claims").mkdir(parents=True)
         positions = {unit.tensor: i for i, unit in enumerate(plan.units)}
-        order = sorted(todo, key=lambda unit: (-work_of(unit), positions[unit.tensor]))
+        batches = [[positions[unit.tensor] for unit in batch.units] for batch in todo]
+        batches.sort(key=lambda batch: (-sum(work_of(plan.units[number]) for number in batch), batch))
+        left = {unit.tensor for batch in todo for unit in batch.todo}
         content = {
             "fingerprint": plan.fingerprint,
-            "units": [positions[unit.tensor] for unit in order],
+            "units": batches,
+            "finished": [n for batch in batches for n in batch if plan.units[n].tensor not in left],
             "nonfinite": dict(plan.nonfinite),
         }
         (draft / "units").write_text(json.dumps(content))
@@ -88,17 +93,31 @@ class Session:
         """What the main process found in the weights that no header tells."""
         return json.loads((self.path / "units").read_bytes())["nonfinite"]
 
-    def claimed(self, plan: Plan) -> Iterator[Unit]:
-        """Units that no other worker has taken, one by one, largest first; none once the run has failed."""
+    def batches(self, plan: Plan) -> list[Batch]:
+        """What there is to do, largest first."""
+        content = json.loads((self.path / "units").read_bytes())
+        finished = set(content["finished"])
+        return [
+            Batch(
+                tuple(plan.units[number] for number in batch),
+                tuple(plan.units[number] for number in batch if number not in finished),
+            )
+            for batch in content["units"]
+        ]
+
+    def claimed(self, plan: Plan) -> Iterator[Batch]:
+        """Batches that no other worker has taken, one by one, largest first; none once the run has failed."""
         silence = Silence()
-        for number in json.loads((self.path / "units").read_bytes())["units"]:
+        numbers = {unit.tensor: number for number, unit in enumerate(plan.units)}
+        for batch in self.batches(plan):
             if self.stopped() or silence.why_gone(MAIN, self.statuses().get(MAIN)):
                 return
+            claim = self.path / "claims" / str(numbers[batch.units[0].tensor])
             try:
-                os.close(os.open(self.path / "claims" / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+                os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
-            yield plan.units[number]
+            yield batch
 
     def stop(self) -> None:
         """Tell every worker that the run has failed."""

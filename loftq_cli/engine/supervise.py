@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import IO
 import loftq_cli
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.artifacts.summary import Cost
+from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.journal import Journal
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.output import STATE, journal_of
@@ -25,7 +25,7 @@ from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.session import MAIN, Presence, Session, Silence, Status
 from loftq_cli.engine.worker import Order
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.planner import Plan, Unit
+from loftq_cli.planner import Plan
 from loftq_cli.waiting import brief_spins
 
 _LOOK_SECONDS = 0.1
@@ -46,7 +46,7 @@ class Team:
         self._session: Session | None = None
         self._presence: Presence | None = None
 
-    def begin(self, plan: Plan, todo: Sequence[Unit]) -> Session:
+    def begin(self, plan: Plan, todo: Sequence[Batch]) -> Session:
         """Lay out the session, show that the main process is there, and let others join."""
         self._session = Session(plan.output, uuid.uuid4().hex[:12])
         self._session.begin(plan, todo)
@@ -74,7 +74,7 @@ class Child:
 
 
 def supervise(
-    plan: Plan, team: Team, todo: Sequence[Unit], reporter: Reporter, lock: Lock
+    plan: Plan, team: Team, todo: Sequence[Batch], reporter: Reporter, lock: Lock
 ) -> tuple[dict[str, MatrixRecord], Cost]:
     """Have `todo` done: by own workers, and by whoever else joins the session.
 
@@ -115,8 +115,7 @@ class _Watch:
         self._journal, self._reporter = journal, reporter
         self._units = {unit.tensor: unit for unit in plan.units}
         self._silence, self._shown = Silence(), dict[str, str]()
-        numbers = json.loads((session.path / "units").read_bytes())["units"]
-        self.left = {plan.units[number].tensor for number in numbers}
+        self.left = {unit.tensor for batch in session.batches(plan) for unit in batch.todo}
         self.records: dict[str, MatrixRecord] = {}
 
     def look(self) -> None:

@@ -111,7 +111,8 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.engine.estimate import choose_pace, fits_a_lane
     from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
-    from loftq_cli.engine.run import Run, on_full_disk, work_off
+    from loftq_cli.engine.pipeline import Run, work_off
+    from loftq_cli.engine.run import on_full_disk
     from loftq_cli.engine.session import Session
     from loftq_cli.engine.writer import ShardWriter
     from loftq_cli.planner import make_plan

@@ -1,0 +1,222 @@
+"""The low-rank step on a stack of equal matrices: `numerics.lowrank` and `numerics.krylov` in products of stacks.
+
+Nothing here asks the device for a number. What single matrices decide by a comparison is computed both ways and chosen
+by a mask, or, where that would be another algorithm, told in the flags `sound`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.numerics.krylov import _MUCH_LEFT, _NOTHING_LEFT
+from loftq_cli.numerics.lowrank import _MOST, _SAFE_NORM, _SPREAD, LowRank, _Space
+from loftq_cli.numerics.threads import cholesky, eigh
+
+
+@dataclass(frozen=True)
+class LowRanks:
+    """U diag(s) Vᵀ of every matrix, as `lowrank.LowRank`: u [b, out, r], s [b, r], v [b, in, r], float32."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    @property
+    def lora_a(self) -> Tensor:
+        """sqrt(S) Vᵀ, [b, r, in]."""
+        return (self.v * self.s.sqrt().unsqueeze(1)).mT.contiguous()
+
+    @property
+    def lora_b(self) -> Tensor:
+        """U sqrt(S), [b, out, r]."""
+        return self.u * self.s.sqrt().unsqueeze(1)
+
+    @property
+    def energies(self) -> Tensor:
+        """‖U diag(s) Vᵀ‖_F², float64 [b]."""
+        return self.s.double().square().sum(1)
+
+    @property
+    def transposed(self) -> LowRanks:
+        """The approximations of the transposed matrices."""
+        return LowRanks(self.v, self.s, self.u)
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """BA [b, out, in], multiplied and rounded in `dtype`."""
+        return self.lora_b.to(dtype) @ self.lora_a.to(dtype)
+
+    def narrow(self) -> Tensor:
+        """bool [b]: whether noise on the largest direction cannot hide the smallest. False for NaN."""
+        return self.s[:, 0] <= _SPREAD * self.s[:, -1]
+
+    def where(self, mask: Tensor, other: LowRanks | None = None) -> LowRanks:
+        """These where bool [b] holds, elsewhere the other ones: none is zeros."""
+        mask = mask[:, None, None]
+        others = (0.0, 0.0, 0.0) if other is None else (other.u, other.s, other.v)
+        u, v = torch.where(mask, self.u, others[0]), torch.where(mask, self.v, others[2])
+        return LowRanks(u, torch.where(mask[:, 0], self.s, others[1]), v)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Approximations, and of which matrices they are what `krylov_low_rank` or `half_low_rank` would give: bool [b]."""
+
+    ranks: LowRanks
+    sound: Tensor
+
+
+def low_ranks(
+    residuals: Tensor,
+    norms: Tensor,
+    rank: int,
+    *,
+    previous: LowRanks | None,
+    generators: Sequence[torch.Generator],
+    half: bool,
+) -> Found:
+    """The rank-r approximations of `residuals`, float32 [b, out, in], from the same spaces as of single matrices.
+
+    Args:
+        norms: ‖residual‖_F, float64 [b].
+        previous: those of the step before; finite.
+        generators: one for each matrix, on the CPU.
+        half: products in bfloat16 where a Krylov space is taken, as `half_low_rank`.
+    """
+    if residuals.shape[1] < residuals.shape[2]:
+        turned = None if previous is None else previous.transposed
+        found = low_ranks(residuals.mT, norms, rank, previous=turned, generators=generators, half=half)
+        return Found(found.ranks.transposed, found.sound)
+    one = None if previous is None else LowRank(previous.u[0], previous.s[0], previous.v[0])
+    space = _Space.plan(residuals[0], rank, one, None)  # hangs on shapes alone
+    if space is None:
+        found = _from_gram(residuals, rank, in_range(norms))
+        return Found(found.ranks, found.sound & found.ranks.narrow())
+    start = _start(space, residuals, previous, generators)
+    found = _ritz(residuals.bfloat16() if half else residuals, start, space, in_range(norms))
+    sound = found.sound & found.ranks.narrow()
+    if half:
+        sound &= found.ranks.energies <= _MOST * norms.square()
+    return Found(found.ranks, sound)
+
+
+def refined(residuals: Tensor, ranks: LowRanks) -> Found:
+    """`lowrank.refine` of each: the exact projections of float32 `residuals` on the directions of `ranks`."""
+    every = torch.ones(len(residuals), dtype=torch.bool, device=residuals.device)
+    basis = _orthonormal(Flagged(ranks.v, every), ranks.v[..., :0], careful=True)
+    return _decomposed((residuals @ basis.values).double(), basis.values.double(), basis.sound)
+
+
+def norms_of(matrices: Tensor) -> Tensor:
+    """‖·‖_F of each of [b, out, in]: float64 [b], as `lowrank.frobenius` where `in_range`."""
+    rows = torch.linalg.vector_norm(matrices, dim=2)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+def in_range(norms: Tensor) -> Tensor:
+    """bool [b]: whether squares stay in float32's range. False for zero and NaN."""
+    return (norms > 1 / _SAFE_NORM) & (norms < _SAFE_NORM)
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """Matrices [b, m, n], and which of them are what they should be: bool [b]."""
+
+    values: Tensor
+    sound: Tensor
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A round of Cholesky-QR: its columns; the least that was left of one, and the most that was there, [b]."""
+
+    block: Flagged
+    left: Tensor
+    before: Tensor
+
+
+def _start(
+    space: _Space, residuals: Tensor, previous: LowRanks | None, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """`_Space.start` of each, [b, in, width]; residuals [b, out, in] are not wider than high."""
+    known = residuals.new_empty(*residuals.mT.shape[:2], 0) if previous is None else previous.v[..., : space.width]
+    n, width = residuals.shape[2], space.width - known.shape[2]
+    fresh = [torch.randn(n, width, generator=generator) / math.sqrt(n) for generator in generators]
+    return torch.cat([known, torch.stack(fresh).to(residuals.device)], dim=2)
+
+
+def _ritz(matrices: Tensor, start: Tensor, space: _Space, sound: Tensor) -> Found:
+    """`krylov.ritz_pairs` in float32 squares, with the singular values that follow."""
+    width, levels = space.width, space.depth + 1
+    basis = start.new_empty(*start.shape[:2], width * levels)
+    images = start.new_empty(*matrices.shape[:2], width * levels)
+    block = start
+    for level in range(levels):
+        here = slice(level * width, (level + 1) * width)
+        fresh = _orthonormal(Flagged(block, sound), basis[..., : here.start], careful=False)
+        basis[..., here], sound = fresh.values, fresh.sound
+        image = matrices @ fresh.values.to(matrices.dtype)
+        images[..., here] = image
+        if level + 1 < levels:
+            block = (matrices.mT @ image).float()
+    squares = _harmless(images.mT @ images, sound)
+    captured, turn = eigh(squares.values)
+    captured, turn = captured[:, -space.rank :].flip(1), turn[..., -space.rank :].flip(2)
+    s = captured.clamp(min=0).sqrt()
+    return Found(LowRanks(images @ turn * _inverse(s), s, basis @ turn), squares.sound)
+
+
+def _from_gram(residuals: Tensor, rank: int, sound: Tensor) -> Found:
+    """`lowrank.gram_low_rank` in float32 squares; residuals [b, out, in] are not wider than high."""
+    squares = _harmless(residuals.mT @ residuals, sound)
+    _, vectors = eigh(squares.values)
+    basis = vectors[..., -rank:]
+    return _decomposed((residuals @ basis).double(), basis.double(), squares.sound)
+
+
+def _decomposed(images: Tensor, basis: Tensor, sound: Tensor) -> Found:
+    """`lowrank._decompose` of each: images [b, out, r] times basisᵀ [b, r, in] (orthonormal) as SVDs; both float64."""
+    squares = _harmless(images.mT @ images, sound)
+    values, turn = eigh(squares.values)
+    s, turn = values.flip(1).clamp(min=0).sqrt(), turn.flip(2)
+    return Found(LowRanks((images @ turn * _inverse(s)).float(), s.float(), (basis @ turn).float()), squares.sound)
+
+
+def _orthonormal(block: Flagged, basis: Tensor, *, careful: bool) -> Flagged:
+    """`krylov.orthonormal` of each, as far as Cholesky-QR goes. The second round is made for all of them and taken
+    where one matrix alone would have made it: to ask would cost more than to compute."""
+    once = _cholesky_qr(block, basis, careful=careful)
+    twice = _cholesky_qr(once.block, basis, careful=careful).block
+    enough = once.left > _MUCH_LEFT[careful] * once.before
+    columns = torch.where(enough[:, None, None], once.block.values, twice.values)
+    return Flagged(columns, once.block.sound & (enough | twice.sound))
+
+
+def _cholesky_qr(block: Flagged, basis: Tensor, *, careful: bool) -> _Round:
+    """Columns [b, n, l] less their projections on `basis` [b, n, k], made orthonormal."""
+    columns = block.values
+    before = columns.norm(dim=1).amax(1)
+    if basis.shape[2]:
+        columns = torch.baddbmm(columns, basis, basis.mT @ columns, alpha=-1)
+    wide = columns.double() if careful else columns
+    factor, failed = cholesky(wide.mT @ wide)
+    left = factor.diagonal(dim1=1, dim2=2).amin(1)
+    columns = torch.linalg.solve_triangular(factor.float().mT, columns, upper=True, left=False)
+    sound = block.sound & (failed == 0) & (left > _NOTHING_LEFT[careful] * before)
+    return _Round(Flagged(columns, sound), left, before)
+
+
+def _harmless(squares: Tensor, sound: Tensor) -> Flagged:
+    """[b, n, n] with the identity where there are NaN or infinity, which eigenvalue solvers may not survive."""
+    sound = sound & torch.isfinite(squares).all(2).all(1)
+    one = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
+    return Flagged(torch.where(sound[:, None, None], squares, one), sound)
+
+
+def _inverse(s: Tensor) -> Tensor:
+    """1 / s as factors of columns, [b, 1, r]; 0 where s is."""
+    return torch.where(s > 0, s, torch.inf).reciprocal().unsqueeze(1)
