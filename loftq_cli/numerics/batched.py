@@ -17,7 +17,7 @@ from loftq_cli.numerics.affine import QuantizedGroups
 from loftq_cli.numerics.batched_lowrank import LowRanks, in_range, low_ranks, norms_of, refined
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids import Grid, Quantized
-from loftq_cli.numerics.loftq import _CANCELLING, _SHOWS, FusedQuantizer, LoftQResult, Quantizer
+from loftq_cli.numerics.loftq import CANCELLING, SHOWS, FusedQuantizer, LoftQResult, Quantizer
 from loftq_cli.numerics.lowrank import half_is_faster
 
 
@@ -114,7 +114,7 @@ class _Stack:
                 step.residuals, step.norms, self.rank, previous=found, generators=generators, half=self.half
             )
             squares = step.norms.square() - ranks.ranks.energies
-            sound = sound & ranks.sound & (squares > _CANCELLING * step.norms.square())
+            sound = sound & ranks.sound & (squares > CANCELLING * step.norms.square())
             if not bool(sound.any()):
                 return [None] * len(self.seeds)
             found = ranks.ranks.where(sound)  # NaN would spread to the next target
@@ -146,7 +146,7 @@ class _Stack:
         Args:
             norms: ‖W - Q‖_F of the last step, float64 [b].
         """
-        shows = kept.found.energies > _SHOWS * norms.square()
+        shows = kept.found.energies > SHOWS * norms.square()
         if not bool((shows & sound).any()):
             return kept, sound
         assert isinstance(self.quantizer, FusedQuantizer), "only those take bfloat16"
@@ -154,7 +154,7 @@ class _Stack:
         found, total = refined(residuals, kept.found), norms_of(residuals).square()
         squares = total - found.ranks.energies
         settled = replace(kept, left=squares.clamp(min=0).sqrt(), found=found.ranks)
-        return settled.where(shows, kept), sound & (~shows | (found.sound & (squares > _CANCELLING * total)))
+        return settled.where(shows, kept), sound & (~shows | (found.sound & (squares > CANCELLING * total)))
 
     def _results(
         self, kept: _Kept, sound: Tensor, norms: Tensor, plain: Tensor, lefts: Sequence[Tensor]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.krylov import _MUCH_LEFT, _NOTHING_LEFT
-from loftq_cli.numerics.lowrank import _MOST, _SAFE_NORM, _SPREAD, LowRank, _Space
-from loftq_cli.numerics.threads import cholesky, eigh
+from loftq_cli.numerics.krylov import cholesky_qr
+from loftq_cli.numerics.lowrank import MOST, SAFE_NORM, SPREAD, KrylovSpace, LowRank
+from loftq_cli.numerics.threads import eigh
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LowRanks:
 
     def narrow(self) -> Tensor:
         """bool [b]: whether noise on the largest direction cannot hide the smallest. False for NaN."""
-        return self.s[:, 0] <= _SPREAD * self.s[:, -1]
+        return self.s[:, 0] <= SPREAD * self.s[:, -1]
 
     def where(self, mask: Tensor, other: LowRanks | None = None) -> LowRanks:
         """These where bool [b] holds, elsewhere the other ones: none is zeros."""
@@ -92,7 +92,7 @@ def low_ranks(
         found = low_ranks(residuals.mT, norms, rank, previous=turned, generators=generators, half=half)
         return Found(found.ranks.transposed, found.sound)
     one = None if previous is None else LowRank(previous.u[0], previous.s[0], previous.v[0])
-    space = _Space.plan(residuals[0], rank, one, None)  # hangs on shapes alone
+    space = KrylovSpace.plan(residuals[0], rank, one, None)  # hangs on shapes alone
     if space is None:
         found = _from_gram(residuals, rank, in_range(norms))
         return Found(found.ranks, found.sound & found.ranks.narrow())
@@ -100,7 +100,7 @@ def low_ranks(
     found = _ritz(residuals.bfloat16() if half else residuals, start, space, in_range(norms))
     sound = found.sound & found.ranks.narrow()
     if half:
-        sound &= found.ranks.energies <= _MOST * norms.square()
+        sound &= found.ranks.energies <= MOST * norms.square()
     return Found(found.ranks, sound)
 
 
@@ -119,7 +119,7 @@ def norms_of(matrices: Tensor) -> Tensor:
 
 def in_range(norms: Tensor) -> Tensor:
     """bool [b]: whether squares stay in float32's range. False for zero and NaN."""
-    return (norms > 1 / _SAFE_NORM) & (norms < _SAFE_NORM)
+    return (norms > 1 / SAFE_NORM) & (norms < SAFE_NORM)
 
 
 @dataclass(frozen=True)
@@ -130,26 +130,17 @@ class Flagged:
     sound: Tensor
 
 
-@dataclass(frozen=True)
-class _Round:
-    """A round of Cholesky-QR: its columns; the least that was left of one, and the most that was there, [b]."""
-
-    block: Flagged
-    left: Tensor
-    before: Tensor
-
-
 def _start(
-    space: _Space, residuals: Tensor, previous: LowRanks | None, generators: Sequence[torch.Generator]
+    space: KrylovSpace, residuals: Tensor, previous: LowRanks | None, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """`_Space.start` of each, [b, in, width]; residuals [b, out, in] are not wider than high."""
+    """`KrylovSpace.start` of each, [b, in, width]; residuals [b, out, in] are not wider than high."""
     known = residuals.new_empty(*residuals.mT.shape[:2], 0) if previous is None else previous.v[..., : space.width]
     n, width = residuals.shape[2], space.width - known.shape[2]
     fresh = [torch.randn(n, width, generator=generator) / math.sqrt(n) for generator in generators]
     return torch.cat([known, torch.stack(fresh).to(residuals.device)], dim=2)
 
 
-def _ritz(matrices: Tensor, start: Tensor, space: _Space, sound: Tensor) -> Found:
+def _ritz(matrices: Tensor, start: Tensor, space: KrylovSpace, sound: Tensor) -> Found:
     """`krylov.ritz_pairs` in float32 squares, with the singular values that follow."""
     width, levels = space.width, space.depth + 1
     basis = start.new_empty(*start.shape[:2], width * levels)
@@ -189,25 +180,10 @@ def _decomposed(images: Tensor, basis: Tensor, sound: Tensor) -> Found:
 def _orthonormal(block: Flagged, basis: Tensor, *, careful: bool) -> Flagged:
     """`krylov.orthonormal` of each, as far as Cholesky-QR goes. The second round is made for all of them and taken
     where one matrix alone would have made it: to ask would cost more than to compute."""
-    once = _cholesky_qr(block, basis, careful=careful)
-    twice = _cholesky_qr(once.block, basis, careful=careful).block
-    enough = once.left > _MUCH_LEFT[careful] * once.before
-    columns = torch.where(enough[:, None, None], once.block.values, twice.values)
-    return Flagged(columns, once.block.sound & (enough | twice.sound))
-
-
-def _cholesky_qr(block: Flagged, basis: Tensor, *, careful: bool) -> _Round:
-    """Columns [b, n, l] less their projections on `basis` [b, n, k], made orthonormal."""
-    columns = block.values
-    before = columns.norm(dim=1).amax(1)
-    if basis.shape[2]:
-        columns = torch.baddbmm(columns, basis, basis.mT @ columns, alpha=-1)
-    wide = columns.double() if careful else columns
-    factor, failed = cholesky(wide.mT @ wide)
-    left = factor.diagonal(dim1=1, dim2=2).amin(1)
-    columns = torch.linalg.solve_triangular(factor.float().mT, columns, upper=True, left=False)
-    sound = block.sound & (failed == 0) & (left > _NOTHING_LEFT[careful] * before)
-    return _Round(Flagged(columns, sound), left, before)
+    once = cholesky_qr(block.values, basis, careful=careful)
+    twice = cholesky_qr(once.columns, basis, careful=careful)
+    columns = torch.where(once.enough[:, None, None], once.columns, twice.columns)
+    return Flagged(columns, block.sound & once.sound & (once.enough | twice.sound))
 
 
 def _harmless(squares: Tensor, sound: Tensor) -> Flagged:

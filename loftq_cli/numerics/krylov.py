@@ -65,25 +65,57 @@ def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
     restores orthogonality; where nothing is left, Householder QR fills the block up.
     """
     for _ in range(2):
-        before = block.square().sum(dim=0).sqrt()
-        block = _without(block, basis)
-        wide = block.double() if careful else block
-        gram = wide.T @ wide
-        lengths = gram.diagonal().sqrt()
-        factor, failed = cholesky(gram / lengths.outer(lengths))  # what counts is how columns differ in direction
-        apart, left = factor.diagonal().min(), (lengths / before).min()
-        if failed or not (apart > _ALIKE[careful] and left > _NOTHING_LEFT):
-            return _householder(block / before.max().clamp(min=torch.finfo(torch.float32).tiny), basis)
-        block = block @ (_inverse(factor) / lengths.unsqueeze(1)).float()
-        if apart > _FAR_APART[careful] and left > _MUCH_LEFT[careful]:
+        done = cholesky_qr(block, basis, careful=careful)
+        if not done.sound:
+            tiny = torch.finfo(torch.float32).tiny
+            return _householder(done.projected / done.before.max().clamp(min=tiny), basis)
+        block = done.columns
+        if done.enough:
             break
     return block
 
 
+@dataclass(frozen=True)
+class QRRound:
+    """A round of Cholesky-QR, of one matrix or of each of a stack [..., n, l].
+
+    Attributes:
+        columns: orthonormal, where `sound`; fully so where `enough`. Both bool [...].
+        projected: the columns before they were made so.
+        before: their lengths before the projection, [..., l].
+    """
+
+    columns: Tensor
+    projected: Tensor
+    before: Tensor
+    sound: Tensor
+    enough: Tensor
+
+
+def cholesky_qr(block: Tensor, basis: Tensor, *, careful: bool) -> QRRound:
+    """Columns [..., n, l] less their projections on `basis` [..., n, k], made orthonormal."""
+    before = block.square().sum(dim=-2).sqrt()
+    block = _without(block, basis)
+    wide = block.double() if careful else block
+    gram = wide.mT @ wide
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    # What counts is how columns differ in direction.
+    factor, failed = cholesky(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
+    apart = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+    left = (lengths / before).amin(-1)
+    return QRRound(
+        columns=block @ (_inverse(factor) / lengths.unsqueeze(-1)).float(),
+        projected=block,
+        before=before,
+        sound=(failed == 0) & (apart > _ALIKE[careful]) & (left > _NOTHING_LEFT),
+        enough=(apart > _FAR_APART[careful]) & (left > _MUCH_LEFT[careful]),
+    )
+
+
 def _inverse(factor: Tensor) -> Tensor:
-    """L⁻ᵀ of a lower triangle L [l, l]: a product with it takes half the time of solving for a tall block."""
-    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor.T, identity, upper=True)
+    """L⁻ᵀ of a lower triangle L [..., l, l]: a product with it takes half the time of solving for a tall block."""
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor.mT, identity, upper=True)
 
 
 def _householder(block: Tensor, basis: Tensor) -> Tensor:
@@ -100,4 +132,7 @@ def _householder(block: Tensor, basis: Tensor) -> Tensor:
 
 def _without(block: Tensor, basis: Tensor) -> Tensor:
     """`block` less its projection on the orthonormal `basis`."""
-    return torch.addmm(block, basis, basis.T @ block, alpha=-1) if basis.shape[1] else block
+    if not basis.shape[-1]:
+        return block
+    subtract = torch.baddbmm if block.dim() == 3 else torch.addmm
+    return subtract(block, basis, basis.mT @ block, alpha=-1)

@@ -26,8 +26,8 @@ from loftq_cli.numerics.lowrank import (
 )
 from loftq_cli.numerics.start import zero_start
 
-_SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
-_CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
+SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
+CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
 
 
 @dataclass(frozen=True)
@@ -287,13 +287,13 @@ class _Steps:
     def left_over(self, step: QuantizeStep, found: LowRank) -> float:
         """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
         total = step.residual_norm() ** 2
-        if total - found.energy > _CANCELLING * total:
+        if total - found.energy > CANCELLING * total:
             return math.sqrt(total - found.energy)
         return frobenius(self._full(step) - found.product())
 
     def is_estimate(self, step: QuantizeStep, found: LowRank) -> bool:
         """Whether `found` came from a rounded residual and holds so much that the rounding shows."""
-        return step.residual.dtype == torch.bfloat16 and found.energy > _SHOWS * step.residual_norm() ** 2
+        return step.residual.dtype == torch.bfloat16 and found.energy > SHOWS * step.residual_norm() ** 2
 
     def settle(self, quantized: Quantized, found: LowRank) -> tuple[LowRank, float]:
         """The exact projection of W - Q on the directions of `found`, and what it leaves."""

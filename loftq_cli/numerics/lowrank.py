@@ -25,11 +25,11 @@ _LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the ra
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
-_SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
+SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
 _ROUGH_SPREAD = 256.0  # up to which it blurs the smallest
-_MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
+MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
 _ROUGH_MOST = 0.999  # above which that noise would be a good part of it
-_SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
+SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def krylov_low_rank(
     if scale != 1.0:
         scaled = krylov_low_rank(residual * scale, rank, previous=previous, depth=depth, generator=generator)
         return LowRank(scaled.u, scaled.s / scale, scaled.v)
-    space = _Space.plan(residual, rank, previous, depth)
+    space = KrylovSpace.plan(residual, rank, previous, depth)
     trusts = previous is None or _narrow(previous.s)
     if space is None:
         found = gram_low_rank(residual, rank, careful=False) if trusts else None
@@ -143,8 +143,8 @@ def half_low_rank(
             this approximation misses is made up for by a later step.
     """
     rank = min(rank, *half.shape)
-    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST) if rough else (_SPREAD, _MOST)
-    space = _Space.plan(half, rank, previous, depth)
+    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST) if rough else (SPREAD, MOST)
+    space = KrylovSpace.plan(half, rank, previous, depth)
     if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s, spread)):
         return None
     found = space.search(half, space.start(half, previous, generator), careful=False)
@@ -158,7 +158,7 @@ def refine(residual: Tensor, found: LowRank) -> LowRank:
 
 
 @dataclass(frozen=True)
-class _Space:
+class KrylovSpace:
     """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR."""
 
     rank: int
@@ -166,7 +166,7 @@ class _Space:
     depth: int
 
     @staticmethod
-    def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> _Space | None:
+    def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> KrylovSpace | None:
         """The space for a residual of this shape, or None where the Gram matrix is as cheap.
 
         Blocks half as wide as the rank find more with the same products than blocks as wide; a start from known
@@ -179,7 +179,7 @@ class _Space:
         depth = depth or (first if previous is None else LATER_DEPTH - large)
         if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * smaller or width * (depth + 1) < rank:
             return None
-        return _Space(rank, width, depth)
+        return KrylovSpace(rank, width, depth)
 
     def start(self, residual: Tensor, previous: LowRank | None, generator: torch.Generator) -> Tensor:
         """[shorter side, width]: the previous step's directions, filled up with random ones."""
@@ -212,19 +212,19 @@ def _decompose(image: Tensor, basis: Tensor) -> LowRank:
 def frobenius(x: Tensor) -> float:
     """‖x‖_F of a matrix: float32 within rows, float64 across them, and throughout where squares could leave float32."""
     norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1), dtype=torch.float64))
-    if 1 / _SAFE_NORM < norm < _SAFE_NORM:
+    if 1 / SAFE_NORM < norm < SAFE_NORM:
         return norm
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _power_of_two(norm: float) -> float:
     """What to multiply a matrix of this norm with, so that squares stay in float32's range; 1 where they do."""
-    if norm == 0.0 or 1 / _SAFE_NORM < norm < _SAFE_NORM:
+    if norm == 0.0 or 1 / SAFE_NORM < norm < SAFE_NORM:
         return 1.0
     return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
 
 
-def _narrow(s: Tensor, spread: float = _SPREAD) -> bool:
+def _narrow(s: Tensor, spread: float = SPREAD) -> bool:
     return bool(s[0] <= spread * s[-1])
 
 
