@@ -19,7 +19,11 @@ from loftq_cli.numerics.lowrank import LowRank
 
 _TILE = 2048  # elements a program takes at once
 _TILE_OF_WARP = 512  # so that a thread holds 16 of them: more would not fit its registers
-_KINDS = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16, torch.float16: kernel.FLOAT16}
+_KINDS: dict[torch.dtype, int] = {
+    torch.float32: kernel.FLOAT32.value,
+    torch.bfloat16: kernel.BFLOAT16.value,
+    torch.float16: kernel.FLOAT16.value,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TritonQuantizer:
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         """Quantize `target` to Q and give W - Q. Both float32 [out, in]."""
-        return self._quantize(weight, target, _empty(weight, torch.float32), kernel.NOT_AT_ALL)
+        return self._quantize(weight, target, _empty(weight, torch.float32), kernel.NOT_AT_ALL.value)
 
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
@@ -42,10 +46,10 @@ class TritonQuantizer:
         reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
         residual = scratch.residual if scratch and reuses else _empty(weight, dtype)
         if found is None:
-            return self._quantize(weight, weight, residual, kernel.NOT_AT_ALL)
+            return self._quantize(weight, weight, residual, kernel.NOT_AT_ALL.value)
         # The kernel reads each tile of BA before it overwrites it.
         product = found.product(dtype, out=residual)
-        return self._quantize(weight, product, residual, kernel.HALF if half else kernel.FULL)
+        return self._quantize(weight, product, residual, (kernel.HALF if half else kernel.FULL).value)
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
         """W - Q, float32 [out, in]."""
@@ -95,7 +99,7 @@ class TritonQuantizer:
     def _plain(self) -> BlockQuantizer:
         return BlockQuantizer(self.grid, self.levels)
 
-    def _quantize(self, weight: Tensor, target: Tensor, residual: Tensor, corrects: Any) -> QuantizeStep:
+    def _quantize(self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int) -> QuantizeStep:
         grid, weight, device = self.grid, weight.contiguous(), weight.device
         tiling = _Tiling.of(grid, weight)
         codes = _empty(weight, torch.uint8)

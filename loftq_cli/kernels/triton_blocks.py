@@ -7,8 +7,6 @@ multiply-adds, which round once where torch rounds twice. Finite input only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -21,14 +19,14 @@ _LARGEST_BFLOAT16 = tl.constexpr(0x7F7F0000)
 
 
 @triton.jit
-def _bfloat16_bits(x: Any) -> Any:
+def _bfloat16_bits(x):
     """The bit pattern of float32 `x` rounded to bfloat16, to even; the lower half is zero."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
 
 
 @triton.jit
-def _rounded(x: Any, kind: tl.constexpr) -> Any:
+def _rounded(x, kind: tl.constexpr):
     """`x` rounded to even as `kind` says, saturating."""
     if kind == BFLOAT16:
         limit = tl.full((), _LARGEST_BFLOAT16, tl.int32).to(tl.float32, bitcast=True)
@@ -39,9 +37,7 @@ def _rounded(x: Any, kind: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _tile(
-    n_blocks: Any, row: Any, blocks_per_row: Any, block: tl.constexpr, width: tl.constexpr, count: tl.constexpr
-) -> Any:
+def _tile(n_blocks, row, blocks_per_row, block: tl.constexpr, width: tl.constexpr, count: tl.constexpr):
     """This program's blocks [count], which of them exist, where they begin in their row, and of their elements
     [count, width] the places in memory and which exist."""
     b = tl.program_id(0).to(tl.int64) * count + tl.arange(0, count)
@@ -55,22 +51,22 @@ def _tile(
 
 
 @triton.jit
-def _nearest(z: Any, middles: Any, bits: tl.constexpr) -> Any:
+def _nearest(z, middles, bits: tl.constexpr):
     """How many of the 2**bits - 1 ascending thresholds `z` exceeds, by halving."""
     code = tl.zeros(z.shape, tl.int32)
     for k in tl.static_range(bits):
-        half: tl.constexpr = 1 << (bits - 1 - k)
+        half = 1 << (bits - 1 - k)
         code += tl.where(z > tl.load(middles + code + (half - 1)), half, 0)
     return code
 
 
 @triton.jit
 def quantize_blocks(
-    weight: Any, target: Any, codes: Any, absmax: Any, residual: Any, sums: Any, middles: Any, levels: Any,
-    n_blocks: Any, row: Any, blocks_per_row: Any, block: tl.constexpr, width: tl.constexpr, count: tl.constexpr,
+    weight, target, codes, absmax, residual, sums, middles, levels,
+    n_blocks, row, blocks_per_row, block: tl.constexpr, width: tl.constexpr, count: tl.constexpr,
     bits: tl.constexpr, divides_short: tl.constexpr, scale_kind: tl.constexpr, value_kind: tl.constexpr,
     corrects: tl.constexpr, halves: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Quantize `count` blocks of the row-major `target`; give `weight` - Q and its squared norm per program.
 
     weight and target are float32 [n], codes uint8 [n], absmax float32 [n_blocks], sums float64 [programs], middles
@@ -111,9 +107,9 @@ def quantize_blocks(
 
 @triton.jit
 def restore_blocks(
-    weight: Any, codes: Any, absmax: Any, residual: Any, levels: Any, n_blocks: Any, row: Any, blocks_per_row: Any,
+    weight, codes, absmax, residual, levels, n_blocks, row, blocks_per_row,
     block: tl.constexpr, width: tl.constexpr, count: tl.constexpr, value_kind: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """`weight` - Q, as `quantize_blocks` made Q. All float32 [n] but codes uint8 [n] and absmax [n_blocks]."""
     b, exists, _column, places, inside = _tile(n_blocks, row, blocks_per_row, block, width, count)
     scale = tl.load(absmax + b, mask=exists, other=0)
