@@ -39,15 +39,16 @@ def _rounded(x, kind: tl.constexpr):
 @triton.jit
 def _tile(n_blocks, row, blocks_per_row, block: tl.constexpr, width: tl.constexpr, count: tl.constexpr):
     """This program's blocks [count], which of them exist, where they begin in their row, and of their elements
-    [count, width] the places in memory and which exist."""
-    b = tl.program_id(0).to(tl.int64) * count + tl.arange(0, count)
-    column = b % blocks_per_row * block
+    [count, width] the places in memory and which exist. There are less than 2³¹ blocks."""
+    b = tl.program_id(0) * count + tl.arange(0, count)
+    rows_done = b // blocks_per_row  # not in 64 bits, where dividing is slow
+    column = (b - rows_done * blocks_per_row).to(tl.int64) * block
     j = tl.arange(0, width)[None, :]
     exists = b < n_blocks
     inside = exists[:, None] & (column[:, None] + j < row)
     if block < width:
         inside = inside & (j < block)
-    return b, exists, column, (b // blocks_per_row * row + column)[:, None] + j, inside
+    return b, exists, column, (rows_done.to(tl.int64) * row + column)[:, None] + j, inside
 
 
 @triton.jit
