@@ -55,6 +55,18 @@ def matrices(levels: Tensor, rows: int, columns: int) -> list[Tensor]:
     ]
 
 
+def telling(levels: Tensor, scale: float) -> Tensor:
+    """A short block [1, n] of this absmax, whose codes differ between dividing by it and multiplying with its
+    reciprocal."""
+    middles, absmax = midpoints(levels), torch.tensor(scale)
+    divisor = absmax.clamp(min=1e-38)
+    x = torch.cat([torch.nextafter(middles * divisor, torch.tensor(end)) for end in (-9.0, 9.0)] + [middles * divisor])
+    differs = torch.bucketize(x / divisor, middles) != torch.bucketize(x * divisor.reciprocal(), middles)
+    found = x[differs & (x.abs() <= absmax)]
+    assert found.numel(), "there are such numbers"
+    return torch.cat([absmax.reshape(1), found])[:63].reshape(1, -1)
+
+
 def same(found: QuantizeStep, plain: QuantizeStep) -> None:
     """Codes, scales and residual to the bit; the norm to what summing in another order may change."""
     a, b = blocks_of(found), blocks_of(plain)
@@ -153,6 +165,10 @@ def cases(device: str) -> Iterator[Case]:
             g = grid("nf", 3, layout=layout, scale_dtype=BF16, value_dtype=F16)
             yield named(residual_of, g, kind, kind)
             yield named(transposed, g, kind)
+        for scale in (1.7, 0.3, 9e-39):
+            g = grid("uniform", 8, layout=layout)
+            w = telling(g.levels(), scale)
+            yield named(residual_of, g, w, w)
         w = torch.randn(9, 200, generator=torch.Generator().manual_seed(0))
         yield named(changing_dtype, grid("nf", 4, layout=layout), w, layout == "flat")
         yield named(of_own_levels, grid("nf", 2, layout=layout), w)
