@@ -184,9 +184,9 @@ def test_without_the_compiler_plain_torch_takes_over_with_a_warning(monkeypatch:
     for name in ("cpu", "numba_blocks"):
         monkeypatch.delitem(sys.modules, f"loftq_cli.kernels.{name}", raising=False)
         monkeypatch.delattr(kernels, name, raising=False)
-    kernels._on_cpu.cache_clear()
+    kernels._compiled_quantizers.cache_clear()
     try:
         with pytest.warns(UserWarning, match="plain torch takes over"):
             assert isinstance(kernels.block_quantizer(grid(2), "cpu"), BlockQuantizer)
     finally:
-        kernels._on_cpu.cache_clear()
+        kernels._compiled_quantizers.cache_clear()

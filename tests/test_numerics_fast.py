@@ -122,7 +122,7 @@ def test_residual_restored_from_the_codes(data_type: str, bits: int, layout: str
 
 def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "loftq_cli.kernels.cpu", None)  # what a missing numba looks like
-    kernels._on_cpu.cache_clear()
+    kernels._compiled_quantizers.cache_clear()
     try:
         with pytest.warns(UserWarning, match="plain torch takes over"):
             assert isinstance(block_quantizer(grid(2), "cpu"), BlockQuantizer)
@@ -130,7 +130,7 @@ def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch
             warnings.simplefilter("error")
             assert isinstance(block_quantizer(grid(4), "cpu"), BlockQuantizer)
     finally:
-        kernels._on_cpu.cache_clear()
+        kernels._compiled_quantizers.cache_clear()
 
 
 @pytest.mark.parametrize("writable", [True, False])

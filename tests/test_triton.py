@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import triton_cases
+import triton_group_cases
 
 from loftq_cli import kernels
 from loftq_cli.kernels import block_quantizer
+from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.loftq import BlockQuantizer
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -33,7 +35,7 @@ def test_interpreted_kernels_are_the_plain_twin_bit_for_bit() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert not found["failures"] and found["cases"] > 300
+    assert not found["failures"] and found["cases"] > 400
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,26 +45,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "corrected": {"bits": 3, "corrects": 1},
     "corrected in halves": {"bits": 2, "corrects": 2, "halves": True, "scale_kind": 1, "value_kind": 1},
 }
+PLACES = dict.fromkeys(("n_blocks", "row", "blocks_per_row"), "i32")
 
 
-def machine_code(kernel: Any, arrays: dict[str, str], constants: dict[str, Any], architecture: int) -> str:
+def machine_code(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, warps: int
+) -> str:
     """The PTX of a kernel, assembled for an NVIDIA architecture as well."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    width = constants["width"] = constants["block"]
-    constants["count"] = max(1, 2048 // width)
-    places = {"n_blocks": "i32", "row": "i32", "blocks_per_row": "i32"}
-    source = ASTSource(kernel, {**arrays, **places, **dict.fromkeys(constants, "constexpr")}, constants)
-    options = {"num_warps": max(4, width // 512), "enable_fp_fusion": False}
+    source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
 
 def assert_exact(ptx: str) -> None:
-    inexact = re.findall(r"(?:fma\.\S*f32|mad\.\S*f32|div\.full\S*|\S+\.approx\S*|\S+\.ftz\S*)", ptx)
+    inexact = re.findall(r"(?:(?:fma|mad)\.\S*f(?:32|64)|div\.full\S*|\S+\.approx\S*|\S+\.ftz\S*)", ptx)
     assert not inexact, f"torch rounds otherwise: {sorted(set(inexact))}"
 
 
@@ -75,14 +77,15 @@ def test_quantizer_compiles_to_exact_arithmetic(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from loftq_cli.kernels.triton_blocks import quantize_blocks
 
+    block = VARIANTS[variant].get("block", 64)
     constants = {
-        "block": 64, "divides_short": False, "scale_kind": 0, "value_kind": 0, "corrects": 0, "halves": False,
-        **VARIANTS[variant],
+        "block": block, "width": block, "count": max(1, 2048 // block), "divides_short": False,
+        "scale_kind": 0, "value_kind": 0, "corrects": 0, "halves": False, **VARIANTS[variant],
     }  # fmt: skip
-    arrays = dict.fromkeys(("weight", "target", "absmax", "residual", "middles", "levels"), "*fp32")
+    arrays = PLACES | dict.fromkeys(("weight", "target", "absmax", "residual", "middles", "levels"), "*fp32")
     arrays |= {"codes": "*u8", "sums": "*fp64"}
     arrays |= {"target": "*i16", "residual": "*i16"} if constants["halves"] else {}
-    ptx = machine_code(quantize_blocks, arrays, constants, architecture)
+    ptx = machine_code(quantize_blocks, arrays, constants, architecture, warps=max(4, block // 512))
     assert_exact(ptx)
     assert "div.rn.f32" in ptx
 
@@ -95,8 +98,28 @@ def test_restoring_compiles_to_exact_arithmetic(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from loftq_cli.kernels.triton_blocks import restore_blocks
 
-    arrays = {**dict.fromkeys(("weight", "absmax", "residual", "levels"), "*fp32"), "codes": "*u8"}
-    assert_exact(machine_code(restore_blocks, arrays, {"block": 64, "value_kind": 0}, architecture))
+    arrays = PLACES | dict.fromkeys(("weight", "absmax", "residual", "levels"), "*fp32") | {"codes": "*u8"}
+    constants = {"block": 64, "width": 64, "count": 32, "value_kind": 0}
+    assert_exact(machine_code(restore_blocks, arrays, constants, architecture, warps=4))
+
+
+@needs_triton
+@pytest.mark.parametrize(("rule", "architecture"), [(2, 80), (0, 90), (2, 90), (3, 90)])
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_groups_compile_to_exact_arithmetic(
+    rule: int, zero: int, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from loftq_cli.kernels.triton_groups import quantize_groups
+
+    constants = {
+        "top": 3.0, "least_zero": 0.0, "count": 16, "zero": zero, "rule": rule, "scale_kind": 2, "offset_kind": 1,
+        "product_kind": 0, "value_kind": 0, "corrects": rule == 2, "halves": architecture == 80,
+    }  # fmt: skip
+    arrays = dict.fromkeys(("weight", "product", "scales", "zeros", "residual", "shares"), "*fp32")
+    arrays |= {"codes": "*u8", "sums": "*fp64"} | ({"residual": "*i16"} if constants["halves"] else {})
+    sizes = ("n_groups", "n_in", "groups_per_row", "group_width", "n_shares", "n_refits")
+    assert_exact(machine_code(quantize_groups, arrays | dict.fromkeys(sizes, "i32"), constants, architecture, warps=1))
 
 
 @needs_triton
@@ -109,20 +132,33 @@ def test_gpu_gives_the_plain_twins_bits() -> None:
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     assert not failures
-    assert type(block_quantizer(triton_cases.grid(), "cuda")).__name__ == "TritonQuantizer"
+    found = [type(block_quantizer(g, "cuda")).__name__ for g in (triton_cases.grid(), triton_group_cases.groups())]
+    assert found == ["TritonQuantizer", "TritonAffineQuantizer"]
 
 
-def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "loftq_cli.kernels.gpu", None)  # what a missing Triton looks like
-    kernels._on_gpu.cache_clear()
+@pytest.mark.parametrize("grid", [triton_cases.grid(), triton_group_cases.groups()], ids=["blocks", "groups"])
+def test_plain_torch_takes_over_with_one_warning(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gpu", "gpu_groups"):
+        monkeypatch.setitem(sys.modules, f"loftq_cli.kernels.{name}", None)  # what a missing Triton looks like
+    caches = kernels._blocks_on_gpu, kernels._groups_on_gpu
+    for cached in caches:
+        cached.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"Triton quantizer on cuda.* is not available.*plain torch takes over"):
-            assert isinstance(block_quantizer(triton_cases.grid(), "cuda"), BlockQuantizer)
+        with pytest.warns(UserWarning, match=r"the Triton .* on cuda is not available .* plain torch takes over"):
+            assert isinstance(block_quantizer(grid, "cuda"), (BlockQuantizer, AffineQuantizer))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert isinstance(block_quantizer(triton_cases.grid("nf", 4), "cuda"), BlockQuantizer)
+            assert isinstance(block_quantizer(grid, "cuda"), (BlockQuantizer, AffineQuantizer))
     finally:
-        kernels._on_gpu.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
+
+
+def test_nested_scales_stay_with_plain_torch() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nested = triton_cases.grid("nf", 4, layout="flat", nested=True)
+        assert isinstance(block_quantizer(nested, "cuda"), BlockQuantizer)
 
 
 def test_triton_is_imported_only_for_a_gpu() -> None:

@@ -14,7 +14,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from triton_group_cases import group_cases
 
+from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid, midpoints
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.loftq import BlockQuantizer, FeedingQuantizer, FusedQuantizer, QuantizeStep, blocks_of
@@ -140,12 +142,13 @@ def transposed(g: BlockGrid, w: Tensor) -> None:
 def cases(device: str) -> Iterator[Case]:
     """Every case with its name."""
 
-    def named(check: Callable[..., None], g: BlockGrid, *arguments: object) -> Case:
+    def named(check: Callable[..., None], g: BlockGrid | AffineGrid, *arguments: object) -> Case:
         tensors = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
         size = "x".join(map(str, arguments[0].shape)) if isinstance(arguments[0], Tensor) else ""
         kinds = f"{g.scale_dtype} {g.value_dtype}".replace("torch.", "")
         rest = [str(x) for x in arguments if isinstance(x, bool)]
-        name = [check.__name__, g.data_type, str(g.bits), g.layout, str(g.block_size), kinds, size, *rest]
+        how = g.layout if isinstance(g, BlockGrid) else f"{g.zero} {g.scale_rule}"
+        name = [check.__name__, g.data_type, str(g.bits), how, str(g.block_size), kinds, size, *rest]
         return " ".join(name), lambda: check(g, *tensors)
 
     for layout in LAYOUTS:
@@ -155,12 +158,11 @@ def cases(device: str) -> Iterator[Case]:
                 w = torch.cat(matrices(g.levels(), 5, 70))
                 yield named(residual_of, g, w, w + 0.01 * w.abs().clamp(max=1.0))
         for block_size in SIZES:
-            for rows, columns in SHAPES:
+            for number, (rows, columns) in enumerate(SHAPES):
                 g = grid("nf", 4, layout=layout, block_size=block_size, value_dtype=BF16)
                 w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
                 yield named(residual_of, g, w, w)
-                yield named(corrected, grid("nf", 2, layout=layout, block_size=block_size), w, True)
-                yield named(corrected, g, w, False)
+                yield named(corrected, g, w, (number + block_size // 32) % 2 == 0)
         for kind in matrices(grid().levels(), 3, 33):  # each with a short last block of its own
             g = grid("nf", 3, layout=layout, scale_dtype=BF16, value_dtype=F16)
             yield named(residual_of, g, kind, kind)
@@ -173,10 +175,12 @@ def cases(device: str) -> Iterator[Case]:
         yield named(changing_dtype, grid("nf", 4, layout=layout), w, layout == "flat")
         yield named(of_own_levels, grid("nf", 2, layout=layout), w)
         yield named(fitted, grid("nf", 2, layout=layout, signed=True), w)
+    for check, affine, arguments in group_cases():
+        yield named(check, affine, *arguments)
 
 
 def main() -> None:
-    from loftq_cli.kernels import gpu  # noqa: F401 - an import that fails is no failed case
+    from loftq_cli.kernels import gpu_groups  # noqa: F401 - an import that fails is no failed case
 
     count, failures = 0, []
     for name, check in cases("cpu"):

@@ -19,13 +19,16 @@ from loftq_cli.numerics.loftq import BlockQuantizer, Quantizer
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     """The fastest quantizer of a grid on a device: compiled on the CPU and on NVIDIA and AMD GPUs, which torch both
-    calls `cuda`; plain torch elsewhere. The same bits as plain torch on that device."""
+    calls `cuda`; plain torch elsewhere. Compiled ones give the bits of plain torch on a CPU."""
     device = torch.device(device)
-    compiled = _on_cpu() if device.type == "cpu" else _on_gpu(device) if device.type == "cuda" else None
+    compiled = _compiled_quantizers() if device.type == "cpu" else None
     if isinstance(grid, AffineGrid):
-        return AffineQuantizer(grid) if compiled is None else compiled.groups(grid)
-    # Nested scales are known only when all blocks are.
-    return BlockQuantizer(grid) if compiled is None or grid.nested else compiled.blocks(grid)
+        groups = _groups_on_gpu(device) if device.type == "cuda" else compiled.groups if compiled else None
+        return AffineQuantizer(grid) if groups is None else groups(grid)
+    if grid.nested:  # such scales are known only when all blocks are
+        return BlockQuantizer(grid)
+    blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
+    return BlockQuantizer(grid) if blocks is None else blocks(grid)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class _Compiled:
 
 
 @cache
-def _on_cpu() -> _Compiled | None:
+def _compiled_quantizers() -> _Compiled | None:
     """The compiled quantizers' classes, or None, with one warning, where numba is missing or does not work here."""
     try:
         from loftq_cli.kernels.cpu import CompiledQuantizer
@@ -46,30 +49,53 @@ def _on_cpu() -> _Compiled | None:
             trial, trial
         )
     except Exception as error:  # whatever a compiler may raise: the plain twin always works
-        _warn("the compiled quantizer is", error, "several times slower")
+        _warn("compiled quantizer", error, "several times slower")
         return None
     return _Compiled(CompiledQuantizer, CompiledAffineQuantizer)
 
 
 @cache
-def _on_gpu(device: torch.device) -> _Compiled | None:
-    """The same by Triton; the trial also compares bits, which depend on the device's compiler."""
+def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | None:
+    """The Triton quantizer's class, or None, with one warning, where it does not work on this device."""
     try:
         from loftq_cli.kernels.gpu import TritonQuantizer
 
         grid = BlockGrid(codebook("nf", 4), 64, "flat", torch.float32, torch.bfloat16)
-        trial = torch.linspace(-1, 1, 130, device=device).reshape(2, 65)
-        found, plain = (kind(grid).quantize_residual(trial, trial) for kind in (TritonQuantizer, BlockQuantizer))
-        if not torch.equal(found.residual, plain.residual):
-            raise ArithmeticError("its numbers are not those of plain torch")
+        _check(TritonQuantizer(grid), BlockQuantizer(grid), device)
     except Exception as error:  # whatever a compiler or a driver may raise
-        _warn(f"the Triton quantizer on {device} is", error, "slower")
+        _warn(f"Triton quantizer of blocks on {device}", error, "slower")
         return None
-    return _Compiled(TritonQuantizer, AffineQuantizer)
+    return TritonQuantizer
+
+
+@cache
+def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | None:
+    """The same for integer groups."""
+    try:
+        from loftq_cli.kernels.gpu_groups import TritonAffineQuantizer
+
+        grid = AffineGrid(4, 64, "integer", torch.float16, torch.bfloat16)
+        _check(TritonAffineQuantizer(grid), AffineQuantizer(grid), device)
+    except Exception as error:  # as above
+        _warn(f"Triton quantizer of integer groups on {device}", error, "slower")
+        return None
+    return TritonAffineQuantizer
+
+
+def _check(quantizer: Quantizer, plain: Quantizer, device: torch.device) -> None:
+    """A short trial.
+
+    Raises:
+        ArithmeticError: the device's numbers are not those of plain torch on a CPU.
+    """
+    trial = torch.linspace(-1, 1, 130).square().reshape(2, 65)
+    residual = quantizer.quantize_residual(trial.to(device), trial.to(device)).residual
+    if not torch.equal(residual.cpu(), plain.quantize_residual(trial, trial).residual):
+        raise ArithmeticError("its numbers are not those of plain torch")
 
 
 def _warn(what: str, error: Exception, slower: str) -> None:
     warnings.warn(
-        f"{what} not available ({type(error).__name__}: {error}); plain torch takes over, which is {slower}",
+        f"the {what} is not available ({type(error).__name__}: {error}); plain torch takes over, which is {slower}",
         stacklevel=4,
     )
