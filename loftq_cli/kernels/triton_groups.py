@@ -230,18 +230,22 @@ def quantize_groups(
         new_scale, new_point, new_offset = scale, point, offset
         for step in range(n_tried + n_refits):
             from_scale, from_point, from_offset = scale, point, offset
-            if step == n_tried:
-                new_scale, new_point, new_offset = scale, point, offset
-            if step < n_tried:
-                share, variant = tl.load(shares + step // variants), step % variants
-                from_scale, from_point, from_offset = _over(
+            if rule == RULE_MSE:
+                share, variant = tl.load(shares + tl.minimum(step, n_tried - 1) // variants), step % variants
+                tried_scale, tried_point, tried_offset = _over(
                     low * share, high * share, top, least_zero, zero, False, scale_kind, offset_kind
                 )
                 if zero == ZERO_NONE:
-                    from_scale = tl.where(variant == 1, -from_scale, from_scale)
+                    tried_scale = tl.where(variant == 1, -tried_scale, tried_scale)
                 elif zero == ZERO_INTEGER:
-                    from_point = tl.minimum(tl.maximum(from_point + (variant - 1), least_zero), top)
-                new_scale, new_point, new_offset = from_scale, from_point, from_offset
+                    tried_point = tl.minimum(tl.maximum(tried_point + (variant - 1), least_zero), top)
+                from_scale = tl.where(step < n_tried, tried_scale, scale)
+                from_point = tl.where(step < n_tried, tried_point, point)
+                from_offset = tl.where(step < n_tried, tried_offset, offset)
+            # A refit takes the codes of the fit before, even of one that was no better.
+            new_scale = tl.where(step <= n_tried, from_scale, new_scale)
+            new_point = tl.where(step <= n_tried, from_point, new_point)
+            new_offset = tl.where(step <= n_tried, from_offset, new_offset)
             new_scale, new_point, new_offset = _fit(
                 weight, product, begin, size, n_loops, total, new_scale, new_point, new_offset,
                 from_scale, from_point, from_offset, top, least_zero, zero, scale_kind, offset_kind, corrects,
