@@ -18,12 +18,17 @@ from loftq_cli.numerics.loftq import BlockQuantizer, Quantizer
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
-    """The fastest quantizer of a grid on a device: compiled on the CPU, plain torch elsewhere; the same bits."""
-    compiled = _compiled_quantizers() if torch.device(device).type == "cpu" else None
+    """The fastest quantizer of a grid on a device: compiled on the CPU and on NVIDIA and AMD GPUs, which torch both
+    calls `cuda`; plain torch elsewhere. Compiled ones give the bits of plain torch on a CPU."""
+    device = torch.device(device)
+    compiled = _compiled_quantizers() if device.type == "cpu" else None
     if isinstance(grid, AffineGrid):
-        return AffineQuantizer(grid) if compiled is None else compiled.groups(grid)
-    # Nested scales are known only when all blocks are.
-    return BlockQuantizer(grid) if compiled is None or grid.nested else compiled.blocks(grid)
+        groups = _groups_on_gpu(device) if device.type == "cuda" else compiled.groups if compiled else None
+        return AffineQuantizer(grid) if groups is None else groups(grid)
+    if grid.nested:  # such scales are known only when all blocks are
+        return BlockQuantizer(grid)
+    blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
+    return BlockQuantizer(grid) if blocks is None else blocks(grid)
 
 
 def load_kernels(device: torch.device) -> None:
@@ -50,10 +55,53 @@ def _compiled_quantizers() -> _Compiled | None:
             trial, trial
         )
     except Exception as error:  # whatever a compiler may raise: the plain twin always works
-        warnings.warn(
-            f"the compiled quantizer is not available ({type(error).__name__}: {error}); plain torch takes over, which "
-            "is several times slower",
-            stacklevel=3,
-        )
+        _warn("compiled quantizer", error, "several times slower")
         return None
     return _Compiled(CompiledQuantizer, CompiledAffineQuantizer)
+
+
+@cache
+def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | None:
+    """The Triton quantizer's class, or None, with one warning, where it does not work on this device."""
+    try:
+        from loftq_cli.kernels.gpu import TritonQuantizer
+
+        grid = BlockGrid(codebook("nf", 4), 64, "flat", torch.float32, torch.bfloat16)
+        _check(TritonQuantizer(grid), BlockQuantizer(grid), device)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        _warn(f"Triton quantizer of blocks on {device}", error, "slower")
+        return None
+    return TritonQuantizer
+
+
+@cache
+def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | None:
+    """The same for integer groups."""
+    try:
+        from loftq_cli.kernels.gpu_groups import TritonAffineQuantizer
+
+        grid = AffineGrid(4, 64, "integer", torch.float16, torch.bfloat16)
+        _check(TritonAffineQuantizer(grid), AffineQuantizer(grid), device)
+    except Exception as error:  # as above
+        _warn(f"Triton quantizer of integer groups on {device}", error, "slower")
+        return None
+    return TritonAffineQuantizer
+
+
+def _check(quantizer: Quantizer, plain: Quantizer, device: torch.device) -> None:
+    """A short trial.
+
+    Raises:
+        ArithmeticError: the device's numbers are not those of plain torch on a CPU.
+    """
+    trial = torch.linspace(-1, 1, 130).square().reshape(2, 65)
+    residual = quantizer.quantize_residual(trial.to(device), trial.to(device)).residual
+    if not torch.equal(residual.cpu(), plain.quantize_residual(trial, trial).residual):
+        raise ArithmeticError("its numbers are not those of plain torch")
+
+
+def _warn(what: str, error: Exception, slower: str) -> None:
+    warnings.warn(
+        f"the {what} is not available ({type(error).__name__}: {error}); plain torch takes over, which is {slower}",
+        stacklevel=4,
+    )
