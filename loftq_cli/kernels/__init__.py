@@ -35,6 +35,8 @@ def load_kernels(device: torch.device) -> None:
     """Import, and on first use compile, what `block_quantizer` will give, so that the first matrices need not wait."""
     if device.type == "cpu":
         _compiled_quantizers()
+    elif device.type == "cuda":
+        _blocks_on_gpu(device)
 
 
 @dataclass(frozen=True)
