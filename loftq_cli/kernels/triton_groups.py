@@ -196,6 +196,76 @@ def _started(scales, zeros, g, exists, middle: tl.constexpr, zero: tl.constexpr)
 
 
 @triton.jit
+def _search(
+    weight, product, begin, size, n_loops, low, high, total, scale, point, offset, shares, n_shares, n_refits,
+    top: tl.constexpr, least_zero: tl.constexpr, zero: tl.constexpr, searches: tl.constexpr, scale_kind: tl.constexpr,
+    offset_kind: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr, corrects: tl.constexpr,
+):  # fmt: skip
+    """The best of what is given, the fits of all shrunk ranges where it `searches`, and refits of the best."""
+    least = _judge(
+        weight, product, begin, size, n_loops, scale, point, offset, top, zero, product_kind, value_kind, corrects
+    )
+    variants: tl.constexpr = 2 if zero == ZERO_NONE else 3 if zero == ZERO_INTEGER else 1
+    n_tried = n_shares * variants if searches else 0
+    new_scale, new_point, new_offset = scale, point, offset
+    for step in range(n_tried + n_refits):
+        from_scale, from_point, from_offset = scale, point, offset
+        if searches:
+            share, variant = tl.load(shares + tl.minimum(step, n_tried - 1) // variants), step % variants
+            tried_scale, tried_point, tried_offset = _over(
+                low * share, high * share, top, least_zero, zero, False, scale_kind, offset_kind
+            )
+            if zero == ZERO_NONE:
+                tried_scale = tl.where(variant == 1, -tried_scale, tried_scale)
+            elif zero == ZERO_INTEGER:
+                tried_point = tl.minimum(tl.maximum(tried_point + (variant - 1), least_zero), top)
+            from_scale = tl.where(step < n_tried, tried_scale, scale)
+            from_point = tl.where(step < n_tried, tried_point, point)
+            from_offset = tl.where(step < n_tried, tried_offset, offset)
+        # A refit takes the codes of the fit before, even of one that was no better.
+        new_scale = tl.where(step <= n_tried, from_scale, new_scale)
+        new_point = tl.where(step <= n_tried, from_point, new_point)
+        new_offset = tl.where(step <= n_tried, from_offset, new_offset)
+        new_scale, new_point, new_offset = _fit(
+            weight, product, begin, size, n_loops, total, new_scale, new_point, new_offset,
+            from_scale, from_point, from_offset, top, least_zero, zero, scale_kind, offset_kind, corrects,
+        )  # fmt: skip
+        error = _judge(
+            weight, product, begin, size, n_loops, new_scale, new_point, new_offset, top,
+            zero, product_kind, value_kind, corrects,
+        )  # fmt: skip
+        better = error < least
+        scale, point = tl.where(better, new_scale, scale), tl.where(better, new_point, point)
+        offset, least = tl.where(better, new_offset, offset), tl.where(better, error, least)
+    return scale, point, offset
+
+
+@triton.jit
+def _write(
+    weight, product, codes, residual, begin, size, n_loops, scale, point, offset,
+    top: tl.constexpr, zero: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr,
+    corrects: tl.constexpr, halves: tl.constexpr,
+):  # fmt: skip
+    """Store codes and residual; gives its squared norm."""
+    inverse = _reciprocal(scale)
+    squares = tl.zeros((size.shape[0], LANES), tl.float64)
+    for i in range(n_loops):
+        x, places, inside = _read(weight, product, begin, size, i, corrects)
+        code = _assign(x, inverse, point, offset, top)
+        tl.store(codes + places, code.to(tl.uint8), mask=inside)
+        difference = tl.load(weight + places, mask=inside, other=0.0) - _value(
+            code, scale, point, offset, zero, product_kind, value_kind
+        )
+        wide = tl.where(inside, difference, 0.0).to(tl.float64)
+        squares += wide * wide
+        if halves:
+            tl.store(residual + places, (_bfloat16_bits(difference) >> 16).to(tl.int16), mask=inside)
+        else:
+            tl.store(residual + places, difference, mask=inside)
+    return tl.sum(tl.sum(squares, axis=1), axis=0)
+
+
+@triton.jit
 def quantize_groups(
     weight, product, codes, scales, zeros, residual, sums, shares,
     n_groups, n_in, groups_per_row, group_width, n_shares, n_refits, top: tl.constexpr, least_zero: tl.constexpr,
@@ -222,59 +292,17 @@ def quantize_groups(
     else:
         scale, point, offset = _over(low, high, top, least_zero, zero, rule == RULE_ABSMAX, scale_kind, offset_kind)
     if rule >= RULE_MSE:
-        least = _judge(
-            weight, product, begin, size, n_loops, scale, point, offset, top, zero, product_kind, value_kind, corrects
-        )
-        variants: tl.constexpr = 2 if zero == ZERO_NONE else 3 if zero == ZERO_INTEGER else 1
-        n_tried = n_shares * variants if rule == RULE_MSE else 0
-        new_scale, new_point, new_offset = scale, point, offset
-        for step in range(n_tried + n_refits):
-            from_scale, from_point, from_offset = scale, point, offset
-            if rule == RULE_MSE:
-                share, variant = tl.load(shares + tl.minimum(step, n_tried - 1) // variants), step % variants
-                tried_scale, tried_point, tried_offset = _over(
-                    low * share, high * share, top, least_zero, zero, False, scale_kind, offset_kind
-                )
-                if zero == ZERO_NONE:
-                    tried_scale = tl.where(variant == 1, -tried_scale, tried_scale)
-                elif zero == ZERO_INTEGER:
-                    tried_point = tl.minimum(tl.maximum(tried_point + (variant - 1), least_zero), top)
-                from_scale = tl.where(step < n_tried, tried_scale, scale)
-                from_point = tl.where(step < n_tried, tried_point, point)
-                from_offset = tl.where(step < n_tried, tried_offset, offset)
-            # A refit takes the codes of the fit before, even of one that was no better.
-            new_scale = tl.where(step <= n_tried, from_scale, new_scale)
-            new_point = tl.where(step <= n_tried, from_point, new_point)
-            new_offset = tl.where(step <= n_tried, from_offset, new_offset)
-            new_scale, new_point, new_offset = _fit(
-                weight, product, begin, size, n_loops, total, new_scale, new_point, new_offset,
-                from_scale, from_point, from_offset, top, least_zero, zero, scale_kind, offset_kind, corrects,
-            )  # fmt: skip
-            error = _judge(
-                weight, product, begin, size, n_loops, new_scale, new_point, new_offset, top,
-                zero, product_kind, value_kind, corrects,
-            )  # fmt: skip
-            better = error < least
-            scale, point = tl.where(better, new_scale, scale), tl.where(better, new_point, point)
-            offset, least = tl.where(better, new_offset, offset), tl.where(better, error, least)
+        scale, point, offset = _search(
+            weight, product, begin, size, n_loops, low, high, total, scale, point, offset, shares, n_shares, n_refits,
+            top, least_zero, zero, rule == RULE_MSE, scale_kind, offset_kind, product_kind, value_kind, corrects,
+        )  # fmt: skip
     tl.store(scales + g, scale, mask=exists)
     if zero == ZERO_INTEGER:
         tl.store(zeros + g, point, mask=exists)
     elif zero == ZERO_FLOAT:
         tl.store(zeros + g, offset, mask=exists)
-    inverse = _reciprocal(scale)
-    squares = tl.zeros((count, LANES), tl.float64)
-    for i in range(n_loops):
-        x, places, inside = _read(weight, product, begin, size, i, corrects)
-        code = _assign(x, inverse, point, offset, top)
-        tl.store(codes + places, code.to(tl.uint8), mask=inside)
-        difference = tl.load(weight + places, mask=inside, other=0.0) - _value(
-            code, scale, point, offset, zero, product_kind, value_kind
-        )
-        wide = tl.where(inside, difference, 0.0).to(tl.float64)
-        squares += wide * wide
-        if halves:
-            tl.store(residual + places, (_bfloat16_bits(difference) >> 16).to(tl.int16), mask=inside)
-        else:
-            tl.store(residual + places, difference, mask=inside)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
+    square = _write(
+        weight, product, codes, residual, begin, size, n_loops, scale, point, offset,
+        top, zero, product_kind, value_kind, corrects, halves,
+    )  # fmt: skip
+    tl.store(sums + tl.program_id(0), square)
