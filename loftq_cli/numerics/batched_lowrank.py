@@ -96,8 +96,9 @@ def low_ranks(
     if space is None:
         found = _from_gram(residuals, rank, in_range(norms))
         return Found(found.ranks, found.sound & found.ranks.narrow())
-    start = _start(space, residuals, previous, generators)
-    found = _ritz(residuals.bfloat16() if half else residuals, start, space, in_range(norms))
+    matrices = residuals.bfloat16() if half else residuals
+    start = _start(space, matrices, previous, generators)
+    found = _ritz(matrices, start, space, in_range(norms))
     sound = found.sound & found.ranks.narrow()
     if half:
         sound &= found.ranks.energies <= MOST * norms.square()
@@ -131,13 +132,17 @@ class Flagged:
 
 
 def _start(
-    space: KrylovSpace, residuals: Tensor, previous: LowRanks | None, generators: Sequence[torch.Generator]
+    space: KrylovSpace, matrices: Tensor, previous: LowRanks | None, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """`KrylovSpace.start` of each, [b, in, width]; residuals [b, out, in] are not wider than high."""
-    known = residuals.new_empty(*residuals.mT.shape[:2], 0) if previous is None else previous.v[..., : space.width]
-    n, width = residuals.shape[2], space.width - known.shape[2]
+    """`KrylovSpace.start` of each, float32 [b, in, width]; matrices [b, out, in] are not wider than high."""
+    known = matrices.new_empty(*matrices.mT.shape[:2], 0, dtype=torch.float32)
+    if previous is not None and space.from_left:
+        known = (matrices.mT @ previous.u[..., : space.width].to(matrices.dtype)).float()
+    elif previous is not None:
+        known = previous.v[..., : space.width]
+    n, width = matrices.shape[2], space.width - known.shape[2]
     fresh = [torch.randn(n, width, generator=generator) / math.sqrt(n) for generator in generators]
-    return torch.cat([known, torch.stack(fresh).to(residuals.device)], dim=2)
+    return torch.cat([known, torch.stack(fresh).to(matrices.device)], dim=2)
 
 
 def _ritz(matrices: Tensor, start: Tensor, space: KrylovSpace, sound: Tensor) -> Found:

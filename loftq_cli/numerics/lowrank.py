@@ -17,10 +17,12 @@ from torch import Tensor
 from loftq_cli.numerics.krylov import orthonormal, ritz_pairs
 from loftq_cli.numerics.threads import eigh, lower_gram, product, svd
 
-FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next
+FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next ones
 _FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
-LATER_DEPTH = 2
-_LARGE, _LARGE_SHARE = 2048, 32  # from this size on, and this many times the rank, one power less keeps the course
+_LARGE = 2048
+LATER_DEPTH = 1
+# From this size on, and this many times the rank, later steps keep the course without the half power more.
+_STEADY, _STEADY_SHARE = 4096, 32
 
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
@@ -102,7 +104,8 @@ def krylov_low_rank(
     Args:
         residual: float32; or bfloat16, for which see `half_low_rank`.
         previous: the approximation of a similar residual: the last step's.
-        depth: powers of RᵀR in the space; by default FIRST_DEPTH without `previous`, LATER_DEPTH with it.
+        depth: powers of RᵀR in the space; by default FIRST_DEPTH or less without `previous`, LATER_DEPTH or half a
+            power more with it.
         generator: a CPU generator; its draws are what makes a run repeatable on any device.
         norm: ‖residual‖_F, where it is known already.
     """
@@ -159,11 +162,13 @@ def refine(residual: Tensor, found: LowRank) -> LowRank:
 
 @dataclass(frozen=True)
 class KrylovSpace:
-    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR."""
+    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR; half a power more where it starts
+    `from_left`, from Rᵀ times known directions of the longer side."""
 
     rank: int
     width: int
     depth: int
+    from_left: bool = False
 
     @staticmethod
     def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> KrylovSpace | None:
@@ -174,19 +179,23 @@ class KrylovSpace:
         """
         width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
         smaller = min(residual.shape)
-        large = smaller >= max(_LARGE, _LARGE_SHARE * rank)
+        from_left = previous is not None and depth is None and smaller < max(_STEADY, _STEADY_SHARE * rank)
         first = FIRST_DEPTH if smaller >= _LARGE else _FIRST_OF_SMALL
-        depth = depth or (first if previous is None else LATER_DEPTH - large)
-        if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * (depth + 1) > 2 * smaller or width * (depth + 1) < rank:
+        depth = depth or (first if previous is None else LATER_DEPTH)
+        blocks = depth + 1 + from_left
+        if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * blocks > 2 * smaller or width * (depth + 1) < rank:
             return None
-        return KrylovSpace(rank, width, depth)
+        return KrylovSpace(rank, width, depth, from_left)
 
     def start(self, residual: Tensor, previous: LowRank | None, generator: torch.Generator) -> Tensor:
         """[shorter side, width]: the previous step's directions, filled up with random ones."""
-        n = min(residual.shape)
-        if previous is not None:
-            previous = previous if residual.shape[0] >= residual.shape[1] else previous.transposed
-        known = torch.empty(n, 0) if previous is None else previous.v[:, : self.width]
+        if residual.shape[0] < residual.shape[1]:
+            return self.start(residual.T, None if previous is None else previous.transposed, generator)
+        n, known = residual.shape[1], torch.empty(residual.shape[1], 0)
+        if previous is not None and self.from_left:
+            known = product(residual.T, previous.u[:, : self.width].to(residual.dtype)).float()
+        elif previous is not None:
+            known = previous.v[:, : self.width]
         fresh = torch.randn(n, self.width - known.shape[1], generator=generator) / math.sqrt(n)
         return torch.cat([known.to(residual.device), fresh.to(residual.device)], dim=1)
 
