@@ -211,6 +211,22 @@ def test_a_gpu_gets_batches_and_its_estimate_counts_them() -> None:
     assert one - peak_memory(plan, gpu, Pace(read_ahead=False)) == max(unit.source.nbytes for unit in plan.matrices)
 
 
+def test_max_memory_on_a_gpu_bounds_what_passes_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "resident_memory", lambda: 0)
+    plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
+    paces, spare = [choose_pace(plan, gpu, None)], estimate_module._SPARE
+    for limit in range(spare + 1_000_000, spare, -1000):  # of a few tensors of some kilobytes
+        try:
+            paces.append(choose_pace(plan, gpu, limit))
+        except LoftqError as error:
+            assert "--max-memory" in str(error)
+            break
+    chosen = list(dict.fromkeys(paces))
+    assert len(paces) < 1000, "the least was refused"
+    assert [pace.batch for pace in chosen] == sorted((pace.batch for pace in chosen), reverse=True)
+    assert chosen[0].batch > 1 and chosen[-1] == Pace(read_ahead=False)
+
+
 def test_a_trial_is_of_a_batch_where_there_will_be_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(estimate_module, "choose_pace", lambda *_: TOGETHER)

@@ -39,6 +39,7 @@ _SPARE = 120 << 20  # allocator, thread stacks, buffers on their way to the disk
 _DEVICE_SET = 33
 _DEVICE_SPARE = 64 << 20  # what the libraries of products and decompositions take
 _LEAVING = 2  # batches whose outputs are on their way to the host, at most, while the next is converted
+_PAGE_LOCKED = 2  # times its size that a tensor takes in page-locked memory, at most: torch rounds to powers of two
 
 
 @dataclass(frozen=True)
@@ -77,31 +78,52 @@ def _device_memory(batches: Iterable[Batch], pace: Pace, method: str) -> int:
     units = [[unit for unit in batch.units if unit.matrix is not None] for batch in batches]
     needs = max((sum(device_set(unit, method) for unit in batch) for batch in units), default=0)
     ahead = max((sum(unit.source.nbytes for unit in batch) for batch in units), default=0) if pace.read_ahead else 0
-    outputs = max((sum(unit.backbone_bytes + unit.adapter_bytes for unit in batch) for batch in units), default=0)
+    outputs = max((_output_bytes(batch) for batch in units), default=0)
     return needs + ahead + _LEAVING * outputs + _DEVICE_SPARE
 
 
 def choose_pace(plan: Plan, device: torch.device, limit: int | None) -> Pace:
-    """The fastest pace of one process within `limit` bytes of resident memory.
+    """The fastest pace of one process within `limit` bytes of resident memory (on a GPU, of the host's).
 
     Raises:
         LoftqError: not even one unit at a time fits.
     """
-    if device.type != "cpu":
-        return Pace(batch=MOST_BATCHED)
-    threads, method = torch.get_num_threads(), plan.recipe.method
     keeps = limit is None  # gaps are not foreseen
-    paces = [Pace(True, lanes, threads // lanes, keeps) for lanes in range(min(MOST_LANES, threads), 0, -1)]
-    paces.append(least := Pace(False, 1, threads))
+    paces = _paces_on_cpu(keeps) if device.type == "cpu" else _PACES_ON_DEVICE
     for pace in paces:
-        if limit is None or peak_memory(plan, device, pace) <= limit:
+        if limit is None or _resident_peak(plan, device, pace) <= limit:
             return pace
-    largest = max(plan.units, key=lambda unit: working_set(unit, method))
-    needed = peak_memory(plan, device, least)
+    largest = max(plan.units, key=lambda unit: working_set(unit, plan.recipe.method))
+    needed = _resident_peak(plan, device, paces[-1])
     raise LoftqError(
         f"--max-memory {(limit or 0) / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
         f"about {needed / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
     )
+
+
+_PACES_ON_DEVICE = [*(Pace(batch=size) for size in (MOST_BATCHED, MOST_BATCHED // 4, 1)), Pace(read_ahead=False)]
+
+
+def _paces_on_cpu(keeps: bool) -> list[Pace]:
+    """The fastest first."""
+    threads = torch.get_num_threads()
+    paces = [Pace(True, lanes, threads // lanes, keeps) for lanes in range(min(MOST_LANES, threads), 0, -1)]
+    return [*paces, Pace(False, 1, threads)]
+
+
+def _resident_peak(plan: Plan, device: torch.device, pace: Pace) -> int:
+    """Peak resident memory of this process; on a GPU what passes through on its way there and back."""
+    if device.type == "cpu":
+        return peak_memory(plan, device, pace)
+    batches = form_batches(plan.units, plan.recipe, pace.batch)
+    source = max((sum(unit.source.nbytes for unit in batch.units) for batch in batches), default=0)
+    outputs = max((_output_bytes(batch.units) for batch in batches), default=0)
+    staged = (1 + _PAGE_LOCKED) * source * (1 + pace.read_ahead)  # as it was read, and page-locked
+    return resident_memory() + staged + (1 + _LEAVING) * _PAGE_LOCKED * outputs + _SPARE
+
+
+def _output_bytes(units: Iterable[Unit]) -> int:
+    return sum(unit.backbone_bytes + unit.adapter_bytes for unit in units)
 
 
 def working_set(unit: Unit, method: str = "loftq") -> int:

@@ -115,6 +115,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.engine.run import on_full_disk
     from loftq_cli.engine.session import Session
     from loftq_cli.engine.writer import ShardWriter
+    from loftq_cli.kernels import load_kernels
     from loftq_cli.planner import make_plan
     from loftq_cli.recipe import Recipe
 
@@ -134,6 +135,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
                 "same model, command and versions."
             )
         plan = known_moments(plan, checkpoint)
+        load_kernels(device)
         pace = choose_pace(plan, device, order.max_memory)
         keeps = pace.keeps_memory and all(fits_a_lane(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.

@@ -19,7 +19,7 @@ from loftq_cli.numerics.lowrank import LowRank
 
 _TILE = 2048  # elements a program takes at once
 _TILE_OF_WARP = 512  # so that a thread holds 16 of them: more would not fit its registers
-_KINDS: dict[torch.dtype, int] = {
+KINDS: dict[torch.dtype, int] = {
     torch.float32: kernel.FLOAT32.value,
     torch.bfloat16: kernel.BFLOAT16.value,
     torch.float16: kernel.FLOAT16.value,
@@ -36,7 +36,7 @@ class TritonQuantizer:
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
         """Quantize `target` to Q and give W - Q. Both float32 [out, in]."""
-        return self._quantize(weight, target, _empty(weight, torch.float32), kernel.NOT_AT_ALL.value)
+        return self._quantize(weight, target, empty(weight, torch.float32), kernel.NOT_AT_ALL.value)
 
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
@@ -44,7 +44,7 @@ class TritonQuantizer:
         """Quantize W - BA to Q and give W - Q, as `FusedQuantizer.quantize_corrected`."""
         dtype = torch.bfloat16 if half else torch.float32
         reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
-        residual = scratch.residual if scratch and reuses else _empty(weight, dtype)
+        residual = scratch.residual if scratch and reuses else empty(weight, dtype)
         if found is None:
             return self._quantize(weight, weight, residual, kernel.NOT_AT_ALL.value)
         # The kernel reads each tile of BA before it overwrites it.
@@ -54,13 +54,13 @@ class TritonQuantizer:
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
         """W - Q, float32 [out, in]."""
         assert isinstance(quantized, QuantizedBlocks)
-        weight, residual = weight.contiguous(), _empty(weight, torch.float32)
+        weight, residual = weight.contiguous(), empty(weight, torch.float32)
         levels = _tables(self.grid, weight.device)[1] if quantized.levels is None else quantized.levels
         arrays = weight, quantized.codes.contiguous(), quantized.absmax, residual, levels
         tiling = _Tiling.of(self.grid, weight)
         with torch.cuda.device_of(weight):
             kernel.restore_blocks[tiling.programs,](
-                *arrays, *tiling.places, **tiling.shape, value_kind=_KINDS[self.grid.value_dtype], **tiling.launch
+                *arrays, *tiling.places, **tiling.shape, value_kind=KINDS[self.grid.value_dtype], **tiling.launch
             )
         return residual
 
@@ -102,16 +102,16 @@ class TritonQuantizer:
     def _quantize(self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int) -> QuantizeStep:
         grid, weight, device = self.grid, weight.contiguous(), weight.device
         tiling = _Tiling.of(grid, weight)
-        codes = _empty(weight, torch.uint8)
+        codes = empty(weight, torch.uint8)
         absmax = torch.empty(grid.n_blocks(*weight.shape), dtype=torch.float32, device=device)
         sums = torch.empty(tiling.programs, dtype=torch.float64, device=device)
         tables = _tables(grid, device) if self.levels is None else (midpoints(self.levels), self.levels)
         with torch.cuda.device_of(weight):
             kernel.quantize_blocks[tiling.programs,](
-                weight, _bits(target.contiguous()), codes, absmax, _bits(residual), sums, *tables,
+                weight, bits_of(target.contiguous()), codes, absmax, bits_of(residual), sums, *tables,
                 *tiling.places, **tiling.shape, bits=grid.bits,
                 divides_short=grid.layout == "flat" and weight.numel() % grid.block_size != 0,
-                scale_kind=_KINDS[grid.scale_dtype], value_kind=_KINDS[grid.value_dtype],
+                scale_kind=KINDS[grid.scale_dtype], value_kind=KINDS[grid.value_dtype],
                 corrects=corrects, halves=residual.dtype == torch.bfloat16, **tiling.launch,
             )  # fmt: skip
         return QuantizeStep(QuantizedBlocks(codes, absmax, self.levels), residual, math.sqrt(float(sums.sum())))
@@ -140,11 +140,11 @@ class _Tiling:
         )
 
 
-def _empty(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def empty(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits_of(x: Tensor) -> Tensor:
     """bfloat16 as the bit patterns the kernel takes; float32 as it is."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import triton_groups as kernel
-from loftq_cli.kernels.gpu import _KINDS, _bits, _empty
+from loftq_cli.kernels.gpu import KINDS, bits_of, empty
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
@@ -54,7 +54,7 @@ class TritonAffineQuantizer:
         """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
         dtype = torch.bfloat16 if half else torch.float32
         reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
-        residual = scratch.residual if scratch and reuses else _empty(weight, dtype)
+        residual = scratch.residual if scratch and reuses else empty(weight, dtype)
         rule = _RULES[self.grid.scale_rule]
         if found is None:
             return self._quantize(weight, weight, rule, residual=residual)
@@ -77,8 +77,8 @@ class TritonAffineQuantizer:
         corrects: bool = False,
     ) -> QuantizeStep:
         grid, device, (n_out, n_in) = self.grid, weight.device, weight.shape
-        residual = _empty(weight, torch.float32) if residual is None else residual
-        codes, groups = _empty(weight, torch.uint8), grid.n_blocks(1, n_in)
+        residual = empty(weight, torch.float32) if residual is None else residual
+        codes, groups = empty(weight, torch.uint8), grid.n_blocks(1, n_in)
         scales = torch.empty(n_out, groups, device=device) if start is None else start.scales.clone()
         zeros = None if grid.zero == "none" else torch.empty_like(scales)
         if start is not None and start.zeros is not None:
@@ -87,11 +87,11 @@ class TritonAffineQuantizer:
         with torch.cuda.device_of(weight):
             kernel.quantize_groups[sums.numel(),](
                 weight.contiguous(), product.contiguous(), codes, scales, scales if zeros is None else zeros,
-                _bits(residual), sums, _shares(grid, device),
+                bits_of(residual), sums, _shares(grid, device),
                 n_out * groups, n_in, groups, grid.width(n_in), len(shares(grid)), REFITS,
                 float(grid.top), float(grid.least_zero), count=_COUNT, zero=_ZEROS[grid.zero], rule=rule,
-                scale_kind=_KINDS[grid.scale_dtype], offset_kind=_KINDS[grid.zero_dtype],
-                product_kind=_KINDS[grid.product_dtype], value_kind=_KINDS[grid.value_dtype],
+                scale_kind=KINDS[grid.scale_dtype], offset_kind=KINDS[grid.zero_dtype],
+                product_kind=KINDS[grid.product_dtype], value_kind=KINDS[grid.value_dtype],
                 corrects=corrects, halves=residual.dtype == torch.bfloat16, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
         return QuantizeStep(QuantizedGroups(codes, scales, zeros), residual, math.sqrt(float(sums.sum())))

@@ -20,9 +20,9 @@ from loftq_cli.numerics.threads import eigh, lower_gram, product, svd
 FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next ones
 _FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
 _LARGE = 2048
-LATER_DEPTH = 1
-# From this size on, and this many times the rank, later steps keep the course without the half power more.
-_STEADY, _STEADY_SHARE = 4096, 32
+# Later steps keep the course with one power and a half from so many times the rank on, with one where the matrix is
+# large as well; with fewer columns they need two.
+_STEADY_SHARE, _STEADIER_SHARE, _STEADIER = 12, 32, 4096
 
 _SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
 _LANES = 16  # product widths in multiples of this cost no more than the next smaller width
@@ -104,8 +104,7 @@ def krylov_low_rank(
     Args:
         residual: float32; or bfloat16, for which see `half_low_rank`.
         previous: the approximation of a similar residual: the last step's.
-        depth: powers of RᵀR in the space; by default FIRST_DEPTH or less without `previous`, LATER_DEPTH or half a
-            power more with it.
+        depth: powers of RᵀR in the space; by default FIRST_DEPTH or less without `previous`, one or two with it.
         generator: a CPU generator; its draws are what makes a run repeatable on any device.
         norm: ‖residual‖_F, where it is known already.
     """
@@ -179,9 +178,9 @@ class KrylovSpace:
         """
         width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
         smaller = min(residual.shape)
-        from_left = previous is not None and depth is None and smaller < max(_STEADY, _STEADY_SHARE * rank)
         first = FIRST_DEPTH if smaller >= _LARGE else _FIRST_OF_SMALL
-        depth = depth or (first if previous is None else LATER_DEPTH)
+        powers = depth or (first if previous is None else _later_powers(smaller, rank))
+        depth, from_left = int(powers), powers > int(powers)
         blocks = depth + 1 + from_left
         if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * blocks > 2 * smaller or width * (depth + 1) < rank:
             return None
@@ -208,6 +207,12 @@ class KrylovSpace:
             s = pairs.captured.clamp(min=0).sqrt()
             return LowRank(pairs.images * torch.where(s > 0, s, torch.inf).reciprocal(), s, pairs.vectors)
         return refine(residual, LowRank(pairs.images, pairs.captured, pairs.vectors))
+
+
+def _later_powers(smaller: int, rank: int) -> float:
+    if smaller < _STEADY_SHARE * rank:
+        return 2
+    return 1.5 if smaller < max(_STEADIER, _STEADIER_SHARE * rank) else 1
 
 
 def _decompose(image: Tensor, basis: Tensor) -> LowRank:
