@@ -255,6 +255,7 @@ def loftq(
     assert kept is not None and step is not None
     best, codes, found = kept
     if steps.is_estimate(step, found):
+        step = None  # or its residual would stand in memory beside the exact one
         found, left = steps.settle(codes, found)
         residuals[best - 1] = _relative(left, norm)
     return LoftQResult(codes, found.lora_a, found.lora_b, plain, tuple(residuals), best)
