@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.engine.batches import Batch
-from loftq_cli.engine.lanes import LANE_BYTES, Pace, in_lanes
+from loftq_cli.engine.lanes import KEPT_BYTES, LANE_BYTES, Pace, in_lanes
 from loftq_cli.engine.run import by_size
 from loftq_cli.errors import LoftqError
 
@@ -91,15 +91,18 @@ def test_a_damaged_matrix_ends_the_run_by_its_name(random_llama: Path, tmp_path:
     assert not (tmp_path / "out" / "config.json").exists() and (tmp_path / "out" / ".loftq" / "journal").exists()
 
 
-def test_large_matrices_are_converted_alone(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
-    from loftq_cli.engine import estimate
+def test_large_matrices_are_converted_alone_and_middling_ones_keep_no_memory(
+    random_llama: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from loftq_cli.engine import run as engine
     from loftq_cli.engine.pipeline import Run
 
     plan = loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2)
-    largest = max(plan.units, key=lambda unit: unit.source.nbytes)
-    monkeypatch.setattr(estimate, "working_set", lambda unit, _: LANE_BYTES + (unit is largest))
+    *_, middle, largest = sorted(plan.units, key=lambda unit: unit.source.nbytes)
+    sizes = {middle.tensor: LANE_BYTES, largest.tensor: LANE_BYTES + 1}
+    monkeypatch.setattr(engine, "working_set", lambda unit, _: sizes.get(unit.tensor, KEPT_BYTES))
     run = Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
-    (shared, small), (alone, large) = by_size(run, [Batch.of(unit) for unit in plan.units])
-    assert (shared.lanes, alone.lanes) == (3, 1) and large == [Batch.of(largest)]
-    assert shared.keeps_memory and not alone.keeps_memory
-    assert len(small) + 1 == len(plan.units)
+    (kept, small), (fresh, middling), (alone, large) = by_size(run, [Batch.of(unit) for unit in plan.units])
+    assert (kept.lanes, fresh.lanes, alone.lanes) == (3, 3, 1)
+    assert kept.keeps_memory and not fresh.keeps_memory and not alone.keeps_memory
+    assert middling == [Batch.of(middle)] and large == [Batch.of(largest)] and len(small) + 2 == len(plan.units)

@@ -24,7 +24,7 @@ from loftq_cli.artifacts.summary import versions
 from loftq_cli.cache import cache_folder, keep, read_cached
 from loftq_cli.engine.batches import MOST_BATCHED, Batch, batch_size, form_batches
 from loftq_cli.engine.convert import convert, convert_together
-from loftq_cli.engine.lanes import LANE_BYTES, MOST_LANES, Pace, lane_pool
+from loftq_cli.engine.lanes import KEPT_BYTES, LANE_BYTES, MOST_LANES, Pace, lane_pool
 from loftq_cli.errors import LoftqError
 from loftq_cli.planner import Plan, Unit
 from loftq_cli.recipe import Recipe
@@ -138,6 +138,11 @@ def device_set(unit: Unit, method: str = "loftq") -> int:
     """`working_set` on a GPU."""
     assert unit.matrix is not None, "what is copied never gets there"
     return working_set(unit, method) + (_DEVICE_SET - _WORKING_SET) * unit.matrix.weights
+
+
+def keeps_little(unit: Unit, method: str = "loftq") -> bool:
+    """Whether what a unit frees may be kept for the next one."""
+    return working_set(unit, method) <= KEPT_BYTES
 
 
 def fits_a_lane(unit: Unit, method: str = "loftq") -> bool:

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 MOST_LANES = 4
 LANE_BYTES = 512 << 20  # working set up to which a unit shares the machine; larger ones keep all threads busy alone
+KEPT_BYTES = 256 << 20  # up to which freed memory is kept; the gaps that larger ones leave cost more than fresh pages
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class Pace:
         read_ahead: the next tensor is read while others are converted.
         lanes: units converted at the same time; those above LANE_BYTES are alone all the same.
         threads: torch's threads in each lane.
-        keeps_memory: memory that units of a lane's size free is kept for the next ones. Larger ones would leave gaps of
-            their own size.
+        keeps_memory: memory that units up to KEPT_BYTES free is kept for the next ones.
         batch: matrices converted at once at most, where they are small and equal (`engine.batches`).
     """
 

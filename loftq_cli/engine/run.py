@@ -16,10 +16,10 @@ from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, par
 from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.batches import Batch, form_batches
-from loftq_cli.engine.estimate import choose_pace, fits_a_lane
+from loftq_cli.engine.estimate import choose_pace, working_set
 from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry
-from loftq_cli.engine.lanes import Pace
+from loftq_cli.engine.lanes import KEPT_BYTES, LANE_BYTES, Pace
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.memory import reused_memory
 from loftq_cli.engine.output import (
@@ -155,12 +155,14 @@ def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]]:
-    """First what shares the machine, then what is converted alone with all of its threads."""
-    small, large = list[Batch](), list[Batch]()
+    """First what shares the machine, small ones before larger ones, then what is converted alone with all of its
+    threads."""
+    small, middle, large = list[Batch](), list[Batch](), list[Batch]()
     for batch in batches:
-        shares = all(fits_a_lane(unit, run.plan.recipe.method) for unit in batch.units)
-        (small if shares else large).append(batch)
-    return [(run.pace, small), (dataclasses.replace(run.pace, lanes=1, keeps_memory=False), large)]
+        size = max(working_set(unit, run.plan.recipe.method) for unit in batch.units)
+        (small if size <= KEPT_BYTES else middle if size <= LANE_BYTES else large).append(batch)
+    fresh = dataclasses.replace(run.pace, keeps_memory=False)
+    return [(run.pace, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
 
 
 def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:

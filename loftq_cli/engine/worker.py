@@ -108,7 +108,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.artifacts.summary import own_cost
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.estimate import choose_pace, fits_a_lane
+    from loftq_cli.engine.estimate import choose_pace, keeps_little
     from loftq_cli.engine.memory import reused_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.pipeline import Run, work_off
@@ -137,7 +137,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
         plan = known_moments(plan, checkpoint)
         load_kernels(device)
         pace = choose_pace(plan, device, order.max_memory)
-        keeps = pace.keeps_memory and all(fits_a_lane(unit, recipe.method) for unit in plan.units)
+        keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
         run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
