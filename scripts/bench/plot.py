@@ -32,7 +32,7 @@ def table(matrix: Records, conversion: Records) -> str:
     lines += ["", "| whole conversion | machine | s | s per 10⁹ parameters | of those quantized | times the floor | "]
     lines[-1] += "plan said, s | peak, GiB |"
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
-    for key, record in sorted(conversion.items(), key=lambda item: item[1]["parameters"]):
+    for key, record in conversion.items():
         peak = record["peak_device_memory_bytes"] or record["peak_memory_bytes"]
         lines.append(
             f"| {key} | {_machine(record)} | {record['seconds']:.1f} | {record['seconds_per_billion']:.1f} | "
@@ -78,7 +78,9 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    matrix, conversion, quality = read("matrix"), read("conversion"), read("quality")
+    matrix = dict(sorted(read("matrix").items(), key=lambda item: (int(item[0].split("x")[0]), item[0])))
+    conversion = dict(sorted(read("conversion").items(), key=lambda item: item[1]["parameters"]))
+    quality = read("quality")
     (RESULTS / "TABLE.md").write_text(table(matrix, conversion))
     picture(matrix, conversion, quality, RESULTS / "bench.png")
     print(RESULTS / "bench.png")
