@@ -43,8 +43,7 @@ class TritonQuantizer:
     ) -> QuantizeStep:
         """Quantize W - BA to Q and give W - Q, as `FusedQuantizer.quantize_corrected`."""
         dtype = torch.bfloat16 if half else torch.float32
-        reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
-        residual = scratch.residual if scratch and reuses else empty(weight, dtype)
+        residual = room_for_residual(weight, dtype, scratch)
         if found is None:
             return self._quantize(weight, weight, residual, kernel.NOT_AT_ALL.value)
         # The kernel reads each tile of BA before it overwrites it.
@@ -138,6 +137,12 @@ class _Tiling:
             shape={"block": grid.block_size, "width": width, "count": count},
             launch={"num_warps": warps, "enable_fp_fusion": False},
         )
+
+
+def room_for_residual(weight: Tensor, dtype: torch.dtype, scratch: QuantizeStep | None) -> Tensor:
+    """Memory for W - Q: that of an earlier step's, `scratch`, where it fits."""
+    reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
+    return scratch.residual if scratch and reuses else empty(weight, dtype)
 
 
 def empty(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import triton_groups as kernel
-from loftq_cli.kernels.gpu import KINDS, bits_of, empty
+from loftq_cli.kernels.gpu import KINDS, bits_of, empty, room_for_residual
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
@@ -52,9 +52,7 @@ class TritonAffineQuantizer:
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
     ) -> QuantizeStep:
         """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
-        dtype = torch.bfloat16 if half else torch.float32
-        reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
-        residual = scratch.residual if scratch and reuses else empty(weight, dtype)
+        residual = room_for_residual(weight, torch.bfloat16 if half else torch.float32, scratch)
         rule = _RULES[self.grid.scale_rule]
         if found is None:
             return self._quantize(weight, weight, rule, residual=residual)
