@@ -50,7 +50,8 @@ def alone(weights: Tensor, quantizer: Quantizer, rank: int, iters: int = 3, **op
 def check(found: LoftQResult | None, single: LoftQResult, weight: Tensor, grid: Grid) -> None:
     assert found is not None
     assert found.plain_residual == pytest.approx(single.plain_residual, rel=1e-6)
-    assert found.residuals == pytest.approx(single.residuals, rel=5e-5)  # ties in bfloat16 part the courses
+    exact = 5e-5 if lowrank._cpu_multiplies_bfloat16() else 1e-5  # ties in bfloat16 part the courses
+    assert found.residuals == pytest.approx(single.residuals, rel=exact)
     assert found.best == single.best
     assert float((found.quantized.codes != single.quantized.codes).float().mean()) < 1e-3
     assert found.lora_a.shape == single.lora_a.shape and found.lora_b.shape == single.lora_b.shape
