@@ -19,6 +19,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.files import TensorFile
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor, Request
 from loftq_cli.modules import ModuleMap, map_modules
+from loftq_cli.numerics.grids import Grid
 from loftq_cli.plan_checks import (
     level_notes,
     refuse_nothing,
@@ -74,6 +75,11 @@ class Plan:
     @cached_property
     def matrices(self) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if unit.matrix is not None)
+
+    @property
+    def grids(self) -> set[Grid]:
+        """Those of all matrices."""
+        return {unit.matrix.grid for unit in self.units if unit.matrix is not None}
 
     @cached_property
     def kept(self) -> tuple[Unit, ...]:

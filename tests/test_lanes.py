@@ -94,13 +94,13 @@ def test_a_damaged_matrix_ends_the_run_by_its_name(random_llama: Path, tmp_path:
 def test_large_matrices_are_converted_alone_and_middling_ones_keep_no_memory(
     random_llama: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from loftq_cli.engine import run as engine
+    from loftq_cli.engine import estimate
     from loftq_cli.engine.pipeline import Run
 
     plan = loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2)
     *_, middle, largest = sorted(plan.units, key=lambda unit: unit.source.nbytes)
     sizes = {middle.tensor: LANE_BYTES, largest.tensor: LANE_BYTES + 1}
-    monkeypatch.setattr(engine, "working_set", lambda unit, _: sizes.get(unit.tensor, KEPT_BYTES))
+    monkeypatch.setattr(estimate, "working_set", lambda unit, _: sizes.get(unit.tensor, KEPT_BYTES))
     run = Run(plan, None, torch.device("cpu"), None, PACE)  # type: ignore[arg-type]
     (kept, small), (fresh, middling), (alone, large) = by_size(run, [Batch.of(unit) for unit in plan.units])
     assert (kept.lanes, fresh.lanes, alone.lanes) == (3, 3, 1)

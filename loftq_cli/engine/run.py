@@ -16,10 +16,10 @@ from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, par
 from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.batches import Batch, form_batches
-from loftq_cli.engine.estimate import choose_pace, working_set
+from loftq_cli.engine.estimate import choose_pace, fits_a_lane, keeps_little
 from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry
-from loftq_cli.engine.lanes import KEPT_BYTES, LANE_BYTES, Pace
+from loftq_cli.engine.lanes import Pace
 from loftq_cli.engine.lock import Lock
 from loftq_cli.engine.memory import reused_memory
 from loftq_cli.engine.output import (
@@ -64,7 +64,7 @@ def run_plan(
             back (exit code 4: the same command goes on).
     """
     if team is None:
-        load_kernels(device)  # part of starting up, as importing torch is
+        load_kernels(plan.grids, device)  # part of starting up, as importing torch is
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
     with on_full_disk(plan.output), team or nullcontext():
@@ -157,10 +157,11 @@ def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
 def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]]:
     """First what shares the machine, small ones before larger ones, then what is converted alone with all of its
     threads."""
-    small, middle, large = list[Batch](), list[Batch](), list[Batch]()
+    small, middle, large, method = list[Batch](), list[Batch](), list[Batch](), run.plan.recipe.method
     for batch in batches:
-        size = max(working_set(unit, run.plan.recipe.method) for unit in batch.units)
-        (small if size <= KEPT_BYTES else middle if size <= LANE_BYTES else large).append(batch)
+        little = all(keeps_little(unit, method) for unit in batch.units)
+        shares = all(fits_a_lane(unit, method) for unit in batch.units)
+        (small if little else middle if shares else large).append(batch)
     fresh = dataclasses.replace(run.pace, keeps_memory=False)
     return [(run.pace, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
 

@@ -135,7 +135,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
                 "same model, command and versions."
             )
         plan = known_moments(plan, checkpoint)
-        load_kernels(device)
+        load_kernels(plan.grids, device)
         pace = choose_pace(plan, device, order.max_memory)
         keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,12 +31,10 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     return BlockQuantizer(grid) if blocks is None else blocks(grid)
 
 
-def load_kernels(device: torch.device) -> None:
+def load_kernels(grids: Iterable[Grid], device: torch.device) -> None:
     """Import, and on first use compile, what `block_quantizer` will give, so that the first matrices need not wait."""
-    if device.type == "cpu":
-        _compiled_quantizers()
-    elif device.type == "cuda":
-        _blocks_on_gpu(device)
+    for grid in grids:
+        block_quantizer(grid, device)
 
 
 @dataclass(frozen=True)
