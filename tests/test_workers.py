@@ -103,14 +103,16 @@ def test_two_workers_give_the_bytes_of_one_and_report_as_one(alone, random_llama
 
     class Watch(Reporter):
         def working(self, unit) -> None:
+            assert unit.tensor not in done
             taken_up.append(unit.tensor)
 
         def done(self, unit, record) -> None:
+            assert unit.tensor in taken_up
             done.append(unit.tensor)
 
     manifest = loftq_cli.quantize(random_llama, output=out, num_processes=2, reporter=Watch(), **RECIPE)
     assert tensors(out) == alone and loftq_cli.verify(out, source=random_llama).ok
-    assert sorted(done) == sorted(record.tensor for record in (*manifest.matrices, *manifest.kept)) and taken_up
+    assert sorted(done) == sorted(record.tensor for record in (*manifest.matrices, *manifest.kept)) == sorted(taken_up)
     assert manifest.device == "2 × cpu" and not (out / ".loftq").exists()
 
 

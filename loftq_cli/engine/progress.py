@@ -24,7 +24,7 @@ class Reporter:
         """A sentence about what is being done."""
 
     def working(self, unit: Unit) -> None:
-        """A unit is taken up."""
+        """A unit is taken up; told once and before it is done, though late where other processes do the work."""
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         """A unit's bytes are on the disk; `record` is None for a copied tensor."""

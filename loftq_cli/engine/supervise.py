@@ -114,7 +114,7 @@ class _Watch:
         self._plan, self._session, self._children = plan, session, children
         self._journal, self._reporter = journal, reporter
         self._units = {unit.tensor: unit for unit in plan.units}
-        self._silence, self._shown = Silence(), dict[str, str]()
+        self._silence, self._taken_up = Silence(), set[str]()
         self.left = {unit.tensor for batch in session.batches(plan) for unit in batch.todo}
         self.records: dict[str, MatrixRecord] = {}
 
@@ -132,13 +132,13 @@ class _Watch:
                 self.left.discard(entry.tensor)
                 if entry.record is not None:
                     self.records[entry.tensor] = entry.record
+                self._report_working(entry.tensor)  # what takes less than the time between two looks was never seen
                 self._reporter.done(self._units[entry.tensor], entry.record)
         for name, status in statuses.items():
             if name == MAIN:
                 continue
-            if status.unit and self._shown.get(name) != status.unit:
-                self._shown[name] = status.unit
-                self._reporter.working(self._units[status.unit])
+            if status.unit:
+                self._report_working(status.unit)
             if status.error:
                 raise LoftqError(status.error, exit_code=ExitCode(status.exit_code))
             if name not in codes and not status.done and (why := self._silence.why_gone(name, status)):
@@ -146,6 +146,11 @@ class _Watch:
         for child in self._children:
             if codes[child.name] is not None and self.left:
                 self._check_ended(child, statuses.get(child.name, Status()), codes)
+
+    def _report_working(self, tensor: str) -> None:
+        if tensor not in self._taken_up:
+            self._taken_up.add(tensor)
+            self._reporter.working(self._units[tensor])
 
     def _check_ended(self, child: Child, status: Status, codes: Mapping[str, int | None]) -> None:
         code = codes[child.name]
