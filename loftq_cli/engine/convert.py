@@ -22,18 +22,10 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.batched import batched_loftq
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.loftq import (
-    FittingQuantizer,
-    LoftQResult,
-    LowRankStep,
-    Quantizer,
-    exact_step,
-    fast_step,
-    loftq,
-    plain_start,
-)
-from loftq_cli.numerics.lowrank import frobenius
+from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.lowrank import SAFE_NORM, frobenius
 from loftq_cli.numerics.qalora import PooledStep
+from loftq_cli.numerics.quantizers import FittingQuantizer, Quantizer
 from loftq_cli.numerics.refined import Init, refined
 from loftq_cli.numerics.start import zero_start
 from loftq_cli.numerics.steps import LowRankSteps, shallow_steps
@@ -153,7 +145,7 @@ def _finite_result(
 ) -> tuple[LoftQResult, WeightedResult | None]:
     """
     Raises:
-        LoftqError: the numbers are so large that float32 overflowed on the way.
+        LoftqError: float32 overflowed on the way, as the numbers are so large or the steps diverged.
     """
     cause: Exception | None = None
     try:
@@ -163,9 +155,15 @@ def _finite_result(
             return result, weighted
     except torch.linalg.LinAlgError as error:
         cause = error
+    highest = float(tensor.abs().max())
+    if 1 / SAFE_NORM < highest < SAFE_NORM:
+        raise LoftqError(
+            f"the steps on {unit.tensor} in {unit.source.file} diverged until float32 overflowed: use fewer --iters, "
+            f"or leave the matrix out with --exclude '{unit.module}'."
+        ) from cause
     raise LoftqError(
-        f"{unit.tensor} in {unit.source.file} holds numbers up to {float(tensor.abs().max()):.3g}, with which float32 "
-        f"cannot calculate: leave the matrix out with --exclude '{unit.module}'."
+        f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.3g}, with which float32 cannot calculate: "
+        f"leave the matrix out with --exclude '{unit.module}'."
     ) from cause
 
 

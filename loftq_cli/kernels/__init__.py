@@ -14,7 +14,7 @@ from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.loftq import BlockQuantizer, Quantizer
+from loftq_cli.numerics.quantizers import BlockQuantizer, Quantizer
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:

@@ -19,8 +19,8 @@ from loftq_cli.numerics import fitted
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import QuantizeStep, blocks_of
 from loftq_cli.numerics.lowrank import LowRank
+from loftq_cli.numerics.quantizers import QuantizeStep, blocks_of
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
 _PANEL_CHUNKS = 16  # what is fitted is quantized while the cache still holds it
@@ -33,7 +33,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class CompiledQuantizer:
-    """`numerics.loftq.BlockQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
+    """`numerics.quantizers.BlockQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
 
     grid: BlockGrid
     levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one

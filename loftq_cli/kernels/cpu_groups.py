@@ -14,8 +14,8 @@ from loftq_cli.kernels.cpu import _KINDS, _share
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import QuantizeStep
 from loftq_cli.numerics.lowrank import LowRank
+from loftq_cli.numerics.quantizers import QuantizeStep
 
 _ROWS = 16  # rows a chunk of work has
 _ZEROS = {"none": kernel.ZERO_NONE, "integer": kernel.ZERO_INTEGER, "float": kernel.ZERO_FLOAT}

@@ -14,8 +14,8 @@ from loftq_cli.kernels import triton_blocks as kernel
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import BlockQuantizer, QuantizeStep
 from loftq_cli.numerics.lowrank import LowRank
+from loftq_cli.numerics.quantizers import BlockQuantizer, QuantizeStep
 
 _TILE = 2048  # elements a program takes at once
 _TILE_OF_WARP = 512  # so that a thread holds 16 of them: more would not fit its registers
@@ -28,8 +28,8 @@ KINDS: dict[torch.dtype, int] = {
 
 @dataclass(frozen=True)
 class TritonQuantizer:
-    """`numerics.loftq.BlockQuantizer`, bit for bit, in one pass over memory; scales and levels are fitted by that one.
-    Finite float32 matrices on one CUDA or ROCm device."""
+    """`numerics.quantizers.BlockQuantizer`, bit for bit, in one pass over memory; scales and levels are fitted by that
+    one. Finite float32 matrices on one CUDA or ROCm device."""
 
     grid: BlockGrid
     levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one

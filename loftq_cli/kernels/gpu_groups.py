@@ -14,8 +14,8 @@ from loftq_cli.kernels.gpu import KINDS, bits_of, empty, room_for_residual
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import QuantizeStep
 from loftq_cli.numerics.lowrank import LowRank
+from loftq_cli.numerics.quantizers import QuantizeStep
 
 _COUNT = 16  # groups a program takes: with eight lanes each, four numbers a thread of its only warp
 _ZEROS: dict[str, int] = {

@@ -32,7 +32,7 @@ from loftq_cli.numerics.affine import (
     values,
 )
 from loftq_cli.numerics.blocks import round_to
-from loftq_cli.numerics.loftq import QuantizeStep
+from loftq_cli.numerics.quantizers import QuantizeStep
 
 LANES = 8
 REFITS = 4  # alternations of codes and scale after the search; later ones gain less than 0.1 % of the error

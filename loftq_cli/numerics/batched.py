@@ -17,8 +17,9 @@ from loftq_cli.numerics.affine import QuantizedGroups
 from loftq_cli.numerics.batched_lowrank import LowRanks, in_range, low_ranks, norms_of, refined
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids import Grid, Quantized
-from loftq_cli.numerics.loftq import CANCELLING, SHOWS, FusedQuantizer, LoftQResult, Quantizer
+from loftq_cli.numerics.loftq import CANCELLING, SHOWS, LoftQResult
 from loftq_cli.numerics.lowrank import half_is_faster
+from loftq_cli.numerics.quantizers import FusedQuantizer, Quantizer
 
 
 def may_stack(grid: Grid, out_features: int, in_features: int) -> bool:
@@ -67,9 +68,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The step kept of each matrix: its number from 1 (int64 [b]), ‖W - Q - BA‖_F (float64 [b]), codes and factors."""
+    """The step kept of each matrix: its number from 1 (int64 [b]), ‖W - Q‖_F and ‖W - Q - BA‖_F (float64 [b]), codes
+    and factors."""
 
     number: Tensor
+    total: Tensor
     left: Tensor
     quantized: Quantized
     found: LowRanks
@@ -78,6 +81,7 @@ class _Kept:
         """This where bool [b] holds, elsewhere the other one."""
         return _Kept(
             torch.where(mask, self.number, other.number),
+            torch.where(mask, self.total, other.total),
             torch.where(mask, self.left, other.left),
             _choose(mask, self.quantized, other.quantized),
             self.found.where(mask, other.found),
@@ -119,12 +123,13 @@ class _Stack:
                 return [None] * len(self.seeds)
             found = ranks.ranks.where(sound)  # NaN would spread to the next target
             lefts.append(squares.clamp(min=0).sqrt())
-            now = _Kept(torch.full_like(sound, t, dtype=torch.int64), lefts[-1], step.quantized, found)
+            number = torch.full_like(sound, t, dtype=torch.int64)
+            now = _Kept(number, step.norms, lefts[-1], step.quantized, found)
             better = torch.full_like(sound, True) if kept is None or keep_last else lefts[-1] < kept.left
             kept = now if kept is None else now.where(better, kept)
         assert kept is not None, "there is at least one step"
         if self.half:
-            kept, sound = self._settled(kept, step.norms, sound)
+            kept, sound = self._settled(kept, sound)
         return self._results(kept, sound, norms, plain, lefts)
 
     def _quantize(self, found: LowRanks | None, kept: _Kept | None) -> _Step:
@@ -140,13 +145,9 @@ class _Stack:
         residuals = step.residual.view_as(self.weights)
         return _Step(step.quantized, residuals, norms_of(residuals))
 
-    def _settled(self, kept: _Kept, norms: Tensor, sound: Tensor) -> tuple[_Kept, Tensor]:
-        """With the exact projection where factors from rounded residuals hold so much that the rounding shows.
-
-        Args:
-            norms: ‖W - Q‖_F of the last step, float64 [b].
-        """
-        shows = kept.found.energies > SHOWS * norms.square()
+    def _settled(self, kept: _Kept, sound: Tensor) -> tuple[_Kept, Tensor]:
+        """With the exact projection where factors from rounded residuals hold so much that the rounding shows."""
+        shows = kept.found.energies > SHOWS * kept.total.square()
         if not bool((shows & sound).any()):
             return kept, sound
         assert isinstance(self.quantizer, FusedQuantizer), "only those take bfloat16"

@@ -36,14 +36,9 @@ from torch import Tensor
 from loftq_cli.numerics.blocks import QuantizedBlocks
 from loftq_cli.numerics.feedback import FeedbackGains, feed_back
 from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.loftq import (
-    FeedingQuantizer,
-    FittingQuantizer,
-    FusedQuantizer,
-    LoftQResult,
-    QuantizeStep,
-)
+from loftq_cli.numerics.loftq import LoftQResult
 from loftq_cli.numerics.lowrank import LowRank, frobenius, half_is_faster, refine
+from loftq_cli.numerics.quantizers import FeedingQuantizer, FittingQuantizer, FusedQuantizer, QuantizeStep
 from loftq_cli.numerics.steps import LowRankSteps
 
 Init = Literal["svd", "zero"]

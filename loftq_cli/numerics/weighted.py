@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from loftq_cli.numerics.grids import Grid, Quantized, dequantize
-from loftq_cli.numerics.loftq import LoftQResult, LowRankStep, Quantizer
+from loftq_cli.numerics.loftq import LoftQResult, LowRankStep
 from loftq_cli.numerics.lowrank import LowRank, frobenius
+from loftq_cli.numerics.quantizers import Quantizer
 
 DAMPING = 0.01  # share of the mean variance added to every input's, so that inputs hardly seen are not given up (GPTQ)
 

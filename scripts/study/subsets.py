@@ -18,7 +18,7 @@ from residuals import RESULTS, matrices
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import Codebook, codebook
-from loftq_cli.numerics.loftq import FittingQuantizer
+from loftq_cli.numerics.quantizers import FittingQuantizer
 
 _BLOCKS = 400
 
