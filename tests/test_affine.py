@@ -13,8 +13,9 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics import affine
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero, dequantize
 from loftq_cli.numerics.affine_fit import AffineQuantizer
-from loftq_cli.numerics.loftq import QuantizeStep, exact_step, loftq
+from loftq_cli.numerics.loftq import exact_step, loftq
 from loftq_cli.numerics.lowrank import exact_low_rank
+from loftq_cli.numerics.quantizers import QuantizeStep
 
 BITS = (2, 3, 4, 8)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

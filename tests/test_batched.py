@@ -13,7 +13,8 @@ from loftq_cli.numerics.batched import batched_loftq, may_stack
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.grids import Grid, dequantize
-from loftq_cli.numerics.loftq import BlockQuantizer, LoftQResult, Quantizer, fast_step, loftq
+from loftq_cli.numerics.loftq import LoftQResult, fast_step, loftq
+from loftq_cli.numerics.quantizers import BlockQuantizer, Quantizer
 
 F32 = torch.float32
 NF2 = BlockGrid(codebook("nf", 2), 64, "rows", F32, F32)

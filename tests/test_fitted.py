@@ -12,7 +12,7 @@ from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, assign, dequan
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.fitted import fit_levels
-from loftq_cli.numerics.loftq import BlockQuantizer, FeedingQuantizer, FittingQuantizer, QuantizeStep, blocks_of
+from loftq_cli.numerics.quantizers import BlockQuantizer, FeedingQuantizer, FittingQuantizer, QuantizeStep, blocks_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -10,7 +10,8 @@ import torch
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid, dequantize, quantize
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import BlockQuantizer, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.loftq import exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.quantizers import BlockQuantizer
 
 F32 = torch.float32
 
@@ -75,6 +76,14 @@ def test_keep_last_is_the_papers_literal_iterate() -> None:
     last = loftq(w, BlockQuantizer(grid(2)), iters=12, low_rank=exact_step(32), keep_last=True)
     assert best.residuals == last.residuals and last.best == 12 and last.residual == last.residuals[-1]
     assert best.best < 12, "at 2 bits and this rank later steps are worse"
+
+
+def test_a_course_that_diverges_is_ended_and_its_best_step_kept() -> None:
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    short, long = (loftq(w, BlockQuantizer(grid(2)), iters=iters, low_rank=exact_step(4)) for iters in (5, 10_000))
+    assert 5 < len(long.residuals) < 1000 and long.residuals[-1] > 1000 * long.plain_residual
+    assert long.residuals[:5] == short.residuals and long.best == short.best == 3
+    assert torch.equal(long.quantized.codes, short.quantized.codes) and torch.equal(long.lora_a, short.lora_a)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -17,8 +17,9 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics import lowrank
 from loftq_cli.numerics.blocks import BlockGrid, dequantize, midpoints
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import BlockQuantizer, FusedQuantizer, QuantizeStep, exact_step, fast_step, loftq
+from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
 from loftq_cli.numerics.lowrank import exact_low_rank, frobenius, gram_low_rank, krylov_low_rank
+from loftq_cli.numerics.quantizers import BlockQuantizer, FusedQuantizer, QuantizeStep
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BOOKS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-sym", 3), ("uniform", 2), ("uniform", 4), ("uniform", 8)]

@@ -20,7 +20,7 @@ import triton_group_cases
 from loftq_cli import kernels
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.affine_fit import AffineQuantizer
-from loftq_cli.numerics.loftq import BlockQuantizer
+from loftq_cli.numerics.quantizers import BlockQuantizer
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")

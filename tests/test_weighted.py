@@ -8,7 +8,8 @@ from torch import Tensor
 
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import BlockQuantizer, exact_step, fast_step, loftq
+from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
+from loftq_cli.numerics.quantizers import BlockQuantizer
 from loftq_cli.numerics.weighted import WeightedStep, Whitening, weighted_loftq, whiten
 
 RANK = 5

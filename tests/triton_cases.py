@@ -19,8 +19,8 @@ from triton_group_cases import group_cases
 from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid, midpoints
 from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import BlockQuantizer, FeedingQuantizer, FusedQuantizer, QuantizeStep, blocks_of
 from loftq_cli.numerics.lowrank import exact_low_rank
+from loftq_cli.numerics.quantizers import BlockQuantizer, FeedingQuantizer, FusedQuantizer, QuantizeStep, blocks_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BOOKS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-sym", 3), ("uniform", 2), ("uniform", 4), ("uniform", 8)]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.affine_fit import AffineQuantizer
-from loftq_cli.numerics.loftq import FusedQuantizer, QuantizeStep
 from loftq_cli.numerics.lowrank import exact_low_rank
+from loftq_cli.numerics.quantizers import FusedQuantizer, QuantizeStep
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F16)]  # of scales, and of products and values
