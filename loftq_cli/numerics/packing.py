@@ -6,12 +6,15 @@ alone, so that stacking or cutting matrices along the output dimension is legal 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Codes that fill a whole number of bytes together: 8 codes of 3 bits are 3 bytes.
 _GROUP = {2: 4, 3: 8, 4: 2, 8: 1}
+_PANEL = 1 << 22  # codes at a time: few enough to stay in the cache, and to need no memory to speak of
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -21,27 +24,48 @@ def packed_width(columns: int, bits: int) -> int:
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [rows, columns], each below 2**bits -> uint8 [rows, packed_width(columns, bits)]."""
-    rows, columns = codes.shape
+    packed = codes.new_empty(codes.shape[0], packed_width(codes.shape[1], bits))
     group, n_bytes = _GROUP[bits], _GROUP[bits] * bits // 8
-    grouped = F.pad(codes, (0, -columns % group)).reshape(rows, -1, group).int()
-    word = torch.zeros(grouped.shape[:2], dtype=torch.int32, device=codes.device)
-    for i in range(group):
-        word |= grouped[..., i] << (i * bits)
-    packed = torch.stack([(word >> (8 * i)) & 0xFF for i in range(n_bytes)], dim=-1).to(torch.uint8)
-    return packed.reshape(rows, -1)[:, : packed_width(columns, bits)].contiguous()
+    for rows in _panels(codes):
+        grouped = F.pad(codes[rows], (0, -codes.shape[1] % group)).unflatten(1, (-1, group))
+        stream = codes.new_zeros(*grouped.shape[:2], n_bytes)
+        for code, byte, shift in _overlaps(bits):
+            stream[..., byte] |= _shifted(grouped[..., code], shift)
+        packed[rows] = stream.flatten(1)[:, : packed.shape[1]]
+    return packed
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 codes [rows, columns]."""
-    rows = packed.shape[0]
+    codes = packed.new_empty(packed.shape[0], columns)
     group, n_bytes = _GROUP[bits], _GROUP[bits] * bits // 8
-    grouped = F.pad(packed, (0, -packed.shape[1] % n_bytes)).reshape(rows, -1, n_bytes).int()
-    word = torch.zeros(grouped.shape[:2], dtype=torch.int32, device=packed.device)
-    for i in range(n_bytes):
-        word |= grouped[..., i] << (8 * i)
-    mask = 2**bits - 1
-    codes = torch.stack([(word >> (i * bits)) & mask for i in range(group)], dim=-1).to(torch.uint8)
-    return codes.reshape(rows, -1)[:, :columns].contiguous()
+    for rows in _panels(codes):
+        stream = F.pad(packed[rows], (0, -packed.shape[1] % n_bytes)).unflatten(1, (-1, n_bytes))
+        grouped = packed.new_zeros(*stream.shape[:2], group)
+        for code, byte, shift in _overlaps(bits):
+            grouped[..., code] |= _shifted(stream[..., byte], -shift)
+        codes[rows] = (grouped & 2**bits - 1).flatten(1)[:, :columns]
+    return codes
+
+
+def _overlaps(bits: int) -> Iterator[tuple[int, int, int]]:
+    """(code, byte, how far left the code is shifted to lie in the byte) of a group, where the two share bits."""
+    for code in range(_GROUP[bits]):
+        for byte in range(_GROUP[bits] * bits // 8):
+            shift = code * bits - byte * 8
+            if -bits < shift < 8:
+                yield code, byte, shift
+
+
+def _shifted(x: Tensor, left: int) -> Tensor:
+    """uint8: what leaves the byte is lost."""
+    return x << left if left >= 0 else x >> -left
+
+
+def _panels(codes: Tensor) -> Iterator[slice]:
+    """Of rows."""
+    step = max(1, _PANEL // max(1, codes.shape[1]))
+    return (slice(start, start + step) for start in range(0, codes.shape[0], step))
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
