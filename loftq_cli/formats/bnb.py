@@ -38,6 +38,7 @@ from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.codebooks import Codebook, codebook
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, dynamic_map
+from loftq_cli.numerics.panels import panels
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)
@@ -112,13 +113,11 @@ class BnbFormat(FormatDefaults):
 
     def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         weight, absmax, quant_map, state, *nested = self.tensors(matrix)
-        book, quantized = block_grid(matrix).codebook, blocks_of(quantized)
-        mapping = torch.tensor(nf4_codes_of(book), dtype=torch.uint8, device=quantized.codes.device)
-        codes = mapping[quantized.codes.reshape(-1).int()]
-        codes = F.pad(codes, (0, codes.numel() % 2), value=_ZERO_CODE)
+        quantized, known = blocks_of(quantized), nf4_codes_of(block_grid(matrix).codebook)
+        assert known is not None, "a grid of this container has NF4's levels"
         scales, offset = quantized.nested, 0.0
         found = {
-            weight.name: (codes[0::2] << 4 | codes[1::2]).unsqueeze(1),
+            weight.name: _nibbles(quantized.codes, known),
             absmax.name: quantized.absmax if scales is None else scales.codes,
             quant_map.name: torch.tensor(_NF4.levels, dtype=torch.float32),
         }
@@ -158,6 +157,19 @@ class BnbFormat(FormatDefaults):
             # Replaces transformers' own list, so it names every linear layer that is not packed.
             "llm_int8_skip_modules": [_skip_entry(module, matrices) for module in dense_linears],
         }
+
+
+def _nibbles(codes: Tensor, known: Sequence[int]) -> Tensor:
+    """Codes [out, in] as NF4's codes `known`, two a byte [⌈elements / 2⌉, 1], the first one in the high half."""
+    flat, mapping = codes.reshape(-1), torch.tensor(known, dtype=torch.uint8, device=codes.device)
+    pairs = (F.pad(flat, (0, 1)) if flat.numel() % 2 else flat).view(-1, 2)
+    packed = torch.empty_like(pairs[:, :1])
+    for part in panels(pairs):
+        high, low = mapping.index_select(0, pairs[part].flatten().int()).view(-1, 2).unbind(1)
+        packed[part, 0] = high << 4 | low
+    if flat.numel() % 2:
+        packed[-1] = packed[-1] & 0xF0 | _ZERO_CODE
+    return packed
 
 
 def _skip_entry(module: str, matrices: Sequence[QuantizedMatrix]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loftq_cli.numerics.codebooks import Codebook
 from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, quantize_scales
+from loftq_cli.numerics.panels import panels
 
 Layout = Literal["rows", "flat"]
 
@@ -120,11 +121,13 @@ def assign(x: Tensor, scales: Tensor, grid: BlockGrid, levels: Tensor) -> Tensor
 
 def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:
     """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
-    shape = quantized.codes.shape
     levels = grid.levels(quantized.codes.device) if quantized.levels is None else quantized.levels
-    values = levels[to_blocks(quantized.codes, grid).int()]
-    values = round_to(values.mul_(quantized.absmax.unsqueeze(1)), grid.value_dtype)
-    return _from_blocks(values, shape, grid)
+    codes = to_blocks(quantized.codes, grid)  # [n_blocks, block_size]
+    dense = torch.empty_like(codes, dtype=torch.float32)
+    for part in panels(codes):
+        values = levels.index_select(0, codes[part].flatten().int()).view(-1, grid.block_size)
+        dense[part] = round_to(values.mul_(quantized.absmax[part].unsqueeze(1)), grid.value_dtype)
+    return _from_blocks(dense, quantized.codes.shape, grid)
 
 
 def midpoints(levels: Tensor) -> Tensor:

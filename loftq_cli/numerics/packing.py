@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loftq_cli.numerics.panels import panels
+
 # Codes that fill a whole number of bytes together: 8 codes of 3 bits are 3 bytes.
 _GROUP = {2: 4, 3: 8, 4: 2, 8: 1}
-_PANEL = 1 << 22  # codes at a time: few enough to stay in the cache, and to need no memory to speak of
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -26,7 +27,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [rows, columns], each below 2**bits -> uint8 [rows, packed_width(columns, bits)]."""
     packed = codes.new_empty(codes.shape[0], packed_width(codes.shape[1], bits))
     group, n_bytes = _GROUP[bits], _GROUP[bits] * bits // 8
-    for rows in _panels(codes):
+    for rows in panels(codes):
         grouped = F.pad(codes[rows], (0, -codes.shape[1] % group)).unflatten(1, (-1, group))
         stream = codes.new_zeros(*grouped.shape[:2], n_bytes)
         for code, byte, shift in _overlaps(bits):
@@ -39,7 +40,7 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 codes [rows, columns]."""
     codes = packed.new_empty(packed.shape[0], columns)
     group, n_bytes = _GROUP[bits], _GROUP[bits] * bits // 8
-    for rows in _panels(codes):
+    for rows in panels(codes):
         stream = F.pad(packed[rows], (0, -packed.shape[1] % n_bytes)).unflatten(1, (-1, n_bytes))
         grouped = packed.new_zeros(*stream.shape[:2], group)
         for code, byte, shift in _overlaps(bits):
@@ -60,12 +61,6 @@ def _overlaps(bits: int) -> Iterator[tuple[int, int, int]]:
 def _shifted(x: Tensor, left: int) -> Tensor:
     """uint8: what leaves the byte is lost."""
     return x << left if left >= 0 else x >> -left
-
-
-def _panels(codes: Tensor) -> Iterator[slice]:
-    """Of rows."""
-    step = max(1, _PANEL // max(1, codes.shape[1]))
-    return (slice(start, start + step) for start in range(0, codes.shape[0], step))
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
