@@ -71,6 +71,21 @@ def test_the_gguf_package_reads_our_blocks(kind: str, heads: int) -> None:
     assert (w - q).norm() < (w - ours).norm() <= (w - torch.from_numpy(own)).norm() * 1.02
 
 
+def test_what_config_json_leaves_out_is_the_model_types_default(tmp_path: Path) -> None:
+    for name in ("whole", "short"):
+        source = make_model("Llama", torch.float32, tmp_path / name)
+        config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 2048}
+        if name == "short":
+            for key in ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "head_dim"):
+                config.pop(key, None)
+        (source / "config.json").write_text(json.dumps(config))
+        loftq_cli.quantize(source, output=tmp_path / f"{name}.out", format="gguf", bits=4, rank=4, iters=1)
+    whole, short = (gguf.GGUFReader(tmp_path / f"{name}.out" / FILE) for name in ("whole", "short"))
+    own = "loftq.fingerprint"
+    values = [{k: v.contents() for k, v in file.fields.items() if k != own} for file in (whole, short)]
+    assert values[0] == values[1] and values[1]["llama.context_length"] == 2048
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_and_gguf_load_exactly(kind: str, dtype: str, tmp_path: Path) -> None:

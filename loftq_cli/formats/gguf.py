@@ -91,9 +91,10 @@ class GgufFormat(FormatDefaults):
         found = _REORDERED.fullmatch(tensor_name(matrix.tensor))
         if found is None or request.config.get("model_type") != "llama":
             return matrix
-        heads = int(request.config["num_attention_heads"])
+        config = _with_defaults(request.config)
+        heads = int(config["num_attention_heads"])
         if found[1] == "k":
-            heads = int(request.config.get("num_key_value_heads") or heads)
+            heads = int(config.get("num_key_value_heads") or heads)
         return dataclasses.replace(matrix, heads=heads)
 
     def copied(self, tensor: OutputTensor) -> OutputTensor:
@@ -104,7 +105,8 @@ class GgufFormat(FormatDefaults):
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
     ) -> TensorFile:
         types = {tensor_name(matrix.tensor): (_type(matrix), matrix.shape) for matrix in matrices}
-        values: dict[str, Any] = {**model_values(request.config, next(iter(types.values()))[0], fingerprint)}
+        kind, _ = next(iter(types.values()))
+        values: dict[str, Any] = {**model_values(_with_defaults(request.config), kind, fingerprint)}
         if request.tokenizer is not None:
             values |= vocabulary_values(request.tokenizer(), request.config)
         return file_layout(FILE, tensors, types, values)
@@ -184,6 +186,13 @@ def _names() -> Any:
     import gguf
 
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what it leaves to its model type's defaults."""
+    from transformers import AutoConfig
+
+    return {**AutoConfig.for_model(**config).to_dict(), **config}
 
 
 def _type(matrix: QuantizedMatrix) -> GgmlType:
