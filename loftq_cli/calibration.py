@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.cache import cache_folder
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.precision import full_precision
 from loftq_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
     Raises:
         LoftqError: the model does not run on text, or the text is too short.
     """
+    from loftq_cli.engine.memory import give_back
+
     recipe = plan.recipe
     if recipe.calibrate is None:
         return plan
@@ -84,6 +87,7 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
         if not file.is_file():
             reporter.note(f"calibrating on {recipe.calibration_tokens} tokens of {recipe.calibrate}, block by block")
             collect_moments(plan, checkpoint, device, file, reporter)
+            give_back(device)
     _check(plan, file)
     return dataclasses.replace(plan, moments=file)
 
@@ -128,6 +132,7 @@ def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
     return cache_folder() / "moments" / f"{name}.safetensors"
 
 
+@full_precision()
 def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, file: Path, reporter: Reporter) -> None:
     """Run the source on the text and write the second moments of what its linear layers are given."""
     from loftq_cli.forward.moments import MomentCollector, write_moments

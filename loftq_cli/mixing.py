@@ -17,11 +17,13 @@ import torch
 from loftq_cli.artifacts.adapter import WEIGHTS
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.measure import Curve, Measurements, Probe
+from loftq_cli.engine.memory import give_back
 from loftq_cli.errors import UsageError
 from loftq_cli.formats.base import Request
 from loftq_cli.modules import ModuleMap
 from loftq_cli.numerics.allocation import Choices, RankChoice, allocate, allocate_ranks
 from loftq_cli.planner import Plan, Unit, make_plan, refuse_together
+from loftq_cli.precision import full_precision
 from loftq_cli.recipe import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size
 
 _TOLERANCE = 0.005  # of the budget: how far the result may stay from it without a word
@@ -87,6 +89,7 @@ class Field:
         return Field(taken, self.other_bytes)
 
 
+@full_precision()
 def mix(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -113,6 +116,7 @@ def mix(
         field = field.settle(_paper(recipe, field) if recipe.mix == "paper" else _optimal(recipe, field, measured))
     ranks = _ranks(recipe, field, measured) if ranks_open else None
     measured.save()
+    give_back(device)
     return Mixed(_with_rules(recipe, field, ranks), _notes(recipe, field))
 
 

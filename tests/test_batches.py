@@ -107,7 +107,18 @@ def test_two_workers_take_whole_batches(tmp_path: Path, together: Spy) -> None:
     assert tensors(tmp_path / "two") == tensors(tmp_path / "one")
 
 
-def test_too_little_memory_for_a_batch_is_enough_for_one(tmp_path: Path, together: Spy, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["torch", "cuBLAS", "CPU"],
+)
+def test_too_little_memory_for_a_batch_is_enough_for_one(
+    error: RuntimeError, tmp_path: Path, together: Spy, monkeypatch
+) -> None:
     source = saved("mixtral").folder
     alone = tmp_path / "alone"
     with monkeypatch.context() as patch:
@@ -115,13 +126,13 @@ def test_too_little_memory_for_a_batch_is_enough_for_one(tmp_path: Path, togethe
         loftq_cli.quantize(source, output=alone, **RECIPE)
 
     def too_large(*_: object) -> list[Converted]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(pipeline, "convert_together", too_large)
     loftq_cli.quantize(source, output=tmp_path / "out", **RECIPE)
     assert tensors(tmp_path / "out") == tensors(alone)
     monkeypatch.setattr(pipeline, "convert", too_large)
-    with pytest.raises(LoftqError, match=r"cpu has too little memory for lm_head.weight \[96, 64\]: .*--device cpu"):
+    with pytest.raises(LoftqError, match=r"cpu has too little memory for lm_head.weight \[96, 64\]: .*--max-memory"):
         loftq_cli.quantize(source, output=tmp_path / "none", **RECIPE)
 
 

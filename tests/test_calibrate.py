@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from loftq_cli.artifacts.decode import decode_matrix, decode_product
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.checkpoint import open_checkpoint
 from loftq_cli.cli import app
+from loftq_cli.engine.progress import Reporter
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.forward.moments import MomentCollector, open_moments, write_moments
 from loftq_cli.forward.opening import open_model
@@ -210,6 +213,31 @@ def test_a_model_that_overflows_cannot_be_calibrated_on(text: Path, tmp_path: Pa
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoftqError, match=r"gives NaN or infinity before .*: repair the checkpoint"):
         loftq_cli.quantize(source, output=tmp_path / "a", calibrate=text, calibration_tokens=200, allow_nonfinite=True)
+
+
+def test_the_model_that_was_run_is_gone_when_matrices_are_converted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds itself, and a large one's embeddings would take gigabytes all the while."""
+    seen, alive = [], []
+
+    def watched(checkpoint, device):
+        opened = open_model(checkpoint, device)
+        seen.append(weakref.ref(opened.model))
+        return opened
+
+    class Watch(Reporter):
+        def start(self, plan, finished) -> None:
+            alive.extend(ref() is not None for ref in seen)
+
+    monkeypatch.setattr("loftq_cli.forward.opening.open_model", watched)
+    options = {"bits": 2, "rank": 4, "iters": 1, "calibrate": str(text)}
+    gc.disable()  # or it may be gone by luck
+    try:
+        loftq_cli.quantize(llama(tmp_path / "model"), output=tmp_path / "out", reporter=Watch(), **options)
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 def test_another_text_is_another_conversion(text: Path, tmp_path: Path) -> None:

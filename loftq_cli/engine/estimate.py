@@ -27,6 +27,7 @@ from loftq_cli.engine.convert import convert, convert_together
 from loftq_cli.engine.lanes import KEPT_BYTES, LANE_BYTES, MOST_LANES, Pace, lane_pool
 from loftq_cli.errors import LoftqError
 from loftq_cli.planner import Plan, Unit
+from loftq_cli.precision import full_precision
 from loftq_cli.recipe import Recipe
 
 _TRIAL_WEIGHTS = 16_000_000  # large enough that the work is in proportion to it, small enough for a second or two
@@ -50,6 +51,7 @@ class Estimate:
     peak_memory_bytes: int
 
 
+@full_precision()
 def estimate(plan: Plan, device: torch.device) -> Estimate:
     """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
     pace = choose_pace(plan, device, None)

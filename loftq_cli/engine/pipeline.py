@@ -18,6 +18,7 @@ from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.convert import Converted, convert, convert_together
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
 from loftq_cli.engine.lanes import Pace, in_lanes
+from loftq_cli.engine.memory import is_out_of_memory
 from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.transfers import Leaving, Staged, Transfers, transfers_of
 from loftq_cli.engine.writer import ShardWriter
@@ -114,8 +115,10 @@ def _together(
     try:
         converted = convert_together(units, tensors, run.plan.recipe, run.device)
         return [_leaving(unit, one, transfers) for unit, one in zip(units, converted)]
-    except torch.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def _alone(unit: Unit, tensor: Tensor, moment: Tensor | None, run: Run, transfers: Transfers) -> Finished:
@@ -125,10 +128,13 @@ def _alone(unit: Unit, tensor: Tensor, moment: Tensor | None, run: Run, transfer
     """
     try:
         return _leaving(unit, convert(unit, tensor, run.plan.recipe, run.device, moment), transfers)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        instead = "--max-memory" if run.device.type == "cpu" else "--device cpu"
         raise LoftqError(
             f"{run.device} has too little memory for {unit.tensor} {list(unit.source.shape)}: free some, or run the "
-            "same command with --device cpu; finished matrices are kept.",
+            f"same command with {instead}; finished matrices are kept.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
 

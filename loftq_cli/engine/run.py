@@ -39,8 +39,10 @@ from loftq_cli.engine.writer import ShardWriter
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.kernels import load_kernels
 from loftq_cli.planner import Plan, Unit
+from loftq_cli.precision import full_precision
 
 
+@full_precision()
 def run_plan(
     plan: Plan,
     checkpoint: Checkpoint,

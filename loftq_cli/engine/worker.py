@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.precision import full_precision
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest
@@ -101,6 +102,7 @@ def follow(order: Order) -> Manifest:
     return read_manifest(output)
 
 
+@full_precision()
 def _work(order: Order, tell: Callable[..., None]) -> Cost:
     import torch
 

@@ -68,6 +68,8 @@ def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | N
 
         grid = BlockGrid(codebook("nf", 4), 64, "flat", torch.float32, torch.bfloat16)
         _check(TritonQuantizer(grid), BlockQuantizer(grid), device)
+    except torch.OutOfMemoryError:
+        raise  # which does not tell whether it works
     except Exception as error:  # whatever a compiler or a driver may raise
         _warn(f"Triton quantizer of blocks on {device}", error, "slower")
         return None
@@ -82,6 +84,8 @@ def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | 
 
         grid = AffineGrid(4, 64, "integer", torch.float16, torch.bfloat16)
         _check(TritonAffineQuantizer(grid), AffineQuantizer(grid), device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # as above
         _warn(f"Triton quantizer of integer groups on {device}", error, "slower")
         return None

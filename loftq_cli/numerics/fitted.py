@@ -80,8 +80,11 @@ def fit_levels(
     weight = torch.ones_like(target) if column_weight is None else column_weight.expand(target.shape)
     weighted = share * to_blocks(weight, grid)[::every]
     size = quantized.levels.numel()
-    above = torch.bincount(codes.reshape(-1), (weighted * x).reshape(-1), minlength=size)
-    below = torch.bincount(codes.reshape(-1), (weighted * share).reshape(-1), minlength=size)
+    # On a GPU the sums of `bincount` are in no fixed order.
+    above, below = (
+        torch.stack([torch.where(codes == code, terms, 0).sum() for code in range(size)])
+        for terms in (weighted * x, weighted * share)
+    )
     fitted = torch.where(below > 0, above / below, quantized.levels.double())
     return fitted.float().sort().values
 

@@ -74,7 +74,7 @@ class LowRank:
 def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
     """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
     u, s, vh = svd(residual)
-    return LowRank(u[:, :rank], s[:rank], vh[:rank].T)
+    return LowRank(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].T.clone())  # views would keep all of U and Vᵀ
 
 
 def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRank:
@@ -246,7 +246,15 @@ def half_is_faster(residual: Tensor) -> bool:
     """Whether bfloat16 products beat float32 ones on this device, rounding included."""
     if min(residual.shape) < _SMALLEST_FOR_HALF:
         return False
-    return residual.is_cuda or (residual.device.type == "cpu" and _cpu_multiplies_bfloat16())
+    if residual.is_cuda:
+        return _gpu_multiplies_bfloat16(residual.device)
+    return residual.device.type == "cpu" and _cpu_multiplies_bfloat16()
+
+
+@cache
+def _gpu_multiplies_bfloat16(device: torch.device) -> bool:
+    """Tensor cores do from compute capability 8.0 on; before, it is emulated."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

@@ -205,7 +205,8 @@ class _Run:
         """The same in one pass, where ‖E‖ is the objective; gives that."""
         assert self.found is not None
         total = done.residual_norm() ** 2
-        if half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
+        exactly = isinstance(self.quantizer, FusedQuantizer)  # which `settle` needs
+        if exactly and half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
             self.half = torch.empty_like(self.weight, dtype=torch.bfloat16) if self.half is None else self.half
             product = self.found.product(torch.bfloat16, out=self.half)
         else:

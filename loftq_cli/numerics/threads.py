@@ -38,8 +38,26 @@ def one_thread(decompose: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return alone
 
 
-eigh, cholesky = one_thread(torch.linalg.eigh), one_thread(torch.linalg.cholesky_ex)
+cholesky = one_thread(torch.linalg.cholesky_ex)
+_eigh_on_cpu = one_thread(torch.linalg.eigh)
 qr, svd = one_thread(torch.linalg.qr), one_thread(partial(torch.linalg.svd, full_matrices=False))
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., k], ascending, and eigenvectors of symmetric matrices [..., k, k], from their lower triangles.
+
+    Raises:
+        torch.linalg.LinAlgError: LAPACK finds none; a GPU's solver that does not is followed by LAPACK.
+    """
+    if matrix.device.type != "cpu":
+        try:
+            return torch.linalg.eigh(matrix)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # some versions of cuSOLVER give up on spectra that LAPACK is done with
+            values, vectors = _eigh_on_cpu(matrix.cpu())
+            return values.to(matrix.device), vectors.to(matrix.device)
+    return _eigh_on_cpu(matrix)
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
