@@ -22,6 +22,7 @@ from loftq_cli.forward.opening import open_model
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
 from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeights, Weights
+from loftq_cli.precision import full_precision
 
 _OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity a float can hold
 
@@ -98,6 +99,7 @@ class EvalReporter:
         """Nothing more will come."""
 
 
+@full_precision()
 def evaluate(
     directory: str | Path,
     text: str | Path,

@@ -36,9 +36,11 @@ from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.files import TensorFile, lay_out, shard, shard_names
 from loftq_cli.formats.base import DTYPES
 from loftq_cli.planner import INDEX, index_text
+from loftq_cli.precision import full_precision
 from loftq_cli.recipe import DTYPE_CHOICES, parse_size
 
 
+@full_precision()
 def merge(
     directory: str | Path,
     adapter: str | Path,

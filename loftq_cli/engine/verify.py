@@ -22,6 +22,7 @@ from loftq_cli.artifacts.manifest import (
 )
 from loftq_cli.engine.output import STATE, hash_file
 from loftq_cli.errors import LoftqError
+from loftq_cli.precision import full_precision
 from loftq_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Verification:
         return not self.problems
 
 
+@full_precision()
 def verify(
     directory: str | Path,
     *,
