@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,12 @@ def full_precision() -> Iterator[None]:
     """
     import torch
 
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" and torch.cuda.is_available():
+        warnings.warn(
+            "NVIDIA_TF32_OVERRIDE=1 rounds products to three digits inside NVIDIA's libraries: unset it, or the "
+            "residuals recorded will not be those of the files",
+            stacklevel=3,
+        )
     matmul = torch.backends.cuda.matmul
     restore = _restoring()
     sums = matmul.allow_bf16_reduced_precision_reduction

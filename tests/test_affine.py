@@ -15,7 +15,7 @@ from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero, dequant
 from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.loftq import exact_step, loftq
 from loftq_cli.numerics.lowrank import exact_low_rank
-from loftq_cli.numerics.quantizers import QuantizeStep
+from loftq_cli.numerics.quantizers import QuantizeStep, Scratch
 
 BITS = (2, 3, 4, 8)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -199,8 +199,9 @@ def test_compiled_quantizer_makes_its_target_by_itself_on_any_number_of_threads(
         half = compiled.quantize_corrected(x, found, half=True)
         assert torch.equal(half.residual, wanted.residual.bfloat16()) and half.norm == wanted.norm
         assert torch.equal(compiled.restore(x, half.quantized), wanted.residual)
-        scratch = compiled.quantize_corrected(x, found, scratch=first)
-        assert same(scratch, wanted) and scratch.residual is first.residual
+        codes = torch.empty_like(first.quantized.codes)
+        scratch = compiled.quantize_corrected(x, found, scratch=Scratch(first.residual, codes))
+        assert same(scratch, wanted) and scratch.residual is first.residual and scratch.quantized.codes is codes
     finally:
         torch.set_num_threads(threads)
 

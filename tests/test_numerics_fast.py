@@ -19,7 +19,7 @@ from loftq_cli.numerics.blocks import BlockGrid, dequantize, midpoints
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
 from loftq_cli.numerics.lowrank import exact_low_rank, frobenius, gram_low_rank, krylov_low_rank
-from loftq_cli.numerics.quantizers import BlockQuantizer, FusedQuantizer, QuantizeStep
+from loftq_cli.numerics.quantizers import BlockQuantizer, FusedQuantizer, QuantizeStep, Scratch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BOOKS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-sym", 3), ("uniform", 2), ("uniform", 4), ("uniform", 8)]
@@ -103,8 +103,9 @@ def test_target_made_in_the_kernel(layout: str, half: bool) -> None:
     assert isinstance(quantizer, FusedQuantizer) and isinstance(twin, FusedQuantizer)
     scratch = quantizer.quantize_corrected(w, None, half=half)
     assert_same(scratch, twin.quantize_corrected(w, None, half=half))
-    step = quantizer.quantize_corrected(w, found, half=half, scratch=scratch)
-    assert step.residual.data_ptr() == scratch.residual.data_ptr()
+    codes = torch.empty_like(scratch.quantized.codes)
+    step = quantizer.quantize_corrected(w, found, half=half, scratch=Scratch(scratch.residual, codes))
+    assert step.residual.data_ptr() == scratch.residual.data_ptr() and step.quantized.codes is codes
     assert_same(step, twin.quantize_corrected(w, found, half=half))
     assert step.residual.dtype == (BF16 if half else F32)
     assert torch.equal(quantizer.restore(w, step.quantized), w - dequantize(step.quantized, g))

@@ -54,6 +54,13 @@ def test_the_same_bytes_whatever_was_asked(random_llama: Path, tmp_path: Path) -
     assert tensors(tmp_path / "medium") == tensors(tmp_path / "highest")
 
 
+def test_what_torch_cannot_undo_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="NVIDIA_TF32_OVERRIDE=1 .*: unset it"), full_precision():
+        pass
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_on_a_gpu_too() -> None:
     torch.set_float32_matmul_precision("high")

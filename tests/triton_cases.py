@@ -20,7 +20,14 @@ from loftq_cli.numerics.affine import AffineGrid
 from loftq_cli.numerics.blocks import BlockGrid, midpoints
 from loftq_cli.numerics.codebooks import codebook
 from loftq_cli.numerics.lowrank import exact_low_rank
-from loftq_cli.numerics.quantizers import BlockQuantizer, FeedingQuantizer, FusedQuantizer, QuantizeStep, blocks_of
+from loftq_cli.numerics.quantizers import (
+    BlockQuantizer,
+    FeedingQuantizer,
+    FusedQuantizer,
+    QuantizeStep,
+    Scratch,
+    blocks_of,
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BOOKS = [("nf", 2), ("nf", 3), ("nf", 4), ("nf-sym", 3), ("uniform", 2), ("uniform", 4), ("uniform", 8)]
@@ -100,7 +107,7 @@ def corrected(g: BlockGrid, w: Tensor, half: bool) -> None:
     found = exact_low_rank(w.flip(0), min(4, *w.shape))
     first = quantizer.quantize_corrected(w, None, half=half)
     same(first, plain.quantize_corrected(w, None, half=half))
-    step = quantizer.quantize_corrected(w, found, half=half, scratch=first)
+    step = quantizer.quantize_corrected(w, found, half=half, scratch=Scratch(first.residual))
     assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory is used again"
     same(step, plain.quantize_corrected(w, found, half=half))
 
@@ -109,7 +116,7 @@ def changing_dtype(g: BlockGrid, w: Tensor, half: bool) -> None:
     quantizer, plain = twins(g)
     found = exact_low_rank(w.flip(0), 4)
     step = quantizer.quantize_corrected(w, found, half=half)
-    other = quantizer.quantize_corrected(w, found, half=not half, scratch=step)
+    other = quantizer.quantize_corrected(w, found, half=not half, scratch=Scratch(step.residual))
     assert other.residual.data_ptr() != step.residual.data_ptr(), "memory of another dtype is no place for it"
     same(other, plain.quantize_corrected(w, found, half=not half))
 

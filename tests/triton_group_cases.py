@@ -11,7 +11,7 @@ from torch import Tensor
 from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.affine_fit import AffineQuantizer
 from loftq_cli.numerics.lowrank import exact_low_rank
-from loftq_cli.numerics.quantizers import FusedQuantizer, QuantizeStep
+from loftq_cli.numerics.quantizers import FusedQuantizer, QuantizeStep, Scratch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F16)]  # of scales, and of products and values
@@ -65,7 +65,7 @@ def groups_corrected(g: AffineGrid, w: Tensor, half: bool) -> None:
 
     quantizer, found = TritonAffineQuantizer(g), exact_low_rank(w.flip(0), 2)
     first = quantizer.quantize_corrected(w, None, half=half)
-    step = quantizer.quantize_corrected(w, found, half=half, scratch=first)
+    step = quantizer.quantize_corrected(w, found, half=half, scratch=Scratch(first.residual))
     assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory is used again"
     plain = AffineQuantizer(g).quantize_residual(w.cpu(), (w - found.product()).cpu())
     rounded = plain.residual.bfloat16() if half else plain.residual

@@ -20,7 +20,7 @@ from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.lowrank import LowRank
-from loftq_cli.numerics.quantizers import QuantizeStep, blocks_of
+from loftq_cli.numerics.quantizers import QuantizeStep, Scratch, blocks_of
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
 _PANEL_CHUNKS = 16  # what is fitted is quantized while the cache still holds it
@@ -42,18 +42,18 @@ class CompiledQuantizer:
         return self._quantize(weight, target, torch.empty_like(weight), numba_blocks.NOT_AT_ALL)
 
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
         dtype = torch.bfloat16 if half else torch.float32
         reuses = scratch is not None and scratch.residual.dtype == dtype
-        # Fresh pages cost as much as a pass over them.
         residual = scratch.residual if scratch and reuses else torch.empty_like(weight, dtype=dtype)
+        codes = None if scratch is None else scratch.codes
         if found is None:
-            return self._quantize(weight, weight, residual, numba_blocks.NOT_AT_ALL)
+            return self._quantize(weight, weight, residual, numba_blocks.NOT_AT_ALL, codes=codes)
         # The kernel reads each block of BA before it overwrites it.
         product = found.product(dtype, out=residual)
         how = numba_blocks.HALF if half else numba_blocks.FULL
-        return self._quantize(weight, weight if half else product, residual, how)
+        return self._quantize(weight, weight if half else product, residual, how, codes=codes)
 
     def quantize_fitted(
         self,
@@ -111,10 +111,16 @@ class CompiledQuantizer:
         return residual
 
     def _quantize(
-        self, weight: Tensor, target: Tensor, residual: Tensor, corrects: int, fit: _Fit | None = None
+        self,
+        weight: Tensor,
+        target: Tensor,
+        residual: Tensor,
+        corrects: int,
+        fit: _Fit | None = None,
+        codes: Tensor | None = None,
     ) -> QuantizeStep:
         grid = self.grid
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
         absmax = torch.empty(grid.n_blocks(*weight.shape), dtype=torch.float32)
         sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
         half = residual.view(torch.uint16) if residual.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)

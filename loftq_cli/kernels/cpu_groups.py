@@ -15,7 +15,7 @@ from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.lowrank import LowRank
-from loftq_cli.numerics.quantizers import QuantizeStep
+from loftq_cli.numerics.quantizers import QuantizeStep, Scratch
 
 _ROWS = 16  # rows a chunk of work has
 _ZEROS = {"none": kernel.ZERO_NONE, "integer": kernel.ZERO_INTEGER, "float": kernel.ZERO_FLOAT}
@@ -40,18 +40,18 @@ class CompiledAffineQuantizer:
         return self._quantize(weight, target, kernel.RULE_REFINE, start=previous.quantized)
 
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
         """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
         reuses = scratch is not None and scratch.residual.dtype == torch.float32
         residual = scratch.residual if scratch and reuses else torch.empty_like(weight)
-        rule = _RULES[self.grid.scale_rule]
+        rule, codes = _RULES[self.grid.scale_rule], None if scratch is None else scratch.codes
         if found is None:
-            step = self._quantize(weight, weight, rule, residual=residual)
+            step = self._quantize(weight, weight, rule, residual=residual, codes=codes)
         else:
             # The kernel reads each group of BA before it overwrites it.
             product = found.product(torch.float32, out=residual)
-            step = self._quantize(weight, product, rule, residual=residual, corrects=True)
+            step = self._quantize(weight, product, rule, residual=residual, corrects=True, codes=codes)
         return replace(step, residual=step.residual.to(torch.bfloat16)) if half else step
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
@@ -68,10 +68,11 @@ class CompiledAffineQuantizer:
         start: QuantizedGroups | None = None,
         residual: Tensor | None = None,
         corrects: bool = False,
+        codes: Tensor | None = None,
     ) -> QuantizeStep:
         grid, (n_out, n_in) = self.grid, weight.shape
         residual = torch.empty_like(weight, memory_format=torch.contiguous_format) if residual is None else residual
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
         scales = torch.empty(n_out, grid.n_blocks(1, n_in)) if start is None else start.scales.clone()
         zeros = None if grid.zero == "none" else torch.empty_like(scales)
         if start is not None and start.zeros is not None:

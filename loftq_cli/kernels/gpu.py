@@ -15,7 +15,7 @@ from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.feedback import FeedbackGains
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.lowrank import LowRank
-from loftq_cli.numerics.quantizers import BlockQuantizer, QuantizeStep
+from loftq_cli.numerics.quantizers import BlockQuantizer, QuantizeStep, Scratch
 
 _TILE = 2048  # elements a program takes at once
 _TILE_OF_WARP = 512  # so that a thread holds 16 of them: more would not fit its registers
@@ -39,7 +39,7 @@ class TritonQuantizer:
         return self._quantize(weight, target, empty(weight, torch.float32), kernel.NOT_AT_ALL.value)
 
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
         """Quantize W - BA to Q and give W - Q, as `FusedQuantizer.quantize_corrected`."""
         dtype = torch.bfloat16 if half else torch.float32
@@ -139,8 +139,8 @@ class _Tiling:
         )
 
 
-def room_for_residual(weight: Tensor, dtype: torch.dtype, scratch: QuantizeStep | None) -> Tensor:
-    """Memory for W - Q: that of an earlier step's, `scratch`, where it fits."""
+def room_for_residual(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    """Memory for W - Q: that of `scratch`, where it fits."""
     reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
     return scratch.residual if scratch and reuses else empty(weight, dtype)
 

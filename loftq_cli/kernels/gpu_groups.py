@@ -15,7 +15,7 @@ from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.affine_fit import REFITS, shares
 from loftq_cli.numerics.grids import Quantized
 from loftq_cli.numerics.lowrank import LowRank
-from loftq_cli.numerics.quantizers import QuantizeStep
+from loftq_cli.numerics.quantizers import QuantizeStep, Scratch
 
 _COUNT = 16  # groups a program takes: with eight lanes each, four numbers a thread of its only warp
 _ZEROS: dict[str, int] = {
@@ -49,7 +49,7 @@ class TritonAffineQuantizer:
         return self._quantize(weight, target, kernel.RULE_REFINE.value, start=previous.quantized)
 
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
         """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
         residual = room_for_residual(weight, torch.bfloat16 if half else torch.float32, scratch)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.grids import Quantized
+from loftq_cli.numerics.grids import Quantized, rows_of
 from loftq_cli.numerics.lowrank import (
     LowRank,
     exact_low_rank,
@@ -17,9 +18,10 @@ from loftq_cli.numerics.lowrank import (
     half_is_faster,
     half_low_rank,
     krylov_low_rank,
-    refine,
+    refine_by,
 )
-from loftq_cli.numerics.quantizers import FusedQuantizer, Quantizer, QuantizeStep
+from loftq_cli.numerics.panels import panels
+from loftq_cli.numerics.quantizers import FusedQuantizer, Quantizer, QuantizeStep, Scratch
 from loftq_cli.numerics.start import zero_start
 
 SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
@@ -80,7 +82,8 @@ def loftq(
     """Alternate Q_t = q(W - B_{t-1} A_{t-1}) with B_t A_t = SVD_r(W - Q_t), from B_0 A_0 = 0 (Algorithm 1).
 
     LoftQ is not monotone (at 2 bits later steps are often worse), so the best iterate is kept unless `keep_last` asks
-    for the paper's literal last one.
+    for the paper's literal last one. It can even diverge, after a hundred steps or more; there it is ended, as no later
+    step would be kept.
 
     Args:
         weight: float32 [out, in].
@@ -89,42 +92,51 @@ def loftq(
     assert iters >= 1, "T = 0 is plain quantization: plain_start"
     norm = frobenius(weight)
     steps = _Steps(weight, quantizer, low_rank)
-    step: QuantizeStep | None = None
     found: LowRank | None = None
     plain = 0.0
     residuals: list[float] = []
     kept: _Kept | None = None
+    scratch: Scratch | None = None
     for t in range(1, iters + 1):
-        step = steps.quantize(found, step)  # LoftQ eq. 7
+        step = steps.quantize(found, scratch)  # LoftQ eq. 7
         plain = plain or _relative(step.residual_norm(), norm)
         found = steps.factor(step, found)  # eq. 8-9
         residuals.append(_relative(steps.left_over(step, found), norm))
+        unused: Tensor | None = step.quantized.codes
         if kept is None or keep_last or residuals[-1] < residuals[kept.number - 1]:
-            kept = _Kept(t, step.quantized, found, is_estimate=_is_estimate(step, found))
+            unused = None if kept is None else kept.quantized.codes
+            kept = _Kept(t, step.quantized, found, step.residual_norm(), is_estimate=_is_estimate(step, found))
+        scratch = Scratch(step.residual, unused)
         if residuals[-1] > DIVERGED * plain and not keep_last:
             break
     assert kept is not None
     found = kept.found
     if kept.is_estimate:
-        step = None  # or its residual would stand in memory beside the exact one
-        found, left = steps.settle(kept.quantized, found)
+        found, left = steps.settle(kept)
         residuals[kept.number - 1] = _relative(left, norm)
     return LoftQResult(kept.quantized, found.lora_a, found.lora_b, plain, tuple(residuals), kept.number)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The step kept so far: its number from 1, Q and BA, and whether BA is to be settled."""
+    """The step kept so far: its number from 1, Q and BA, ‖W - Q‖_F, and whether BA is to be settled."""
 
     number: int
     quantized: Quantized
     found: LowRank
+    total: float
     is_estimate: bool
 
 
 def _is_estimate(step: QuantizeStep, found: LowRank) -> bool:
     """Whether `found` came from a rounded residual and holds so much that the rounding shows."""
     return step.residual.dtype == torch.bfloat16 and found.energy > SHOWS * step.residual_norm() ** 2
+
+
+def _apart(total: float, found: LowRank) -> float | None:
+    """‖R - BA‖_F of a residual with the norm `total`, by Pythagoras; None where the difference would cancel."""
+    left = total**2 - found.energy
+    return math.sqrt(left) if left > CANCELLING * total**2 else None
 
 
 @dataclass(frozen=True)
@@ -135,11 +147,11 @@ class _Steps:
     quantizer: Quantizer
     low_rank: LowRankStep
 
-    def quantize(self, found: LowRank | None, used: QuantizeStep | None) -> QuantizeStep:
-        """Q of W - BA; `used`, the step before, is used up."""
+    def quantize(self, found: LowRank | None, scratch: Scratch | None) -> QuantizeStep:
+        """Q of W - BA; `scratch` is used up."""
         if isinstance(self.quantizer, FusedQuantizer):
             half = isinstance(self.low_rank, FastStep) and half_is_faster(self.weight)
-            return self.quantizer.quantize_corrected(self.weight, found, half=half, scratch=used)
+            return self.quantizer.quantize_corrected(self.weight, found, half=half, scratch=scratch)
         target = self.weight if found is None else self.weight - found.product()
         return self.quantizer.quantize_residual(self.weight, target)
 
@@ -153,17 +165,28 @@ class _Steps:
 
     def left_over(self, step: QuantizeStep, found: LowRank) -> float:
         """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
-        total = step.residual_norm() ** 2
-        if total - found.energy > CANCELLING * total:
-            return math.sqrt(total - found.energy)
-        return frobenius(self._full(step) - found.product())
+        left = _apart(step.residual_norm(), found)
+        return frobenius(self._full(step) - found.product()) if left is None else left
 
-    def settle(self, quantized: Quantized, found: LowRank) -> tuple[LowRank, float]:
-        """The exact projection of W - Q on the directions of `found`, and what it leaves."""
+    def settle(self, kept: _Kept) -> tuple[LowRank, float]:
+        """The exact projection of W - Q on the directions found, and what it leaves."""
         assert isinstance(self.quantizer, FusedQuantizer)
-        residual = self.quantizer.restore(self.weight, quantized)
-        step, found = QuantizeStep(quantized, residual), refine(residual, found)
-        return found, self.left_over(step, found)
+        found = refine_by(partial(self._images, kept.quantized), kept.found)
+        left = _apart(kept.total, found)
+        if left is None:
+            left = frobenius(self.quantizer.restore(self.weight, kept.quantized) - found.product())
+        return found, left
+
+    def _images(self, quantized: Quantized, basis: Tensor) -> Tensor:
+        """(W - Q) @ basis, from some rows of W - Q at a time: whole it would take as much memory as W."""
+        assert isinstance(self.quantizer, FusedQuantizer)
+        images = basis.new_empty(self.weight.shape[0], basis.shape[1])
+        for rows in panels(self.weight):
+            part = rows_of(quantized, self.quantizer.grid, rows)
+            if part is None:
+                return self.quantizer.restore(self.weight, quantized) @ basis
+            torch.mm(self.quantizer.restore(self.weight[rows], part), basis, out=images[rows])
+        return images
 
     def _full(self, step: QuantizeStep) -> Tensor:
         if step.residual.dtype == torch.float32:

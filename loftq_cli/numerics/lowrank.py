@@ -8,6 +8,7 @@ because LoftQ's steps hardly turn the subspace.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -155,8 +156,13 @@ def half_low_rank(
 
 def refine(residual: Tensor, found: LowRank) -> LowRank:
     """The projection of the float32 `residual` on the directions of `found`."""
+    return refine_by(lambda basis: residual @ basis, found)
+
+
+def refine_by(images: Callable[[Tensor], Tensor], found: LowRank) -> LowRank:
+    """The same of a residual that is known by its products R @ basis, of float32 [in, r]."""
     basis = orthonormal(found.v, found.v[:, :0], careful=True)
-    return _decompose((residual @ basis).double(), basis.double())
+    return _decompose(images(basis).double(), basis.double())
 
 
 @dataclass(frozen=True)

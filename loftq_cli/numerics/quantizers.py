@@ -12,7 +12,7 @@ from loftq_cli.numerics import blocks
 from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.feedback import FeedbackGains, feed_back
 from loftq_cli.numerics.fitted import fit_levels, fit_scales
-from loftq_cli.numerics.grids import Quantized, dequantize
+from loftq_cli.numerics.grids import Grid, Quantized, dequantize
 from loftq_cli.numerics.lowrank import LowRank, frobenius
 
 
@@ -32,6 +32,14 @@ class QuantizeStep:
         return frobenius(self.residual) if self.norm is None else self.norm
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Memory of a matrix's earlier steps that may be overwritten: fresh pages cost as much as a pass over them."""
+
+    residual: Tensor
+    codes: Tensor | None = None
+
+
 class Quantizer(Protocol):
     """The container's fake quantization, as LoftQ needs it."""
 
@@ -43,12 +51,16 @@ class Quantizer(Protocol):
 class FusedQuantizer(Quantizer, Protocol):
     """A quantizer that makes its target W - BA by itself, block by block, so that it never goes through memory."""
 
+    @property
+    def grid(self) -> Grid:
+        """The container's."""
+
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA to Q and give W - Q; no `found`, no BA. The residual of `scratch`, an earlier step, may be
-        overwritten. `half`: BA is multiplied, and the residual rounded, in bfloat16. An error of 2⁻⁹ in the target's
-        smaller part moves codes only where they were ties but for that; Q and ‖W - Q‖ stay exact."""
+        """Quantize W - BA to Q and give W - Q; no `found`, no BA. The result may lie in `scratch`. `half`: BA is
+        multiplied, and the residual rounded, in bfloat16. An error of 2⁻⁹ in the target's smaller part moves codes only
+        where they were ties but for that; Q and ‖W - Q‖ stay exact."""
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
         """W - Q, float32 [out, in]."""
@@ -104,7 +116,7 @@ class BlockQuantizer:
         return QuantizeStep(quantized, self.restore(weight, quantized))
 
     def quantize_corrected(
-        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: QuantizeStep | None = None
+        self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
         product = None if found is None else found.product(torch.bfloat16 if half else torch.float32)
         step = self.quantize_residual(weight, weight if product is None else weight - product.float())
