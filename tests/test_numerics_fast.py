@@ -14,9 +14,11 @@ from torch import Tensor
 
 from loftq_cli import kernels
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics import lowrank
-from loftq_cli.numerics.blocks import BlockGrid, dequantize, midpoints
+from loftq_cli.numerics import lowrank, panels
+from loftq_cli.numerics.affine import AffineGrid
+from loftq_cli.numerics.blocks import BlockGrid, midpoints
 from loftq_cli.numerics.codebooks import codebook
+from loftq_cli.numerics.grids import Grid, dequantize
 from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
 from loftq_cli.numerics.lowrank import exact_low_rank, frobenius, gram_low_rank, krylov_low_rank
 from loftq_cli.numerics.quantizers import BlockQuantizer, FusedQuantizer, QuantizeStep, Scratch
@@ -120,6 +122,47 @@ def test_residual_restored_from_the_codes(data_type: str, bits: int, layout: str
     step = block_quantizer(g, "cpu").quantize_residual(w, w)
     restored = block_quantizer(g, "cpu").restore(w, step.quantized)  # type: ignore[attr-defined]
     assert torch.equal(restored, step.residual) and torch.equal(restored, BlockQuantizer(g).restore(w, step.quantized))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "g",
+    [
+        grid(2, layout="rows"),
+        grid(2, layout="flat"),
+        AffineGrid(2, 64, "float", torch.float16, torch.float16),
+        AffineGrid(4, 0, "none", torch.float16, torch.float16),
+    ],
+    ids=["rows", "flat", "offsets", "symmetric"],
+)
+@pytest.mark.parametrize("columns", [640, 650])
+def test_the_exact_projection_goes_by_rows(g: Grid, columns: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 650 columns the blocks of the flat layout run on from row to row: those are taken whole."""
+    monkeypatch.setattr(lowrank, "_cpu_multiplies_bfloat16", lambda: half)
+    w = torch.randn(600, columns, generator=torch.Generator().manual_seed(3))
+    results = []
+    for size in (1 << 22, 1 << 14):
+        monkeypatch.setattr(panels, "_PANEL", size)
+        step = fast_step(200, torch.Generator().manual_seed(0))
+        results.append(loftq(w, block_quantizer(g, "cpu"), iters=2, low_rank=step))
+    whole, parts = results
+    assert torch.equal(parts.quantized.codes, whole.quantized.codes) and parts.best == whole.best
+    assert parts.residuals == pytest.approx(whole.residuals, rel=1e-6)
+    left = w - dequantize(parts.quantized, g) - parts.lora_b @ parts.lora_a
+    assert float(left.norm() / w.norm()) == pytest.approx(parts.residual, rel=1e-4)
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_later_steps_do_not_overwrite_the_codes_that_are_kept(bits: int, keep_last: bool) -> None:
+    """At 2 bits an early step is kept, at 4 bits the last."""
+    w, g, kept = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), grid(bits), set()
+    for iters in range(1, 9):
+        found = loftq(w, block_quantizer(g, "cpu"), iters=iters, low_rank=exact_step(4), keep_last=keep_last)
+        twin = loftq(w, BlockQuantizer(g), iters=iters, low_rank=exact_step(4), keep_last=keep_last)
+        assert torch.equal(found.quantized.codes, twin.quantized.codes) and found.best == twin.best
+        kept.add(iters - found.best)
+    assert (max(kept) > 1) == (bits == 2 and not keep_last)
 
 
 def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

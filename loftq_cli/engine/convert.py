@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from loftq_cli.artifacts.adapter import encode_adapter
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.artifacts.summary import matrix_record
 from loftq_cli.engine.finite import first_nonfinite
+from loftq_cli.engine.memory import Room
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
@@ -54,13 +56,19 @@ class Converted:
 
 
 def convert(
-    unit: Unit, tensor: Tensor, recipe: Recipe, device: torch.device, moment: Tensor | None = None
+    unit: Unit,
+    tensor: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    moment: Tensor | None = None,
+    room: Room | None = None,
 ) -> Converted:
     """Quantize or copy one tensor.
 
     Args:
         tensor: as it is on disk, on the CPU or already on the device.
         moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
+        room: where W may lie.
 
     Raises:
         LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
@@ -69,7 +77,8 @@ def convert(
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    result, weighted = _finite_result(unit, tensor, lambda: _quantize(unit, tensor, recipe, device, generator, moment))
+    quantize = partial(_quantize, unit, tensor, recipe, device, generator, moment, room)
+    result, weighted = _finite_result(unit, tensor, quantize)
     return _converted(unit, result, weighted, recipe, started)
 
 
@@ -174,10 +183,11 @@ def _quantize(
     device: torch.device,
     generator: torch.Generator,
     moment: Tensor | None,
+    room: Room | None,
 ) -> tuple[LoftQResult, WeightedResult | None]:
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
-    weight = _weight(unit, tensor, device)
+    weight = _weight(unit, tensor, device, room)
     _check_finite(unit, weight.T if unit.matrix.transposed else weight)
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
@@ -203,10 +213,11 @@ def _quantize(
     return weighted.result, weighted
 
 
-def _weight(unit: Unit, tensor: Tensor, device: torch.device) -> Tensor:
+def _weight(unit: Unit, tensor: Tensor, device: torch.device, room: Room | None = None) -> Tensor:
     """float32 [out, in] on the device, not always contiguous."""
     assert unit.matrix is not None
-    weight = tensor.to(device).float()
+    there = tensor.to(device)
+    weight = there.float() if room is None or device.type != "cpu" else room.float32(there)
     return weight.T if unit.matrix.transposed else weight
 
 

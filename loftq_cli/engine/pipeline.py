@@ -18,7 +18,7 @@ from loftq_cli.engine.batches import Batch
 from loftq_cli.engine.convert import Converted, convert, convert_together
 from loftq_cli.engine.journal import Entry, Journal, hash_tensors
 from loftq_cli.engine.lanes import Pace, in_lanes
-from loftq_cli.engine.memory import is_out_of_memory
+from loftq_cli.engine.memory import Room, is_out_of_memory
 from loftq_cli.engine.progress import Reporter
 from loftq_cli.engine.transfers import Leaving, Staged, Transfers, transfers_of
 from loftq_cli.engine.writer import ShardWriter
@@ -66,7 +66,7 @@ def work_off(run: Run, batches: Iterable[Batch], writer: ShardWriter, journal: J
     """
     records: dict[str, MatrixRecord] = {}
     pending: deque[Future[None]] = deque()
-    transfers = transfers_of(run.device)
+    transfers, room = transfers_of(run.device), Room()
 
     def store(finished: deque[Finished]) -> None:
         while finished:  # what is written is let go
@@ -83,7 +83,7 @@ def work_off(run: Run, batches: Iterable[Batch], writer: ShardWriter, journal: J
             yield Task(batch, staged, _moment(batch, run))
 
     def work(task: Task) -> None:
-        finished = _finish(task, run, transfers)
+        finished = _finish(task, run, transfers, room)
         records.update({one.unit.tensor: one.record for one in finished if one.record is not None})
         pending.append(writing.submit(store, finished))
         if len(pending) > run.pace.lanes:
@@ -97,7 +97,7 @@ def work_off(run: Run, batches: Iterable[Batch], writer: ShardWriter, journal: J
     return records
 
 
-def _finish(task: Task, run: Run, transfers: Transfers) -> deque[Finished]:
+def _finish(task: Task, run: Run, transfers: Transfers, room: Room) -> deque[Finished]:
     """The outputs of those units of a task that are to be written."""
     units, tensors = task.batch.units, [transfers.arrive(staged) for staged in task.staged]
     todo = {unit.tensor for unit in task.batch.todo}
@@ -105,7 +105,7 @@ def _finish(task: Task, run: Run, transfers: Transfers) -> deque[Finished]:
     if found is not None:
         return deque(one for one in found if one.unit.tensor in todo)
     pairs = [(unit, tensor) for unit, tensor in zip(units, tensors) if unit.tensor in todo]
-    return deque(_alone(unit, tensor, task.moment, run, transfers) for unit, tensor in pairs)
+    return deque(_alone(unit, tensor, task.moment, run, transfers, room) for unit, tensor in pairs)
 
 
 def _together(
@@ -121,13 +121,13 @@ def _together(
         raise
 
 
-def _alone(unit: Unit, tensor: Tensor, moment: Tensor | None, run: Run, transfers: Transfers) -> Finished:
+def _alone(unit: Unit, tensor: Tensor, moment: Tensor | None, run: Run, transfers: Transfers, room: Room) -> Finished:
     """
     Raises:
         LoftqError: the device has too little memory.
     """
     try:
-        return _leaving(unit, convert(unit, tensor, run.plan.recipe, run.device, moment), transfers)
+        return _leaving(unit, convert(unit, tensor, run.plan.recipe, run.device, moment, room), transfers)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

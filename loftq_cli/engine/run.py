@@ -21,7 +21,7 @@ from loftq_cli.engine.joining import join_adapters
 from loftq_cli.engine.journal import Entry
 from loftq_cli.engine.lanes import Pace
 from loftq_cli.engine.lock import Lock
-from loftq_cli.engine.memory import reused_memory
+from loftq_cli.engine.memory import shared_memory
 from loftq_cli.engine.output import (
     FULL_DISK,
     abandon,
@@ -130,7 +130,7 @@ def _convert_rest(
     try:
         journal = journal_of(run.plan.output)
         for pace, batches in by_size(run, todo):
-            with reused_memory() if pace.keeps_memory else nullcontext():
+            with shared_memory(keeps=pace.keeps_memory):
                 paced = dataclasses.replace(run, pace=pace)
                 records |= work_off(paced, _while_owned(lock, batches), writer, journal)
     finally:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +110,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.calibration import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.estimate import choose_pace, keeps_little
-    from loftq_cli.engine.memory import reused_memory
+    from loftq_cli.engine.memory import shared_memory
     from loftq_cli.engine.output import STATE, journal_of, locate
     from loftq_cli.engine.pipeline import Run, work_off
     from loftq_cli.engine.run import on_full_disk
@@ -146,7 +145,7 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
         writer.open()
         try:
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            with reused_memory() if keeps else nullcontext():
+            with shared_memory(keeps=keeps):
                 work_off(run, session.claimed(plan), writer, journal)
         finally:
             writer.close()

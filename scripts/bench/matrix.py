@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from loftq_cli.engine.memory import reused_memory
+from loftq_cli.engine.memory import shared_memory
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.blocks import BlockGrid
 from loftq_cli.numerics.codebooks import Codebook, codebook
@@ -141,7 +141,7 @@ def main() -> None:
         for rank in asked.rank:
             for bits in asked.bits:
                 case = Case(int(rows), int(columns or rows), rank, bits, asked.iters)
-                with reused_memory():  # as a conversion does for matrices of these sizes; both gain by it
+                with shared_memory(keeps=True):  # as a conversion does for matrices of these sizes; both gain by it
                     results[case.key] = bench(case, asked.full)
                 save_result("matrix", case.key, {"machine": describe_machine(), **results[case.key]})
     show(results)
