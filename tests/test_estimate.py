@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,11 @@ def test_every_pace_gives_the_same_bytes(random_llama: Path, tmp_path: Path, mon
     loftq_cli.quantize(random_llama, output=tmp_path / "b", bits=2)
     for name in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_peak_is_not_that_of_the_process_it_was_started_from() -> None:
+    """As of a notebook that holds a model: getrusage hands it down."""
+    ballast = bytearray(b"x") * (1 << 30)
+    program = "from loftq_cli.artifacts.summary import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 50 << 20 < int(done.stdout) < len(ballast)

@@ -13,6 +13,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -121,6 +122,12 @@ def pad(content: bytes, size: int) -> bytes:
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    # On Linux this would be the peak of the process that started this one, where that was larger.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
