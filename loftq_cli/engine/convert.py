@@ -167,8 +167,8 @@ def _finite_result(
     highest = float(tensor.abs().max())
     if 1 / SAFE_NORM < highest < SAFE_NORM:
         raise LoftqError(
-            f"the steps on {unit.tensor} in {unit.source.file} diverged until float32 overflowed: use fewer --iters, "
-            f"or leave the matrix out with --exclude '{unit.module}'."
+            f"the steps on {unit.tensor} in {unit.source.file} left float32's range, or a decomposition failed: use "
+            f"fewer --iters, or leave the matrix out with --exclude '{unit.module}'."
         ) from cause
     raise LoftqError(
         f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.3g}, with which float32 cannot calculate: "

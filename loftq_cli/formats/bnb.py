@@ -163,7 +163,7 @@ def _nibbles(codes: Tensor, known: Sequence[int]) -> Tensor:
     """Codes [out, in] as NF4's codes `known`, two a byte [⌈elements / 2⌉, 1], the first one in the high half."""
     flat, mapping = codes.reshape(-1), torch.tensor(known, dtype=torch.uint8, device=codes.device)
     pairs = (F.pad(flat, (0, 1)) if flat.numel() % 2 else flat).view(-1, 2)
-    packed = torch.empty_like(pairs[:, :1])
+    packed = pairs.new_empty(pairs.shape[0], 1)
     for part in panels(pairs):
         high, low = mapping.index_select(0, pairs[part].flatten().int()).view(-1, 2).unbind(1)
         packed[part, 0] = high << 4 | low
