@@ -21,36 +21,36 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest as Manifest
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.batches.run import batch as batch
-    from loftq_cli.engine.merge import merge as merge
-    from loftq_cli.engine.verify import Verification as Verification
-    from loftq_cli.engine.verify import verify as verify
     from loftq_cli.errors import LoftqError as LoftqError
     from loftq_cli.evaluation import Evaluation as Evaluation
     from loftq_cli.evaluation import evaluate as evaluate
-    from loftq_cli.hub.push import push as push
-    from loftq_cli.planner import Plan as Plan
-    from loftq_cli.recipe import Recipe as Recipe
+    from loftq_cli.merging.merge import merge as merge
+    from loftq_cli.planning.plan import Plan as Plan
+    from loftq_cli.publishing.push import push as push
+    from loftq_cli.recipe.model import Recipe as Recipe
+    from loftq_cli.recipe.schema import recipe_schema as recipe_schema
     from loftq_cli.runtime.load import load as load
-    from loftq_cli.schema import recipe_schema as recipe_schema
+    from loftq_cli.verification import Verification as Verification
+    from loftq_cli.verification import verify as verify
 
 _HOMES = {
     "Evaluation": "loftq_cli.evaluation",
     "LoftqError": "loftq_cli.errors",
     "Manifest": "loftq_cli.artifacts.manifest",
-    "Plan": "loftq_cli.planner",
-    "Recipe": "loftq_cli.recipe",
+    "Plan": "loftq_cli.planning.plan",
+    "Recipe": "loftq_cli.recipe.model",
     "batch": "loftq_cli.batches.run",
-    "Verification": "loftq_cli.engine.verify",
+    "Verification": "loftq_cli.verification",
     "decode": "loftq_cli.artifacts.decode",
     "evaluate": "loftq_cli.evaluation",
     "load": "loftq_cli.runtime.load",
-    "merge": "loftq_cli.engine.merge",
+    "merge": "loftq_cli.merging.merge",
     "plan": "loftq_cli.api",
-    "push": "loftq_cli.hub.push",
+    "push": "loftq_cli.publishing.push",
     "quantize": "loftq_cli.api",
     "read_manifest": "loftq_cli.artifacts.manifest",
-    "recipe_schema": "loftq_cli.schema",
-    "verify": "loftq_cli.engine.verify",
+    "recipe_schema": "loftq_cli.recipe.schema",
+    "verify": "loftq_cli.verification",
 }
 __all__ = ["__version__", *_HOMES]
 

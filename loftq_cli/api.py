@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.engine.workers.order import make_orders
+from loftq_cli.engine.workers.supervisor import make_team
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe import Recipe, make_recipe, parse_size, read_places
+from loftq_cli.machine.devices import choose_device, choose_devices
+from loftq_cli.recipe.model import Recipe, make_recipe, parse_size, read_places
 
 _NO_RUN = "finished"  # what a launcher's other processes hear where nothing is left to convert
 
@@ -16,11 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.artifacts.manifest import Manifest
-    from loftq_cli.engine.progress import Reporter
-    from loftq_cli.engine.supervise import Team
-    from loftq_cli.engine.worker import Order
-    from loftq_cli.engine.world import World
-    from loftq_cli.planner import Plan
+    from loftq_cli.engine.workers.order import Order
+    from loftq_cli.planning.plan import Plan
+    from loftq_cli.progress import Reporter
 
 
 def quantize(
@@ -69,13 +70,13 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
-    from loftq_cli.calibration import calibrated, pin_calibration
+    from loftq_cli.calibration.calibrate import calibrated, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.finished import find_finished
-    from loftq_cli.engine.finite import find_nonfinite
-    from loftq_cli.engine.progress import Reporter
+    from loftq_cli.engine.compute.finite import find_nonfinite
+    from loftq_cli.engine.output.finished import find_finished
     from loftq_cli.engine.run import run_plan
-    from loftq_cli.engine.world import joined_world
+    from loftq_cli.engine.workers.launcher import joined_world
+    from loftq_cli.progress import Reporter
 
     file = Path(config) if config else None
     asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
@@ -87,7 +88,7 @@ def quantize(
         if world is not None and num_processes is not None:
             raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
         if world is not None and not world.main:
-            orders = _orders(asked, _output(asked, output), devices, stream, memory, world)
+            orders = make_orders(asked, _output(asked, output), devices, stream, memory, world)
             return _follow(orders[0], world.hear())
         repo = _may_push(repo)
         with open_source(asked, stream=stream) as (checkpoint, resolved):
@@ -96,7 +97,7 @@ def quantize(
             if resolved.allow_nonfinite:
                 nonfinite = find_nonfinite(_unmixed_plan(resolved, checkpoint, output), checkpoint, reporter)
             made = _plan(resolved, checkpoint, output, devices[0], reporter.measuring, nonfinite)
-            orders = _orders(made.recipe, made.output, devices, stream, memory, world)
+            orders = make_orders(made.recipe, made.output, devices, stream, memory, world)
             manifest = find_finished(made) if repo and not overwrite else None
             if manifest is not None and world is not None:
                 world.announce(_NO_RUN)
@@ -109,7 +110,7 @@ def quantize(
                     reporter=reporter,
                     overwrite=overwrite,
                     max_memory=orders[0].max_memory,
-                    team=_team(orders, world),
+                    team=make_team(orders, world),
                 )
     if repo:
         _push(made.output, repo)
@@ -136,7 +137,7 @@ def plan(
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
     """
-    from loftq_cli.calibration import pin_calibration
+    from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
 
     file = Path(config) if config else None
@@ -149,7 +150,7 @@ def plan(
 def _follow(order: Order, run_id: str) -> Manifest:
     """A launcher's other process: its share of the run, or nothing where the main one has found the output finished."""
     from loftq_cli.artifacts.manifest import read_manifest
-    from loftq_cli.engine.worker import follow
+    from loftq_cli.engine.workers.worker import follow
 
     if run_id == _NO_RUN:
         return read_manifest(order.output)
@@ -159,7 +160,7 @@ def _follow(order: Order, run_id: str) -> Manifest:
 def _may_push(repo: str | None) -> str | None:
     """What would stop the push is said before hours of work, not after."""
     if repo:
-        from loftq_cli.hub.push import check_repo, require_login
+        from loftq_cli.publishing.push import check_repo, require_login
 
         check_repo(repo)
         require_login()
@@ -168,7 +169,7 @@ def _may_push(repo: str | None) -> str | None:
 
 def _push(output: Path, repo: str) -> None:
     from loftq_cli.errors import LoftqError
-    from loftq_cli.hub.push import push
+    from loftq_cli.publishing.push import push
 
     try:
         push(output, repo)
@@ -177,42 +178,8 @@ def _push(output: Path, repo: str) -> None:
         raise LoftqError(said, exit_code=error.exit_code) from error
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one.
-
-    Raises:
-        UsageError: no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices.")
-    if device.type not in ("cpu", "cuda", "xpu", "mps"):
-        raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.")
-    return device
 
 
-def choose_devices(name: str, num_processes: int | None) -> tuple[torch.device, ...]:
-    """What each of the workers on this machine computes on.
-
-    Raises:
-        UsageError: no such device, or no such number of workers.
-    """
-    import torch
-
-    if num_processes is not None and num_processes < 1:
-        raise UsageError(f"--num-processes cannot be {num_processes}: give a whole number from 1 on.")
-    device = choose_device(name)
-    if device.type != "cuda" or device.index is not None:
-        return (device,) * (num_processes or 1)
-    gpus = torch.cuda.device_count()
-    return tuple(torch.device("cuda", i % gpus) for i in range(num_processes or gpus))
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -222,42 +189,8 @@ def default_output(recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
 
 
-def _orders(
-    recipe: Recipe,
-    output: Path,
-    devices: tuple[torch.device, ...],
-    stream: bool,
-    max_memory: int | None,
-    world: World | None,
-) -> list[Order]:
-    """What this machine's workers are to do: all of them, or the one that is this rank of a launcher's world."""
-    import torch
-
-    from loftq_cli.engine.worker import Order
-
-    ranks = range(len(devices)) if world is None else [world.rank]
-    count = len(ranks)
-    return [
-        Order(
-            recipe=recipe.as_dict(),
-            output=str(output),
-            stream=stream,
-            rank=rank,
-            device=str(devices[i if world is None else world.local_rank % len(devices)]),
-            threads=max(1, torch.get_num_threads() // count),
-            max_memory=None if max_memory is None else max_memory // count,
-        )
-        for i, rank in enumerate(ranks)
-    ]
 
 
-def _team(orders: list[Order], world: World | None) -> Team | None:
-    """None for one process alone."""
-    from loftq_cli.engine.supervise import Team
-
-    if world is not None:
-        return Team(orders, world.announce)
-    return Team(orders) if len(orders) > 1 else None
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
@@ -273,8 +206,8 @@ def _plan(
     nonfinite: Mapping[str, str] | None = None,
 ) -> Plan:
     from loftq_cli import __version__
-    from loftq_cli.mixing import mix
-    from loftq_cli.planner import find_modules, make_plan
+    from loftq_cli.budget.mixing import mix
+    from loftq_cli.planning.plan import find_modules, make_plan
 
     modules = find_modules(checkpoint)
     mixed = mix(recipe, checkpoint, modules, device, measuring, nonfinite)
@@ -285,6 +218,6 @@ def _plan(
 def _unmixed_plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
     """The matrices of a conversion, before bits and ranks are allocated."""
     from loftq_cli import __version__
-    from loftq_cli.planner import make_plan
+    from loftq_cli.planning.plan import make_plan
 
     return make_plan(recipe.unmixed(), checkpoint, _output(recipe, output), __version__)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, sqrt
 from pathlib import Path
@@ -12,17 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loftq_cli.artifacts.manifest import Manifest, read_manifest
-from loftq_cli.artifacts.summary import peak_memory
-from loftq_cli.checkpoint import Checkpoint, open_source
-from loftq_cli.engine.verify import recipe_for
-from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.artifacts.manifest import read_manifest
+from loftq_cli.artifacts.origin import opened_source
+from loftq_cli.errors import UsageError
 from loftq_cli.forward.objectives import Questions, ask
 from loftq_cli.forward.opening import open_model
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
 from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeights, Weights
-from loftq_cli.precision import full_precision
+from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.usage import peak_memory
 
 _OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity a float can hold
 
@@ -129,14 +127,14 @@ def evaluate(
         UsageError: an argument cannot be meant.
         LoftqError: directory, source or text cannot be read, or the model does not run on text.
     """
-    from loftq_cli.api import choose_device
+    from loftq_cli.machine.devices import choose_device
 
     for flag, value in (("--max-tokens", max_tokens), ("--window", window)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} cannot be {value}: give a whole number from 1 on.")
     path, started, chosen = Path(directory).expanduser(), time.perf_counter(), choose_device(device)
     manifest, read = read_manifest(path), read_text(text, "--text")
-    with _opened_source(manifest, source) as checkpoint:
+    with opened_source(manifest, source) as checkpoint:
         model = open_model(checkpoint, chosen)
         windows = make_windows(
             read,
@@ -171,20 +169,6 @@ def evaluate(
     )
 
 
-@contextmanager
-def _opened_source(manifest: Manifest, source: str | Path | None) -> Iterator[Checkpoint]:
-    """The checkpoint the directory was made from."""
-    name = manifest.source if source is None else str(source)
-    if source is None and manifest.source_revision is None and not Path(name).is_dir():
-        raise LoftqError(f"the model it was made from, {name}, is not there: name it with --source.")
-    recipe = recipe_for(manifest, name, None)
-    with open_source(recipe) as (checkpoint, _):
-        if checkpoint.fingerprint != manifest.source_fingerprint:
-            raise LoftqError(
-                f"{name} is not the model this directory was made from, its config or tensors differ: name the right "
-                "one with --source."
-            )
-        yield checkpoint
 
 
 @dataclass

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, talking_to
+
+pytest.register_assert_rewrite("support")
+
+from support.hub_server import HubServer, talking_to  # noqa: E402
+from support.paths import SHARED  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-SHARED = Path(os.environ.get("LOFTQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,7 @@ def wikitext() -> str:
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama (float32, one shard), for everything that asks for no trained weights."""
-    from handmade import two_layer_llama
+    from support.handmade import two_layer_llama
 
     path = tmp_path_factory.mktemp("random") / "llama"
     two_layer_llama().save_pretrained(path)

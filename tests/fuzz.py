@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 import typer.testing
-from fuzz_pickles import hostile_pickle
-from hub_server import HubServer, environment
 from safetensors.torch import load_file, save_file
+from support.fuzz_pickles import hostile_pickle
+from support.hub_server import HubServer, environment
 
 from loftq_cli.cli import app
 
@@ -114,8 +114,8 @@ class Sources:
     """Small sound checkpoints of every kind, made once."""
 
     def __init__(self, root: Path) -> None:
-        from families import FAMILIES
-        from meta_reference import make_reference, tiktoken_file, tiktoken_ranks, write_meta
+        from support.families import FAMILIES
+        from support.meta_reference import make_reference, tiktoken_file, tiktoken_ranks, write_meta
 
         self.root = root
         for family in ("llama", "gpt2", "bert", "t5", "mixtral"):
@@ -676,7 +676,7 @@ def loopback_hub(home: Path) -> Iterator[HubServer]:
     """A Hub for this process; the environment has to be set before huggingface_hub is imported anywhere else."""
     from huggingface_hub import close_session, constants
 
-    from loftq_cli.checkpoint import hub_errors
+    from loftq_cli.hub import read_errors as hub_errors
 
     with HubServer() as server:
         os.environ.update(environment(server, home))

@@ -45,6 +45,6 @@ def test_public_names_resolve() -> None:
         assert getattr(loftq_cli, name) is not None
     assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)
     import loftq_cli.api
-    import loftq_cli.planner
+    import loftq_cli.planning.plan
 
     assert callable(loftq_cli.quantize) and callable(loftq_cli.plan)

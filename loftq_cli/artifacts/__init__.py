@@ -1,1 +1,1 @@
-"""What stands beside the weights: adapter, manifest, model card."""
+"""The texts that lie beside the weights: manifest, model card, and where a directory came from."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats.capabilities import capability
-from loftq_cli.formats.gguf import FILE as GGUF_FILE
-from loftq_cli.planner import Plan
-from loftq_cli.recipe import Recipe, recipe_fields
+from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
+from loftq_cli.planning.plan import Plan
+from loftq_cli.recipe.model import Recipe, recipe_fields
 
 _WORST = 5
 _TAGS = {

@@ -8,16 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from loftq_cli.artifacts import adapter
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
-from loftq_cli.formats import get_format
+from loftq_cli.formats import adapter, get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
-from loftq_cli.formats.gguf import FILE as GGUF_FILE
-from loftq_cli.formats.gguf import tensor_name
-from loftq_cli.numerics.affine import AffineGrid
-from loftq_cli.numerics.blocks import BlockGrid, Layout
-from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.grids import Grid
+from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
+from loftq_cli.formats.gguf.format import tensor_name
+from loftq_cli.numerics.grids.affine import AffineGrid
+from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
+from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.grid import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.experts import Expert
+from loftq_cli.modules.experts import Expert
+from loftq_cli.tensorfile.hashing import FileRecord
 
 NAME = "loftq.json"
 MANIFEST_VERSION = 1
@@ -104,12 +105,6 @@ class KeptRecord:
     expert: Expert | None = None
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and sha256 of one output file."""
-
-    nbytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)

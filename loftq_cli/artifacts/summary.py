@@ -7,30 +7,17 @@ numbers there can be, and the real ones are padded with blanks to that length.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from loftq_cli.artifacts.card import render_card, source_name
 from loftq_cli.artifacts.decode import affine_values
-from loftq_cli.artifacts.manifest import (
-    MANIFEST_VERSION,
-    FileRecord,
-    KeptRecord,
-    Manifest,
-    MatrixRecord,
-    Totals,
-    render,
-)
+from loftq_cli.artifacts.manifest import MANIFEST_VERSION, KeptRecord, Manifest, MatrixRecord, Totals, render
 from loftq_cli.formats.base import DTYPE_NAMES
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.planner import Plan, Unit
+from loftq_cli.machine.usage import Cost, versions
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.tensorfile.hashing import FileRecord
 
 CARD = "README.md"
 _WIDE_NUMBER = 1.2345678e-100
@@ -38,7 +25,6 @@ _WIDE_SECONDS = 9999999.999
 _WIDE_BYTES = 10**15
 _WIDE_DEVICE = "x" * 64
 _WIDE_HASH = "0" * 64
-_PACKAGES = ("loftq-cli", "torch", "transformers", "safetensors", "numba")
 
 
 @dataclass(frozen=True)
@@ -49,32 +35,10 @@ class TextSizes:
     card: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run took: wall seconds, peak resident and device bytes of its processes together, and on what."""
-
-    device: str
-    memory: int
-    device_memory: int
-    seconds: float = 0.0
 
 
-def own_cost(device: torch.device) -> Cost:
-    """What this process has taken on `device` up to now."""
-    if device.type != "cuda":
-        return Cost(str(device), peak_memory(), 0)
-    return Cost(torch.cuda.get_device_name(device), peak_memory(), torch.cuda.max_memory_allocated(device))
 
 
-def versions() -> dict[str, str]:
-    """Of everything that can change a byte of the output."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
 
 
 def build_manifest(
@@ -120,16 +84,6 @@ def pad(content: bytes, size: int) -> bytes:
     return content[:-1] + b" " * (size - len(content)) + b"\n"
 
 
-def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    # On Linux this would be the peak of the process that started this one, where that was larger.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _planned_totals(plan: Plan) -> Totals:

@@ -1,1 +1,1 @@
-"""Many conversions: recipes from files, one process each, and what became of them."""
+"""Several recipes in a row: expand a file, convert each in a process of its own, report the results."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.recipe import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
+from loftq_cli.recipe.model import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
 
 _IN_DEFAULT_NAME = ("model", "revision", "method", "bits", "rank")
 _LISTS = ("rule", "include", "exclude")

@@ -151,7 +151,7 @@ def _run(shared: _Batch, job: Job) -> Outcome:
 
 
 def _convert(shared: _Batch, job: Job, blank: Outcome) -> Outcome:
-    from loftq_cli.engine.output import journal_of
+    from loftq_cli.engine.output.directory import journal_of
 
     before = not shared.overwrite and _is_finished(shared, job)
     if before and job.push_to is None:
@@ -178,7 +178,7 @@ def _is_finished(shared: _Batch, job: Job) -> bool:
     if not (job.output / MANIFEST).is_file():
         return False
     from loftq_cli.api import plan
-    from loftq_cli.engine.finished import find_finished
+    from loftq_cli.engine.output.finished import find_finished
 
     return find_finished(plan(output=job.output, stream=shared.stream, **job.recipe)) is not None
 

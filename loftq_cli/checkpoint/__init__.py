@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
-from loftq_cli.checkpoint.hub import open_hub, parse_model
-from loftq_cli.checkpoint.meta import MetaCheckpoint, find_meta, open_meta
+from loftq_cli.checkpoint.meta.checkpoint import MetaCheckpoint, find_meta, open_meta
 from loftq_cli.checkpoint.pickled import has_pickles, open_pickled
+from loftq_cli.checkpoint.remote.model import open_hub, parse_model
 from loftq_cli.checkpoint.safetensors import has_safetensors, open_safetensors
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.errors import LoftqError, UsageError
 
 if TYPE_CHECKING:
-    from loftq_cli.recipe import Recipe
+    from loftq_cli.recipe.model import Recipe
 
 __all__ = ["Checkpoint", "SideFile", "TensorInfo", "open_checkpoint", "open_source"]
 

@@ -13,7 +13,7 @@ from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results
 
 if TYPE_CHECKING:
-    from loftq_cli.artifacts.merged import MergeReport
+    from loftq_cli.merging.texts import MergeReport
 
 _LINE_EVERY = 5.0  # seconds
 _WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
@@ -51,7 +51,7 @@ def merge_command(
     Example: loftq merge llama-2bit trained-adapter -o llama-merged
     """
     with guarded(debug, resumable="interrupted; nothing was finished: run the same command again."):
-        from loftq_cli.engine.merge import merge
+        from loftq_cli.merging.merge import merge
 
         report = merge(
             directory,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq_cli.artifacts.summary import TextSizes
-    from loftq_cli.planner import Plan, Unit
+    from loftq_cli.planning.plan import Plan, Unit
 
 
 def plan_command(
@@ -73,10 +73,11 @@ def plan_command(
     """
     recipe = o.recipe_values(locals())
     with guarded(debug):
-        from loftq_cli.api import choose_device, plan
+        from loftq_cli.api import plan
         from loftq_cli.artifacts.summary import text_sizes
         from loftq_cli.cli.progress import choose_reporter
-        from loftq_cli.engine.estimate import estimate
+        from loftq_cli.engine.cost.estimate import estimate
+        from loftq_cli.machine.devices import choose_device
 
         calm_hub(silent=json)
         reporter = choose_reporter(silent=json, verbose=verbose)

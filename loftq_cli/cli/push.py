@@ -12,7 +12,7 @@ from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import calm_hub, gigabytes, guarded, messages, print_json, results, warn
 
 if TYPE_CHECKING:
-    from loftq_cli.hub.push import Pushed
+    from loftq_cli.publishing.push import Pushed
 
 _WHERE = "Where to"
 
@@ -69,7 +69,7 @@ def push_command(
     Example: loftq push llama-2bit some-org/Llama-2-13b-loftq-2bit --private
     """
     with guarded(debug, resumable="interrupted; what is on the Hub stays: run the same command again to go on."):
-        from loftq_cli.hub.push import push
+        from loftq_cli.publishing.push import push
 
         silent = quiet or json
         calm_hub(silent=silent)

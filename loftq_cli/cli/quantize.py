@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results
-from loftq_cli.engine.world import launched_rank
+from loftq_cli.engine.workers.launcher import launched_rank
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest
@@ -77,7 +77,7 @@ def quantize_command(
     with guarded(debug, resumable=resumable, mute=mute):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
-        from loftq_cli.recipe import read_places
+        from loftq_cli.recipe.model import read_places
 
         calm_hub(silent=quiet or json or mute)
         reporter = choose_reporter(silent=quiet or json or mute, verbose=verbose)

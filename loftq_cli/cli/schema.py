@@ -12,6 +12,6 @@ def schema_command(debug: o.Debug = False) -> None:
     Example: loftq schema > recipe.schema.json, and in a recipe: # yaml-language-server: $schema=recipe.schema.json
     """
     with guarded(debug):
-        from loftq_cli.schema import recipe_schema
+        from loftq_cli.recipe.schema import recipe_schema
 
         print_json(recipe_schema())

@@ -15,7 +15,7 @@ from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messa
 from loftq_cli.errors import ExitCode
 
 if TYPE_CHECKING:
-    from loftq_cli.engine.verify import Step, Verification
+    from loftq_cli.verification import Step, Verification
 
 
 def verify_command(
@@ -43,7 +43,7 @@ def verify_command(
     Example: loftq verify llama-2bit --source path/to/Llama-2-13b
     """
     with guarded(debug):
-        from loftq_cli.engine.verify import verify
+        from loftq_cli.verification import verify
 
         calm_hub(silent=quiet or json)
         with _progress(silent=quiet or json) as progress:

@@ -1,1 +1,1 @@
-"""Run a plan: read, convert, write in place, record, finish."""
+"""Carry out a plan in bounded memory: convert, write, journal, resume, share the work."""

@@ -5,41 +5,42 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 
 from loftq_cli.artifacts.card import render_card
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import FileRecord, Manifest, MatrixRecord, parse_manifest, render, seal
-from loftq_cli.artifacts.summary import CARD, Cost, build_manifest, own_cost, pad, text_sizes
+from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, parse_manifest, render, seal
+from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
-from loftq_cli.engine.batches import Batch, form_batches
-from loftq_cli.engine.estimate import choose_pace, fits_a_lane, keeps_little
-from loftq_cli.engine.joining import join_adapters
-from loftq_cli.engine.journal import Entry
-from loftq_cli.engine.lanes import Pace
-from loftq_cli.engine.lock import Lock
-from loftq_cli.engine.memory import shared_memory
-from loftq_cli.engine.output import (
-    FULL_DISK,
+from loftq_cli.engine.compute.join_adapters import join_adapters
+from loftq_cli.engine.compute.lanes import Pace
+from loftq_cli.engine.compute.pipeline import Run, work_off
+from loftq_cli.engine.compute.stacks import Batch, form_batches
+from loftq_cli.engine.cost.memory import fits_a_lane, keeps_little
+from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.output.directory import (
     abandon,
-    check_file,
     claim,
     journal_of,
     locate,
+    on_full_disk,
     publish,
     write_file,
 )
-from loftq_cli.engine.pipeline import Run, work_off
-from loftq_cli.engine.progress import Reporter
-from loftq_cli.engine.supervise import Team, supervise
-from loftq_cli.engine.writer import ShardWriter
+from loftq_cli.engine.output.journal import Entry
+from loftq_cli.engine.output.lock import Lock
+from loftq_cli.engine.workers.supervisor import Team, supervise
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.kernels import load_kernels
-from loftq_cli.planner import Plan, Unit
-from loftq_cli.precision import full_precision
+from loftq_cli.machine.memory import shared_memory
+from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.usage import Cost, own_cost
+from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.progress import Reporter
+from loftq_cli.tensorfile.hashing import FileRecord, check_file
+from loftq_cli.tensorfile.writer import ShardWriter
 
 
 @full_precision()
@@ -81,21 +82,6 @@ def run_plan(
             reporter.close()
 
 
-@contextmanager
-def on_full_disk(output: Path) -> Iterator[None]:
-    """
-    Raises:
-        LoftqError: for an error of the disk, with exit code 4.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise LoftqError(
-            f"writing to {output} failed ({error.strerror}): make room, then run the same command again to go on.",
-            exit_code=ExitCode.INCOMPLETE,
-        ) from error
 
 
 def _prepare(run: Run) -> dict[str, Entry]:

@@ -7,7 +7,7 @@ from loftq_cli.formats.base import Format
 from loftq_cli.formats.bnb import BnbFormat
 from loftq_cli.formats.compressed_tensors import CompressedTensorsFormat
 from loftq_cli.formats.dense import DenseFormat
-from loftq_cli.formats.gguf import GgufFormat
+from loftq_cli.formats.gguf.format import GgufFormat
 from loftq_cli.formats.gptq import GptqFormat
 from loftq_cli.formats.packed import PackedFormat
 

@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from loftq_cli.experts import Expert
-from loftq_cli.formats.tensors import OutputTensor, TensorFile
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, ScaleRule
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
-from loftq_cli.numerics.grids import Grid, Quantized
+from loftq_cli.modules.experts import Expert
+from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, ScaleRule
+from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.grids.grid import Grid, Quantized
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 MatrixKind = Literal["linear", "conv1d", "head", "embedding", "expert"]
 

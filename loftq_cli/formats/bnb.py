@@ -34,11 +34,11 @@ from loftq_cli.formats.base import (
     blocks_of,
 )
 from loftq_cli.formats.refusals import INSTEAD
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks, dequantize
-from loftq_cli.numerics.codebooks import Codebook, codebook
-from loftq_cli.numerics.grids import Quantized
-from loftq_cli.numerics.nested import NESTED_BLOCK, NestedScales, dynamic_map
-from loftq_cli.numerics.panels import panels
+from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, dequantize
+from loftq_cli.numerics.grids.codebooks import Codebook, codebook
+from loftq_cli.numerics.grids.grid import Quantized
+from loftq_cli.numerics.grids.nested import NESTED_BLOCK, NestedScales, dynamic_map
+from loftq_cli.numerics.grids.panels import panels
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)

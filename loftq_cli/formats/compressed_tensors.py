@@ -37,9 +37,9 @@ from loftq_cli.formats.base import (
     groups_of,
 )
 from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
-from loftq_cli.numerics.grids import Grid, Quantized, dequantize
-from loftq_cli.numerics.packing import pack_words, unpack_words
+from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
+from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
+from loftq_cli.numerics.grids.packing import pack_words, unpack_words
 
 _GATES = ("gate", "router")
 

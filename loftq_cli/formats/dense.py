@@ -24,8 +24,8 @@ from loftq_cli.formats.base import (
     Request,
 )
 from loftq_cli.formats.packed import PackedFormat
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.grids import Grid, Quantized, dequantize
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 
 
 class DenseFormat(FormatDefaults):

@@ -43,11 +43,11 @@ from loftq_cli.formats.base import (
     groups_of,
 )
 from loftq_cli.formats.refusals import plain_scales
-from loftq_cli.numerics.affine import AffineGrid, QuantizedGroups, Zero
-from loftq_cli.numerics.blocks import BlockGrid, QuantizedBlocks
-from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.grids import Grid, Quantized, dequantize
-from loftq_cli.numerics.packing import pack_rows, packed_width, unpack_rows
+from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
+from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
+from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_rows
 
 QUANT_METHOD = "loftq"
 CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written

@@ -1,1 +1,1 @@
-"""Run a model with one of its blocks in memory at a time: for perplexities and for calibration."""
+"""Run a model block by block, with weights streamed from a checkpoint."""

@@ -14,10 +14,10 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
 from loftq_cli.forward.parameters import Parameters, Share
 from loftq_cli.forward.streamed import Batch, StreamedModel
-from loftq_cli.module_build import build_empty, load_whole
-from loftq_cli.module_experts import find_expert, is_expert
-from loftq_cli.module_names import RuntimeName, runtime_names
-from loftq_cli.module_view import ModelView
+from loftq_cli.modules.build import build_empty, load_whole
+from loftq_cli.modules.experts import find_expert, is_expert
+from loftq_cli.modules.names import RuntimeName, runtime_names
+from loftq_cli.modules.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loftq_cli.experts import Expert
 from loftq_cli.forward.weights import Weights
-from loftq_cli.module_names import RuntimeName
+from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.names import RuntimeName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -75,7 +75,7 @@ def _find(path: str | Path, flag: str) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    from loftq_cli.hub.texts import fetch_text, may_be_dataset
+    from loftq_cli.hub.datasets import fetch_text, may_be_dataset
 
     if not may_be_dataset(str(path), _SUFFIXES):
         raise UsageError(f"{flag} {path}: there is no such file or directory.")

@@ -19,9 +19,9 @@ from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.grids import Grid, dequantize
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.grid import Grid, dequantize
 
 
 class Weights(Protocol):

@@ -1,1 +1,1 @@
-"""Finished conversions on the Hub: the copy that is pushed, the push itself, and its errors."""
+"""Talk to the Hub patiently: retries, sentences for failures, datasets."""

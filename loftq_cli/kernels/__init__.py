@@ -9,12 +9,13 @@ from functools import cache
 
 import torch
 
-from loftq_cli.numerics.affine import AffineGrid
-from loftq_cli.numerics.affine_fit import AffineQuantizer
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.quantizers import BlockQuantizer, Quantizer
+from loftq_cli.numerics.grids.affine import AffineGrid
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.quantizers.block import BlockQuantizer
+from loftq_cli.numerics.quantizers.integer import AffineQuantizer
+from loftq_cli.numerics.quantizers.protocols import Quantizer
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
@@ -47,8 +48,8 @@ class _Compiled:
 def _compiled_quantizers() -> _Compiled | None:
     """The compiled quantizers' classes, or None, with one warning, where numba is missing or does not work here."""
     try:
-        from loftq_cli.kernels.cpu import CompiledQuantizer
-        from loftq_cli.kernels.cpu_groups import CompiledAffineQuantizer
+        from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
+        from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
 
         trial = torch.linspace(-1, 1, 128).reshape(2, 64)
         CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
@@ -64,7 +65,7 @@ def _compiled_quantizers() -> _Compiled | None:
 def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | None:
     """The Triton quantizer's class, or None, with one warning, where it does not work on this device."""
     try:
-        from loftq_cli.kernels.gpu import TritonQuantizer
+        from loftq_cli.kernels.gpu.block_quantizer import TritonQuantizer
 
         grid = BlockGrid(codebook("nf", 4), 64, "flat", torch.float32, torch.bfloat16)
         _check(TritonQuantizer(grid), BlockQuantizer(grid), device)
@@ -80,7 +81,7 @@ def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | N
 def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | None:
     """The same for integer groups."""
     try:
-        from loftq_cli.kernels.gpu_groups import TritonAffineQuantizer
+        from loftq_cli.kernels.gpu.integer_quantizer import TritonAffineQuantizer
 
         grid = AffineGrid(4, 64, "integer", torch.float16, torch.bfloat16)
         _check(TritonAffineQuantizer(grid), AffineQuantizer(grid), device)

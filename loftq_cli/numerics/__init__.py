@@ -1,1 +1,1 @@
-"""The pure numeric core: tensors in, frozen dataclasses out. No I/O, no device choice, no logging."""
+"""LoftQ and its quantizers: tensors in, frozen dataclasses out."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.artifacts.adapter import CONFIG, WEIGHTS
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats.adapter import CONFIG, WEIGHTS
 from loftq_cli.runtime.paths import find_path
 
 if TYPE_CHECKING:

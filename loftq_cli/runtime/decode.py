@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.grids import Grid
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.grid import Grid
 
 # Bits looked up at once: a whole number of codes, and a table that stays in the first-level cache (3 bits: second).
 _INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}

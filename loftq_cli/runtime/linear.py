@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.numerics.affine import AffineGrid
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.grids import Grid
-from loftq_cli.numerics.packing import packed_width
+from loftq_cli.numerics.grids.affine import AffineGrid
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.packing import packed_width
 from loftq_cli.runtime.codes import guard
 from loftq_cli.runtime.decode import decode_rows
 

@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.artifacts.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.gguf import FILE as GGUF_FILE
+from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
+from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
 from loftq_cli.formats.packed import SCALE_NAMES
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path

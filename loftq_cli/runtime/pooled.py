@@ -14,7 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor, nn
 
-from loftq_cli.numerics.qalora import peft_constant, widened
+from loftq_cli.numerics.methods.qalora import peft_constant, widened
 
 
 class PooledVariant(QALoraLinearVariant):

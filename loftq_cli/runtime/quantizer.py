@@ -16,11 +16,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import DTYPES
 from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD, SCALE_NAMES
-from loftq_cli.module_exceptions import PLAIN_LINEAR_CLASSES
-from loftq_cli.numerics.affine import AffineGrid
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import Codebook
-from loftq_cli.numerics.grids import Grid
+from loftq_cli.modules.keep_rules import PLAIN_LINEAR_CLASSES
+from loftq_cli.numerics.grids.affine import AffineGrid
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import Codebook
+from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
 from loftq_cli.runtime.paths import find_path
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.numerics.blocks import BlockGrid
+from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.runtime.decode import decode_rows
 from loftq_cli.runtime.paths import find_path
 

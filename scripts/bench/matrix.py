@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from loftq_cli.engine.memory import shared_memory
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import Codebook, codebook
-from loftq_cli.numerics.loftq import fast_step, loftq
-from loftq_cli.waiting import brief_spins
+from loftq_cli.machine.memory import shared_memory
+from loftq_cli.machine.openmp import brief_spins
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import Codebook, codebook
+from loftq_cli.numerics.methods.loftq import fast_step, loftq
 
 _BLOCK = 64
 _LARGEST_BASELINE = 4096 * 4096

@@ -25,7 +25,7 @@ from torch import Tensor
 import loftq_cli
 from loftq_cli.checkpoint import open_checkpoint
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.loftq import exact_step, fast_step, loftq
+from loftq_cli.numerics.methods.loftq import exact_step, fast_step, loftq
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -53,8 +53,8 @@ def stacked(found: Iterator[tuple[str, Tensor]], side: int) -> Iterator[tuple[st
 
 def ratios(folder: Path, bits: int, rank: int, iters: int, side: int) -> list[float]:
     """Fast over exact, the best step of each, for every matrix."""
-    from loftq_cli.numerics.blocks import BlockGrid
-    from loftq_cli.numerics.codebooks import codebook
+    from loftq_cli.numerics.grids.blocks import BlockGrid
+    from loftq_cli.numerics.grids.codebooks import codebook
 
     quantizer = block_quantizer(BlockGrid(codebook("nf", bits), 64, "rows", torch.float32, torch.float32), "cpu")
     found = []

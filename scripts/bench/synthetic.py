@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from loftq_cli.engine.writer import tensor_bytes
-from loftq_cli.files import lay_out, shard, shard_names
 from loftq_cli.formats.base import OutputTensor
+from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
+from loftq_cli.tensorfile.writer import tensor_bytes
 
 _LEADING = 32  # strong directions of a matrix
 _SHARD = 5 * 10**9

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import loftq_cli
-from loftq_cli.numerics.allocation import Choices, allocate
-from loftq_cli.recipe import BITS, exact_rule
+from loftq_cli.budget.allocation import Choices, allocate
+from loftq_cli.recipe.model import BITS, exact_rule
 
 MEANS = (2.33, 2.5, 2.67)
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)

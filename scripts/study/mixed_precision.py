@@ -28,7 +28,7 @@ import torch
 
 import loftq_cli
 from loftq_cli.artifacts.manifest import Manifest
-from loftq_cli.recipe import exact_rule
+from loftq_cli.recipe.model import exact_rule
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "bench")]

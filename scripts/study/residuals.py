@@ -30,11 +30,11 @@ from torch import Tensor
 import loftq_cli
 from loftq_cli.checkpoint import open_checkpoint
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import codebook
-from loftq_cli.numerics.loftq import fast_step, loftq
-from loftq_cli.numerics.refined import refined
-from loftq_cli.numerics.steps import shallow_steps
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.methods.loftq import fast_step, loftq
+from loftq_cli.numerics.methods.refined import refined
+from loftq_cli.numerics.methods.refined_steps import shallow_steps
 
 SYNTHETIC = "synthetic 4096²"
 

@@ -16,9 +16,9 @@ import torch
 from residuals import RESULTS, matrices
 
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.numerics.blocks import BlockGrid
-from loftq_cli.numerics.codebooks import Codebook, codebook
-from loftq_cli.numerics.quantizers import FittingQuantizer
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.codebooks import Codebook, codebook
+from loftq_cli.numerics.quantizers.protocols import FittingQuantizer
 
 _BLOCKS = 400
 

@@ -1,0 +1,1 @@
+"""Bits and ranks matrix by matrix under one budget: measure the choices, then allocate."""

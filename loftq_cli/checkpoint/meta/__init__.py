@@ -1,0 +1,1 @@
+"""Meta's own releases: consolidated.*.pth, params.json and tokenizer.model."""

@@ -1,0 +1,1 @@
+"""A model on the Hub, read by range requests."""

@@ -1,0 +1,239 @@
+"""Models on the Hub: which commit, which files, and from the Hub's cache or over range requests.
+
+Only what a conversion needs is fetched: config, tokenizer and other side files, and one kind of weights: safetensors
+before pickles before Meta's, never another framework's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from loftq_cli.checkpoint import pickled, safetensors
+from loftq_cli.checkpoint.base import Checkpoint
+from loftq_cli.checkpoint.local import pick_files, read_index
+from loftq_cli.checkpoint.meta.checkpoint import read_ranks
+from loftq_cli.checkpoint.remote.pickled import is_zip, remote_pickles
+from loftq_cli.checkpoint.remote.ranges import open_remote
+from loftq_cli.checkpoint.scaled import with_scales
+from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels
+from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.hub.read_errors import hub_errors
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, passes, patiently
+
+_BESIDE = ("config.json", "README.md")  # the card tells the licence
+_META_RANK = re.compile(r"consolidated\.\d+\.pth")
+_FOREIGN = re.compile(r".*\.(gguf|ggml|h5|msgpack|onnx|ckpt|npz|pth|pt|bin|safetensors)")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files of a repository that hold the weights loftq reads.
+
+    Attributes:
+        kind: `safetensors`, `pickled` or `meta`.
+        index: the index that names the files, if any; then `files` is empty.
+        beside: further small files that this kind needs.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    index: str | None = None
+    beside: tuple[str, ...] = ()
+
+
+def parse_model(model: str, revision: str | None) -> HubModel | Path:
+    """A directory, or `org/name[@revision]` where no directory has that name.
+
+    Raises:
+        UsageError: two revisions, or one for a directory.
+    """
+    path = Path(model).expanduser()
+    match = None if path.exists() else re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model, re.ASCII)
+    if match is None or not _is_repo_id(match[1]):
+        if revision is not None and path.exists():
+            raise UsageError(f"--revision is for a model on the Hub, but {model} is here on the disk: leave it out.")
+        return path
+    if match[2] and revision not in (None, match[2]):
+        raise UsageError(f"{model} and --revision {revision} contradict each other: give one of them.")
+    return HubModel(match[1], match[2] or revision)
+
+
+def open_hub(
+    model: HubModel, opened: Callable[[Path], Checkpoint], *, stream: bool, weights: bool, meta_version: str = "auto"
+) -> tuple[Checkpoint, HubModel]:
+    """Open a model on the Hub, and tell the commit it stands for.
+
+    Args:
+        opened: opens a directory.
+        stream: read the weights by range requests and keep no copy.
+        weights: whether weights will be read; headers alone are not worth a download.
+        meta_version: see `checkpoint.open_checkpoint`.
+
+    Raises:
+        LoftqError: the Hub does not show the model to this user, cannot be reached, or the model has no weights that
+            loftq reads.
+    """
+    with hub_errors(model, stream=stream):
+        if is_offline_mode() and not stream:
+            folder = _cached(model)
+            return opened(folder), _commit(model, folder)
+        try:
+            commit, names = _list(model)
+        except HTTPError as error:
+            if stream or not passes(error):
+                raise
+            folder = _cached(model, error)
+            return opened(folder), _commit(model, folder)
+        chosen = choose_weights(model, names)
+        folder = _fetch_small(model, commit, names, chosen)
+        at = dataclasses.replace(model, revision=commit)
+        files, index = _shards(folder, names, chosen)
+        if stream or not weights:
+            checkpoint = _open_parts(at, folder, chosen, files, index, meta_version, stream=stream)
+            if checkpoint is not None:
+                return with_scales(checkpoint), at
+        return opened(_snapshot(at, files)), at
+
+
+def _open_parts(
+    model: HubModel,
+    folder: Path,
+    chosen: Weights,
+    files: list[str],
+    index: dict[str, str] | None,
+    meta_version: str,
+    *,
+    stream: bool,
+) -> Checkpoint | None:
+    """The checkpoint over range requests; None where a download is better: a pickle of the old kind has to be read
+    whole for its list of tensors."""
+    if chosen.kind == "safetensors":
+        return open_remote(model, folder, files, index)
+    inside = "original/" if files[0].startswith("original/") else ""
+    files = [name.removeprefix(inside) for name in files]
+    reader = remote_pickles(model, inside, files, whole=len(files) if chosen.kind == "meta" else 1)
+    if not stream and not all(is_zip(file) for file in reader.files.values()):
+        return None
+    if chosen.kind == "meta":
+        return read_ranks(folder, folder / inside, files, reader, meta_version)
+    return pickled.read_lists(folder, files, index, reader)
+
+
+def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
+    """What to read of a repository with these files, as `open_checkpoint` would choose in a directory.
+
+    Raises:
+        LoftqError: nothing that loftq reads.
+    """
+    top = [name for name in names if "/" not in name]
+    known = (
+        ("safetensors", safetensors.INDEX, safetensors.SINGLE, safetensors.SHARDS),
+        ("pickled", pickled.INDEX, pickled.SINGLE, pickled.SHARDS),
+    )
+    for kind, index, single, shards in known if "config.json" in top else ():
+        if index in top:
+            return Weights(kind, (), index)
+        files = [single] if single in top else pick_files(PurePosixPath(model.repo), top, single, shards)
+        if files:
+            return Weights(kind, tuple(files))
+    for folder in ("", "original/"):
+        ranks = sorted(name for name in names if _META_RANK.fullmatch(name.removeprefix(folder)))
+        if ranks and f"{folder}params.json" in names:
+            beside = (name for name in (f"{folder}params.json", f"{folder}tokenizer.model") if name in names)
+            return Weights("meta", tuple(ranks), None, tuple(beside))
+    raise LoftqError(_no_weights(model, top))
+
+
+def _no_weights(model: HubModel, top: Sequence[str]) -> str:
+    if any(name.startswith("adapter_model.") for name in top):
+        return f"{model} is an adapter: give the model it was trained on."
+    if any(name.endswith((".safetensors", ".bin")) for name in top) and "config.json" not in top:
+        return f"{model} has weights but no config.json: give a model that transformers can load."
+    foreign = sorted(name for name in top if _FOREIGN.fullmatch(name))
+    holds = f" but {foreign[0]}, which loftq does not read" if foreign else ""
+    return (
+        f"{model} holds no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{holds}: "
+        "give the full-precision model it was made from."
+    )
+
+
+def _list(model: HubModel) -> tuple[str, list[str]]:
+    """The commit and its files."""
+    found = patiently(lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), OPENING_ATTEMPTS)
+    if found.sha is None:
+        raise LoftqError(f"the Hub names no commit of {model}: give one with --revision.")
+    return found.sha, [file.rfilename for file in found.siblings or ()]
+
+
+def _fetch_small(model: HubModel, commit: str, names: Sequence[str], chosen: Weights) -> Path:
+    """Everything but the weights, in the snapshot of the commit."""
+    wanted = [name for name in names if "/" not in name and (travels(name) or name in _BESIDE)]
+    wanted += [*chosen.beside, *((chosen.index,) if chosen.index else ())]
+    # Asked for by the name the user gave, so that the cache remembers which commit it stands for.
+    folder = _snapshot(model, wanted)
+    if folder.name != commit:
+        raise LoftqError(f"{model} is being changed: run the same command again.", exit_code=ExitCode.INCOMPLETE)
+    folders = sentence_transformers_folders(folder)
+    nested = [name for name in names if name.endswith(".json") and name.rpartition("/")[0] in folders]
+    return _snapshot(dataclasses.replace(model, revision=commit), nested) if nested else folder
+
+
+def _shards(folder: Path, names: Sequence[str], chosen: Weights) -> tuple[list[str], dict[str, str] | None]:
+    if chosen.index is None:
+        return list(chosen.files), None
+    index = read_index(folder / chosen.index, ".safetensors" if chosen.kind == "safetensors" else ".bin", names)
+    return sorted(set(index.values())), index
+
+
+def _snapshot(model: HubModel, names: Sequence[str]) -> Path:
+    """These files in the Hub's cache."""
+    patterns = [glob.escape(name) for name in names]
+
+    def fetch() -> Path:
+        try:
+            folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=patterns))
+        except RuntimeError as error:  # what hf_xet, which downloads large files, raises when the network fails
+            raise CutShort(f"the download of {model} broke off ({error})") from error
+        # Where the Hub does not answer, huggingface_hub gives what it has.
+        if not all((folder / name).is_file() for name in names):
+            raise CutShort(f"the download of {model} broke off")
+        return folder
+
+    return patiently(fetch)
+
+
+def _cached(model: HubModel, error: Exception | None = None) -> Path:
+    """The snapshot that is there, for when the Hub cannot be asked."""
+    try:
+        folder = Path(
+            snapshot_download(
+                model.repo, revision=model.revision, local_files_only=True, allow_patterns=["config.json"]
+            )
+        )
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        choose_weights(model, names)
+    except (LocalEntryNotFoundError, LoftqError):
+        # What was streamed once left its small files here: no copy to work with.
+        raise error or LocalEntryNotFoundError("no copy in the cache") from None
+    return folder
+
+
+def _commit(model: HubModel, folder: Path) -> HubModel:
+    return dataclasses.replace(model, revision=folder.name)
+
+
+def _is_repo_id(text: str) -> bool:
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""From a weight matrix to encoded tensors, on the CPU or a GPU."""

@@ -1,0 +1,282 @@
+"""One unit of work: a tensor in, its output tensors and its record out. No files."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from loftq_cli.artifacts.manifest import MatrixRecord
+from loftq_cli.artifacts.summary import matrix_record
+from loftq_cli.engine.compute.finite import first_nonfinite
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import get_format
+from loftq_cli.formats.adapter import encode_adapter
+from loftq_cli.kernels import block_quantizer
+from loftq_cli.machine.memory import Room
+from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.lowrank.truncate import SAFE_NORM, frobenius
+from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
+from loftq_cli.numerics.methods.qalora import PooledStep
+from loftq_cli.numerics.methods.refined import Init, refined
+from loftq_cli.numerics.methods.refined_steps import LowRankSteps, shallow_steps
+from loftq_cli.numerics.methods.stacked import batched_loftq
+from loftq_cli.numerics.methods.weighted import (
+    WeightedResult,
+    WeightedStep,
+    Whitening,
+    weighted_loftq,
+    weighted_result,
+    whiten,
+)
+from loftq_cli.numerics.methods.zero_start import zero_start
+from loftq_cli.numerics.quantizers.protocols import FittingQuantizer, Quantizer
+from loftq_cli.planning.plan import Unit
+from loftq_cli.recipe.model import Recipe
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Output tensors by name, split by file kind; `record` is None for a copied tensor.
+
+    Tensors are computed, but where that was done: `engine.transfers` brings them to the CPU.
+    """
+
+    backbone: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+    record: MatrixRecord | None
+
+
+def convert(
+    unit: Unit,
+    tensor: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    moment: Tensor | None = None,
+    room: Room | None = None,
+) -> Converted:
+    """Quantize or copy one tensor.
+
+    Args:
+        tensor: as it is on disk, on the CPU or already on the device.
+        moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
+        room: where W may lie.
+
+    Raises:
+        LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
+    """
+    generator = torch.Generator().manual_seed(_seed(recipe.seed, unit.tensor))
+    if unit.matrix is None:
+        return _copy(unit, tensor, recipe, generator)
+    started = time.perf_counter()
+    quantize = partial(_quantize, unit, tensor, recipe, device, generator, moment, room)
+    result, weighted = _finite_result(unit, tensor, quantize)
+    return _converted(unit, result, weighted, recipe, started)
+
+
+def convert_together(
+    units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
+) -> list[Converted]:
+    """`convert` of each unit of an `engine.batches.Batch`, at once as far as that goes.
+
+    Raises:
+        LoftqError: as `convert`.
+    """
+    started = time.perf_counter()
+    results = _quantize_together(units, tensors, recipe, device)
+    share = (time.perf_counter() - started) / len(units)
+    converted = []
+    for unit, tensor, result in zip(units, tensors, results):
+        if result is None:
+            converted.append(convert(unit, tensor, recipe, device))
+        else:
+            converted.append(_converted(unit, result, None, recipe, time.perf_counter() - share))
+    return converted
+
+
+def _quantize_together(
+    units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
+) -> list[LoftQResult | None]:
+    """As `numerics.batched.batched_loftq`."""
+    matrix, target = units[0].matrix, units[0].target
+    assert matrix is not None and target is not None, "batches are of matrices with adapters"
+    return batched_loftq(
+        torch.stack([_weight(unit, tensor, device) for unit, tensor in zip(units, tensors)]),
+        block_quantizer(matrix.grid, device),
+        rank=target.rank,
+        iters=recipe.iters,
+        seeds=[_seed(recipe.seed, unit.tensor) for unit in units],
+        keep_last=recipe.keep_last,
+    )
+
+
+def _converted(
+    unit: Unit, result: LoftQResult, weighted: WeightedResult | None, recipe: Recipe, started: float
+) -> Converted:
+    """The outputs of a matrix, computed, with its record.
+
+    Args:
+        started: when work on it began, on the clock `time.perf_counter`.
+    """
+    assert unit.matrix is not None
+    backbone, adapter = get_format(recipe.format).encode(unit.matrix, result.quantized), {}
+    if unit.target is not None:
+        adapter = encode_adapter(unit.target, result.lora_a, result.lora_b, recipe.scaling)
+        # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
+        share = unit.target.rank / recipe.rank
+        adapter |= get_format(recipe.format).encode_copies(unit.matrix, result.lora_a, result.lora_b * share)
+    device = result.quantized.codes.device
+    if device.type == "cuda":  # else the clock would stop before the work does
+        torch.cuda.current_stream(device).synchronize()
+    record = matrix_record(
+        unit,
+        plain_residual=_rounded(result.plain_residual),
+        residual=_rounded(result.residual),
+        residuals=tuple(_rounded(value) for value in result.residuals),
+        best=result.best,
+        seconds=round(time.perf_counter() - started, 3),
+        weighted_plain_residual=None if weighted is None else _rounded(weighted.plain_residual),
+        weighted_residual=None if weighted is None else _rounded(weighted.residual),
+    )
+    return Converted(backbone, adapter, record)
+
+
+def _finite_result(
+    unit: Unit, tensor: Tensor, quantize: Callable[[], tuple[LoftQResult, WeightedResult | None]]
+) -> tuple[LoftQResult, WeightedResult | None]:
+    """
+    Raises:
+        LoftqError: float32 overflowed on the way, as the numbers are so large or the steps diverged.
+    """
+    cause: Exception | None = None
+    try:
+        result, weighted = quantize()
+        weighed = () if weighted is None else (weighted.plain_residual, weighted.residual)
+        if all(map(math.isfinite, (result.plain_residual, *result.residuals, *weighed))):
+            return result, weighted
+    except torch.linalg.LinAlgError as error:
+        cause = error
+    highest = float(tensor.abs().max())
+    if 1 / SAFE_NORM < highest < SAFE_NORM:
+        raise LoftqError(
+            f"the steps on {unit.tensor} in {unit.source.file} left float32's range, or a decomposition failed: use "
+            f"fewer --iters, or leave the matrix out with --exclude '{unit.module}'."
+        ) from cause
+    raise LoftqError(
+        f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.3g}, with which float32 cannot calculate: "
+        f"leave the matrix out with --exclude '{unit.module}'."
+    ) from cause
+
+
+def _quantize(
+    unit: Unit,
+    tensor: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    generator: torch.Generator,
+    moment: Tensor | None,
+    room: Room | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
+    """LoftQ on one matrix; the float32 weight lives no longer than this call."""
+    assert unit.matrix is not None
+    weight = _weight(unit, tensor, device, room)
+    _check_finite(unit, weight.T if unit.matrix.transposed else weight)
+    weight = weight.contiguous()
+    quantizer = block_quantizer(unit.matrix.grid, weight.device)
+    rank = unit.target.rank if unit.target else 0
+    if recipe.plain or (rank == 0 and recipe.method != "refined"):
+        return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling), None
+    whitening = None if moment is None else whiten(moment.to(device))
+    if recipe.method == "refined":
+        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
+    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    if recipe.pooling > 1:
+        step = PooledStep(rank, recipe.pooling, generator)
+    if whitening is None:
+        return loftq(weight, quantizer, iters=recipe.iters, low_rank=step, keep_last=recipe.keep_last), None
+    weighted = weighted_loftq(
+        weight,
+        quantizer,
+        whitening,
+        iters=recipe.iters,
+        low_rank=step,
+        keep_last=recipe.keep_last,
+    )
+    return weighted.result, weighted
+
+
+def _weight(unit: Unit, tensor: Tensor, device: torch.device, room: Room | None = None) -> Tensor:
+    """float32 [out, in] on the device, not always contiguous."""
+    assert unit.matrix is not None
+    there = tensor.to(device)
+    weight = there.float() if room is None or device.type != "cpu" else room.float32(there)
+    return weight.T if unit.matrix.transposed else weight
+
+
+def _refine(
+    weight: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    grid: Grid,
+    recipe: Recipe,
+    generator: torch.Generator,
+    whitening: Whitening | None,
+) -> tuple[LoftQResult, WeightedResult | None]:
+    """The refined method; without an adapter only the scales (and levels) are fitted."""
+    assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
+    exact = LowRankSteps(exact_step(rank), exact_step(rank))
+    steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
+    if whitening is not None:
+        steps = LowRankSteps(WeightedStep(whitening, steps.step), WeightedStep(whitening, steps.last))
+    found = refined(
+        weight,
+        quantizer,
+        iters=recipe.iters,
+        low_rank=steps if rank else None,
+        init=cast(Init, recipe.init),
+        levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
+        keep_last=recipe.keep_last,
+        # Integer groups are fitted to all columns alike; the adapter and the choice of the step are weighted.
+        column_weight=None if whitening is None or not isinstance(grid, BlockGrid) else whitening.variances,
+        objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
+    )
+    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
+
+
+def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:
+    (output,) = unit.backbone
+    adapter = {}
+    if unit.target is not None:
+        target = unit.target
+        start = zero_start(
+            target.out_features, target.in_features, target.rank, generator=generator, group=target.group
+        )
+        adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
+    return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for every matrix, whatever the order of work."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
+
+
+def _check_finite(unit: Unit, tensor: Tensor) -> None:
+    bad = first_nonfinite(tensor)
+    if bad is not None:
+        raise LoftqError(
+            f"{unit.tensor} in {unit.source.file} holds {bad}: the checkpoint is damaged there; repair it, or keep "
+            "such matrices in full precision with --allow-nonfinite."
+        )
+
+
+def _rounded(value: float) -> float:
+    """Eight significant digits: what float32 arithmetic can vouch for, and of bounded length in the manifest."""
+    return float(f"{value:.8g}")

@@ -1,0 +1,61 @@
+"""The last step before files are hashed: adapters that several experts share are put together.
+
+PEFT counts experts fastest in a shared lora_B, so every number of an expert stands apart from its neighbours. Units
+therefore write their own lora_b in one piece to a scratch file, and here it is spread, some rows at a time. The same
+pieces give the same bytes, so a run that is interrupted here simply does it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from loftq_cli.formats.adapter import AdapterTarget, adapter_tensors, own_columns
+from loftq_cli.formats.base import OutputTensor
+from loftq_cli.planning.plan import Plan
+from loftq_cli.tensorfile.writer import ShardWriter, tensor_bytes
+
+_ROWS_BYTES = 64 << 20  # of the joint tensor, in memory at one time
+
+
+def join_adapters(plan: Plan, writer: ShardWriter) -> dict[str, str]:
+    """Fill the lora_B of all experts from what their units wrote; zeros stay where a part has no share.
+
+    Returns:
+        The sha256 of each tensor so filled, of the bytes that were given to the disk.
+    """
+    hashes = {}
+    for joint, targets in plan.joint_adapters.items():
+        parts: dict[int, list[AdapterTarget]] = {}
+        for target in targets:
+            assert target.expert is not None
+            parts.setdefault(target.expert.part, []).append(target)
+        digest, position = hashlib.sha256(), 0
+        for part in sorted(parts):
+            begin = part * parts[part][0].out_features * joint.row_bytes
+            digest.update(bytes(begin - position))
+            position = begin + _join_part(joint, parts[part], writer, digest)
+        digest.update(bytes(joint.nbytes - position))
+        hashes[joint.name] = digest.hexdigest()
+    writer.flush()
+    return hashes
+
+
+def _join_part(joint: OutputTensor, targets: list[AdapterTarget], writer: ShardWriter, digest: Any) -> int:
+    """The rows of one part (gate, or up), for all experts; gives their bytes."""
+    step = max(1, _ROWS_BYTES // joint.row_bytes)
+    assert targets[0].expert is not None
+    height = targets[0].out_features
+    begin = targets[0].expert.part * height
+    for first in range(0, height, step):
+        rows = torch.zeros(min(step, height - first), joint.shape[1])
+        for target in targets:
+            own = adapter_tensors(target)[1]
+            content = writer.read(own.name, first * own.row_bytes, len(rows) * own.row_bytes)
+            piece = torch.frombuffer(bytearray(content), dtype=own.dtype).view(len(rows), target.rank)
+            own_columns(target, rows).copy_(piece)
+        digest.update(tensor_bytes(rows))
+        writer.write_at(joint.name, (begin + first) * joint.row_bytes, rows)
+    return height * joint.row_bytes

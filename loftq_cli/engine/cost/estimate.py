@@ -1,0 +1,193 @@
+"""How long a plan will take here and how much memory: from a short trial of this machine, kept for the next time.
+
+The trial converts one random matrix of every distinct shape (large ones by a smaller matrix of the same proportions,
+since the work grows with the number of weights) and writes some megabytes beside the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loftq_cli.engine.compute.convert import convert, convert_together
+from loftq_cli.engine.compute.lanes import Pace, lane_pool
+from loftq_cli.engine.compute.stacks import batch_size
+from loftq_cli.engine.cost.memory import fits_a_lane, peak_memory
+from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.machine.cache import cache_folder, keep, read_cached
+from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.usage import versions
+from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.recipe.model import Recipe
+
+_TRIAL_WEIGHTS = 16_000_000  # large enough that the work is in proportion to it, small enough for a second or two
+_DISK_TRIAL = 64 << 20
+
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Wall seconds and peak resident (on a GPU: device) bytes of `quantize` on this machine."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+@full_precision()
+def estimate(plan: Plan, device: torch.device) -> Estimate:
+    """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
+    pace = choose_pace(plan, device, None)
+    peak = peak_memory(plan, device, pace)  # before the trials leave their own memory behind
+    known = _Trials(device)
+    seconds = sum(known.seconds(unit, plan.recipe, pace) * count for unit, count in _distinct(plan.matrices))
+    copied = sum(unit.backbone_bytes for unit in plan.kept)
+    seconds += (copied + plan.backbone_bytes + plan.adapter_bytes) * known.seconds_per_byte(plan.output)
+    known.save()
+    return Estimate(seconds, peak)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+class _Trials:
+    """Measured seconds, kept in the user's cache folder under what they depend on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
+        self._machine = [name, os.cpu_count(), versions()]
+        self._path = cache_folder() / "trials.json"
+        self._known = {key: value for key, value in read_cached(self._path).items() if isinstance(value, float)}
+        self._new = False
+
+    def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:
+        """Converting one matrix; of those that share the machine, its share of the time."""
+        assert unit.matrix is not None
+        pace = pace if fits_a_lane(unit, recipe.method) else Pace(threads=torch.get_num_threads())
+        trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
+        rank = unit.target.rank if unit.target else 0
+        work = [
+            recipe.method,
+            recipe.iters,
+            recipe.init,
+            recipe.svd,
+            recipe.format,
+            rank,
+            str(unit.matrix.grid),
+            trial,
+            unit.kind,
+            pace.lanes,
+            pace.threads,
+        ]
+        together = batch_size(unit, recipe, pace.batch)
+        work += [together] if together > 1 else []
+        measured = self._once(work, lambda: self._convert(unit, recipe, trial, pace, together))
+        return measured * unit.matrix.weights / (trial[0] * trial[1])
+
+    def seconds_per_byte(self, output: Path) -> float:
+        """Writing, flushing and hashing one byte."""
+        folder = next(parent for parent in output.parents if parent.is_dir())
+        return self._once(["disk", os.stat(folder).st_dev], lambda: _write_trial(folder)) / _DISK_TRIAL
+
+    def save(self) -> None:
+        """Keep what was measured."""
+        if self._new:
+            keep(self._path, self._known)
+
+    def _once(self, work: list, measure) -> float:
+        key = hashlib.sha256(json.dumps([self._machine, work], default=str).encode()).hexdigest()[:24]
+        if key not in self._known:
+            self._known[key], self._new = measure(), True
+        return self._known[key]
+
+    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], pace: Pace, together: int) -> float:
+        assert unit.matrix is not None
+        matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
+        target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
+        stored = shape[::-1] if matrix.transposed else shape
+        trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
+        weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
+
+        def work() -> None:
+            if together > 1:
+                convert_together([trial] * together, [weight] * together, recipe, self._device)
+            else:
+                convert(trial, weight, recipe, self._device)
+
+        best = float("inf")
+        with lane_pool(pace) as pool:
+            for _ in range(3):  # the first run may compile kernels
+                started = time.perf_counter()
+                runs = [pool.submit(work) for _ in range(pace.lanes)]
+                wait(runs)
+                best = min(best, time.perf_counter() - started)
+        for run in runs:
+            run.result()
+        return best / (pace.lanes * together)
+
+
+def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
+    """One unit of every kind of work, and how often it comes."""
+    counts: Counter[tuple] = Counter()
+    first: dict[tuple, Unit] = {}
+    for unit in units:
+        assert unit.matrix is not None
+        key = (unit.matrix.shape, unit.matrix.grid, unit.target and unit.target.rank, unit.kind)
+        counts[key] += 1
+        first.setdefault(key, unit)
+    return [(first[key], count) for key, count in counts.items()]
+
+
+def _trial_shape(n_out: int, n_in: int, multiple: int = 64) -> tuple[int, int]:
+    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights in multiples."""
+    shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
+    if shrink <= 1:
+        return n_out, n_in
+    n_out, n_in = (max(1, round(size / shrink / multiple)) * multiple for size in (n_out, n_in))
+    return n_out, n_in
+
+
+def _write_trial(folder: Path) -> float:
+    content = os.urandom(_DISK_TRIAL)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as handle:
+            started = time.perf_counter()
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+            hashlib.sha256(content)
+            return time.perf_counter() - started
+    except OSError:
+        return 0.2  # nothing may be written there now: an ordinary disk

@@ -1,0 +1,1 @@
+"""The output directory while it is being written: journal, lock, publishing."""

@@ -1,0 +1,26 @@
+"""Whether a plan has been carried out already."""
+
+from __future__ import annotations
+
+from loftq_cli.artifacts.manifest import NAME as MANIFEST
+from loftq_cli.artifacts.manifest import Manifest, read_manifest
+from loftq_cli.engine.output.directory import journal_of
+from loftq_cli.planning.plan import Plan
+
+
+def find_finished(plan: Plan) -> Manifest | None:
+    """The manifest of a finished conversion with this very recipe and source, every file of which is there in its full
+    size; None where there is none. Contents are not read: that is what `verify` does.
+
+    Raises:
+        LoftqError: there is a manifest, but it is damaged.
+    """
+    output = plan.output
+    if not (output / MANIFEST).is_file() or journal_of(output).read_header() is not None:
+        return None
+    manifest = read_manifest(output)
+    whole = all(
+        (output / name).is_file() and (output / name).stat().st_size == record.nbytes
+        for name, record in manifest.files.items()
+    )
+    return manifest if whole and manifest.fingerprint == plan.fingerprint else None

@@ -1,0 +1,1 @@
+"""Several processes on one plan: orders, sessions, supervision, launchers."""

@@ -1,0 +1,159 @@
+"""A worker: takes units of a run that others share, as a process of its own or as a rank of a launcher's world."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.engine.workers.order import Order
+from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.precision import full_precision
+
+if TYPE_CHECKING:
+    from loftq_cli.artifacts.manifest import Manifest
+    from loftq_cli.machine.usage import Cost
+    from loftq_cli.progress import Reporter
+
+_APPEAR_SECONDS = 60.0
+_LOOK_SECONDS = 0.2
+
+
+
+
+def main() -> None:
+    """`python -m loftq_cli.engine.workers.worker`: read the order, one line of stdin; leave when stdin ends."""
+    order = Order(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_leave_with_main, daemon=True).start()
+    sys.exit(carry_out(order))
+
+
+def carry_out(order: Order) -> int:
+    """Work until nothing is left; gives the exit code. What goes wrong stands in the status, not on the terminal."""
+    from loftq_cli.engine.workers.session import Presence, Session
+
+    try:
+        presence = Presence(Session(Path(order.output), order.run_id), str(order.rank))
+    except FileNotFoundError:
+        return ExitCode.INCOMPLETE  # the run is over already
+    try:
+        cost = _work(order, presence.tell)
+        presence.tell(done=True, unit="", peak_memory=cost.memory, peak_device_memory=cost.device_memory)
+        return ExitCode.DONE
+    except LoftqError as error:
+        presence.tell(error=str(error), exit_code=int(error.exit_code))
+        return int(error.exit_code)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        presence.tell(error=f"unexpected {type(error).__name__}: {error}", exit_code=int(ExitCode.FAILED))
+        return ExitCode.FAILED
+    finally:
+        presence.close()
+
+
+def follow(order: Order) -> Manifest:
+    """Work as a rank of a launcher's world whose main process is another, then wait for that one to finish.
+
+    Raises:
+        LoftqError: the run has failed here, elsewhere, or the main process is gone (exit code 4).
+    """
+    from loftq_cli.artifacts.manifest import read_manifest
+    from loftq_cli.engine.workers.session import MAIN, Session, Silence
+
+    output = Path(order.output)
+    session, silence, started = Session(output, order.run_id), Silence(), time.monotonic()
+    while not session.exists() and time.monotonic() - started < _APPEAR_SECONDS:
+        time.sleep(_LOOK_SECONDS)  # a shared file system may show it late
+    if session.exists():
+        carry_out(order)
+    while session.exists() and not session.stopped():
+        if silence.why_gone(MAIN, session.statuses().get(MAIN)):
+            break
+        time.sleep(_LOOK_SECONDS)
+    if session.exists() or not (output / "config.json").exists():
+        raise LoftqError(
+            f"the run on {output} has not come to its end: run the same command again to go on.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
+    return read_manifest(output)
+
+
+@full_precision()
+def _work(order: Order, tell: Callable[..., None]) -> Cost:
+    import torch
+
+    from loftq_cli import __version__
+    from loftq_cli.calibration.calibrate import known_moments, pin_calibration
+    from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.compute.pipeline import Run, work_off
+    from loftq_cli.engine.cost.memory import keeps_little
+    from loftq_cli.engine.cost.pace import choose_pace
+    from loftq_cli.engine.output.directory import STATE, journal_of, locate, on_full_disk
+    from loftq_cli.engine.workers.session import Session
+    from loftq_cli.kernels import load_kernels
+    from loftq_cli.machine.memory import shared_memory
+    from loftq_cli.machine.usage import own_cost
+    from loftq_cli.planning.plan import make_plan
+    from loftq_cli.recipe.model import Recipe
+    from loftq_cli.tensorfile.writer import ShardWriter
+
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    output, session = Path(order.output), Session(Path(order.output), order.run_id)
+    device = torch.device(order.device)
+    tell(device=own_cost(device).device)
+    with open_source(Recipe(**order.recipe), stream=order.stream) as (checkpoint, recipe), on_full_disk(output):
+        recipe = pin_calibration(recipe)
+        plan = make_plan(
+            recipe, checkpoint, output, __version__, session.nonfinite() if recipe.allow_nonfinite else None
+        )
+        if plan.fingerprint != session.fingerprint():
+            raise LoftqError(
+                f"this worker's source or loftq is not the main process's ({output / STATE}): give all machines the "
+                "same model, command and versions."
+            )
+        plan = known_moments(plan, checkpoint)
+        load_kernels(plan.grids, device)
+        pace = choose_pace(plan, device, order.max_memory)
+        keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
+        # One lane: the other workers fill the machine already.
+        run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
+        writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
+        writer.open()
+        try:
+            journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
+            with shared_memory(keeps=keeps):
+                work_off(run, session.claimed(plan), writer, journal)
+        finally:
+            writer.close()
+    return own_cost(device)
+
+
+def _telling(tell: Callable[..., None]) -> Reporter:
+    """A reporter that shows in the status what is being worked on."""
+    from loftq_cli.progress import Reporter
+
+    class Telling(Reporter):
+        def working(self, unit) -> None:
+            tell(unit=unit.tensor)
+
+    return Telling()
+
+
+def _leave_with_main() -> None:
+    """End at once when the main process has: its end of the pipe closes, however it ended."""
+    while sys.stdin.read(1):
+        time.sleep(0.1)
+    os._exit(ExitCode.INCOMPLETE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp: layout, metadata and vocabulary."""

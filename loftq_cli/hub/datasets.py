@@ -1,0 +1,95 @@
+"""Texts from datasets on the Hub: one file of one, by way of the Hub's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, patiently, reason
+
+_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
+_TRAINING = re.compile(r"(^|[-_./])train")
+
+
+def may_be_dataset(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether `name` reads as ORG/NAME or ORG/NAME/PLACE and not as a text file's own path."""
+    match = _NAME.fullmatch(name)
+    return match is not None and not match["repo"].endswith(suffixes)
+
+
+def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
+    """A file of a dataset, in the Hub's cache.
+
+    Args:
+        name: ORG/NAME, or with a folder or a file in it behind: the first file there, by name, of the training split
+            where one is named so.
+        flag: what `name` was given with.
+
+    Raises:
+        UsageError: there is no such dataset, or no text in it.
+        LoftqError: the Hub does not give it.
+    """
+    match = _NAME.fullmatch(name)
+    assert match is not None, "may_be_dataset was asked"
+    repo, place = match["repo"], (match["place"] or "").rstrip("/")
+    try:
+        found = patiently(lambda: HfApi().dataset_info(repo, timeout=30.0), OPENING_ATTEMPTS)
+        file = _choose([sibling.rfilename for sibling in found.siblings or ()], place, suffixes)
+        if file is None:
+            where = f"{place} of the dataset {repo}" if place else f"the dataset {repo}"
+            raise UsageError(f"{flag} {name}: {where} has no {', '.join(suffixes)} file; give one that has.")
+        return Path(patiently(lambda: _download(repo, file, found.sha)))
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, CutShort) as error:
+        raise _sentence(error, name, repo, flag) from error
+
+
+def _choose(names: Iterable[str], place: str, suffixes: tuple[str, ...]) -> str | None:
+    """The first file, by name, of the training split if there is one."""
+    here = sorted(
+        file for file in names if file.endswith(suffixes) and (not place or f"{file}/".startswith(f"{place}/"))
+    )
+    texts = [file for file in here if not file.rpartition("/")[2].startswith(("README", "dataset_info"))]
+    training = [file for file in texts if _TRAINING.search(file[len(place) :])]
+    return next(iter(training or texts), None)
+
+
+def _download(repo: str, file: str, commit: str | None) -> str:
+    try:
+        return hf_hub_download(repo, file, repo_type="dataset", revision=commit)
+    except RuntimeError as error:  # what hf_xet raises when the network fails
+        raise CutShort(f"the download of {file} broke off ({error})") from error
+
+
+def _sentence(error: Exception, name: str, repo: str, flag: str) -> LoftqError:
+    endpoint = HfApi().endpoint
+    if isinstance(error, OfflineModeIsEnabled) or is_offline_mode():
+        return LoftqError(
+            f"{flag} {name}: there is no such file or directory, and HF_HUB_OFFLINE is set: unset it, or give a file."
+        )
+    if isinstance(error, GatedRepoError):
+        return LoftqError(f"{flag} {name}: {repo} is gated; ask for access at {endpoint}/datasets/{repo}.")
+    if isinstance(error, RepositoryNotFoundError):
+        return UsageError(
+            f"{flag} {name}: there is no such file or directory, and {endpoint} shows no dataset of that name."
+        )
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        status = error.response.status_code
+        return LoftqError(f"{flag} {name}: {endpoint} refuses to give it (HTTP status {status}): give a file instead.")
+    return LoftqError(
+        f"{flag} {name}: there is no such file or directory, and {endpoint} does not answer ({reason(error)}): give a "
+        "file, or run the same command again.",
+        exit_code=ExitCode.INCOMPLETE,
+    )

@@ -1,0 +1,121 @@
+"""What can go wrong on the way to the Hub: what passes by itself, and the sentence for what does not."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.hub.retry import CutShort, HubModel, passes, reason
+
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+@contextmanager
+def hub_errors(model: HubModel, *, stream: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one sentence with the next step."""
+    try:
+        yield
+    except LoftqError:
+        raise
+    except (HTTPError, EntryNotFoundError, CutShort, OSError) as error:
+        raise _sentence(error, model, stream) from error
+
+
+def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    if isinstance(error, OfflineModeIsEnabled) or (is_offline_mode() and isinstance(error, LocalEntryNotFoundError)):
+        return LoftqError(_offline(model, stream))
+    if isinstance(cause, HTTPError) or isinstance(error, HTTPError):
+        return _network_sentence(cause if isinstance(cause, HTTPError) else error, model)
+    if isinstance(error, CutShort):
+        return _unreachable(model, f"stopped answering: {reason(error)}")
+    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+        return LoftqError(
+            f"the Hub cache is full ({error.strerror}): make room, or give --stream, which keeps no copy of the "
+            "weights.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
+    return LoftqError(f"{model} could not be fetched ({reason(error)}): run the same command again.")
+
+
+def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
+    endpoint = HfApi().endpoint
+    page = f"{endpoint}/{model.repo}"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, GatedRepoError):
+        login = "" if get_token() else ", then log in with `hf auth login`"
+        return LoftqError(f"{model.repo} is gated: ask for access at {page}{login} and run the same command again.")
+    if isinstance(error, RevisionNotFoundError):
+        return LoftqError(f"{model.repo} has no revision {model.revision}: {page}/tree/main lists branches and tags.")
+    if isinstance(error, RepositoryNotFoundError):
+        return LoftqError(
+            f"there is no directory {model.repo}, and {endpoint} shows no model of that name: check the spelling, or "
+            "log in with `hf auth login` if it is private."
+        )
+    if isinstance(error, DisabledRepoError):
+        return LoftqError(f"{model.repo} was disabled on {endpoint}: give another model.")
+    if status == 401:
+        return LoftqError(
+            f"{endpoint} does not accept the token: make a new one at {endpoint}/settings/tokens and log in with "
+            "`hf auth login`, or correct HF_TOKEN."
+        )
+    if status == 403:
+        return LoftqError(
+            f"the token may not read {model.repo}: give one with read access from {endpoint}/settings/tokens."
+        )
+    if isinstance(error, EntryNotFoundError):
+        return LoftqError(f"a file of {model} is gone from {endpoint}: run the same command again.")
+    if isinstance(error, HfHubHTTPError) and not passes(error):
+        return LoftqError(f"{endpoint} refuses to give {model} (HTTP status {status}): look at {page}.")
+    return _unreachable(model, f"does not answer: {reason(error)}")
+
+
+def _unreachable(model: HubModel, what: str) -> LoftqError:
+    return LoftqError(
+        f"{HfApi().endpoint} {what}; {model} cannot be read: check the network, then run the same command again to go "
+        "on.",
+        exit_code=ExitCode.INCOMPLETE,
+    )
+
+
+def _offline(model: HubModel, stream: bool) -> str:
+    if stream:
+        return "--stream reads from the Hub, but HF_HUB_OFFLINE is set: unset it, or leave --stream out."
+    return (
+        f"HF_HUB_OFFLINE is set and the Hub cache has no complete copy of {model}: unset it, or fetch the model before "
+        f"with `hf download {model.repo}`."
+    )
+
+

@@ -1,0 +1,1 @@
+"""What this process runs on: devices, memory, precision, caches."""

@@ -1,0 +1,1 @@
+"""Fold a trained adapter into its backbone."""

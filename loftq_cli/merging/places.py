@@ -1,0 +1,129 @@
+"""Which factors of a trained adapter change which matrix of the backbone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
+from loftq_cli.errors import LoftqError
+from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+
+_NESTED = ".base_layer"
+
+
+def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]:
+    """Module of the backbone (of an expert its parameter and number) → its place in the adapter, whose class may put a
+    prefix before its paths.
+
+    Raises:
+        LoftqError: the adapter changes something that is not in the backbone, or has another shape.
+    """
+    shapes = _shapes(manifest)
+    stacks = _stacks(manifest)
+    homes = {parameter.rpartition(".")[0] for parameter in stacks}
+    places: dict[str, Place] = {}
+    wrapped: dict[str, list[str]] = defaultdict(list)
+    for path in trained.modules:
+        bare = path.replace(_NESTED, "")
+        home = _only_near(bare, homes)
+        if home is not None:
+            wrapped[home].append(path)
+            continue
+        found = _only_near(path, shapes)
+        if found is None:
+            raise LoftqError(
+                f"the adapter changes {path}, which is no matrix of {manifest.output}: is it of this model?"
+            )
+        places[found] = _place(trained, path, shapes[found])
+    for home, paths in wrapped.items():
+        ours = {name: stack for name, stack in stacks.items() if name.rpartition(".")[0] == home}
+        places |= _experts(trained, manifest, ours, sorted(paths, key=len))
+    return places
+
+
+def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """[out, in] of everything that is no expert."""
+    shapes = {record.module: tuple(record.shape) for record in manifest.matrices if record.expert is None}
+    for kept in manifest.kept:
+        if kept.module is not None and len(kept.shape) == 2 and kept.kind != "expert":
+            shapes[kept.module] = kept.shape[::-1] if kept.kind == "conv1d" else kept.shape  # type: ignore[assignment]
+    return shapes
+
+
+def _stacks(manifest: Manifest) -> dict[str, list[MatrixRecord | KeptRecord]]:
+    """Parameter of experts → the matrices in it that got adapters."""
+    stacks: dict[str, list[MatrixRecord | KeptRecord]] = defaultdict(list)
+    records: list[MatrixRecord | KeptRecord] = [*manifest.matrices, *manifest.kept]
+    for record in records:
+        if record.expert is not None and record.rank:
+            stacks[parameter_of(record)].append(record)
+    return stacks
+
+
+def parameter_of(record: MatrixRecord | KeptRecord) -> str:
+    """The stacked parameter of an expert's matrix."""
+    return record.parameter if isinstance(record, MatrixRecord) else record.module or ""
+
+
+def _only_near(path: str, names: Iterable[str]) -> str | None:
+    """The name that is `path`, or the only one of which either ends like the other."""
+    near = [name for name in names if name == path or name.endswith(f".{path}") or path.endswith(f".{name}")]
+    return path if path in near else near[0] if len(near) == 1 else None
+
+
+def _place(trained: TrainedAdapter, path: str, shape: tuple[int, ...]) -> Place:
+    n_out, n_in = shape
+    if not trained.rank(path) or trained.shape(path) != (n_out, n_in // trained.group):
+        raise _misfit(path, trained.shape(path), (n_out, n_in))
+    # PEFT knows a matrix beside experts as a parameter too, and names it so in its patterns.
+    name = f"{path}.weight" if trained.targets(f"{path}.weight") else path
+    return Place(path, name)
+
+
+def _experts(
+    trained: TrainedAdapter,
+    manifest: Manifest,
+    stacks: dict[str, list[MatrixRecord | KeptRecord]],
+    paths: list[str],
+) -> dict[str, Place]:
+    """The places of all experts of one module. PEFT wraps it once for every parameter in the module's order, so the
+    last one is outermost and has the shortest path."""
+    ordered = sorted((name for name in stacks if trained.targets(name)), key=lambda name: _depth(stacks[name]))
+    if len(ordered) != len(paths):
+        raise LoftqError(
+            f"the adapter changes {len(paths)} parameters of {paths[0]}, and {manifest.output} has adapters for "
+            f"{len(ordered)} of those it names: is the adapter of this model?"
+        )
+    places = {}
+    for name, path in zip(ordered, paths):
+        for record in stacks[name]:
+            assert record.expert is not None
+            turned = isinstance(record, KeptRecord) and record.expert.transposed
+            n_out, n_in = record.shape[::-1] if turned else record.shape
+            count, parts = record.expert.count, record.expert.parts
+            if trained.shape(path) != (n_out * parts, n_in) or trained.rank(path) % count:
+                raise _misfit(path, trained.shape(path), (n_out * parts, n_in))
+            places[expert_name(record)] = Place(
+                path, f"{path.replace(_NESTED, '')}.{name.rpartition('.')[2]}", record.expert
+            )
+    return places
+
+
+def expert_name(record: MatrixRecord | KeptRecord) -> str:
+    """The parameter with the expert's number, and the part's where there are several."""
+    assert record.expert is not None
+    part = f".{record.expert.part}" if record.expert.parts > 1 else ""
+    return f"{parameter_of(record)}[{record.expert.index}]{part}"
+
+
+def _depth(records: list[MatrixRecord | KeptRecord]) -> int:
+    assert records[0].expert is not None
+    return records[0].expert.depth
+
+
+def _misfit(path: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> LoftqError:
+    return LoftqError(
+        f"the adapter's factors for {path} give {list(given)}, but the matrix is {list(wanted)}: is the adapter of "
+        "this model?"
+    )

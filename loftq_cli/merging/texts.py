@@ -1,0 +1,128 @@
+"""The small files of a merged model: config, manifest or record, and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.artifacts.manifest import Manifest, render, seal
+from loftq_cli.tensorfile.hashing import FileRecord
+
+RECORD = "loftq_merge.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        way: `dense`, `zeros`, `gguf` or `requantize`.
+        dtype: of the model.
+        fingerprint: of backbone, adapter and way together.
+        errors: of every changed matrix, ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F: what rounding, or quantizing anew, cost.
+        backbone_bytes: of all tensors of the result.
+    """
+
+    output: str
+    way: str
+    format: str
+    dtype: str
+    fingerprint: str
+    source_fingerprint: str
+    adapter_sha256: str
+    errors: Mapping[str, float]
+    backbone_bytes: int
+
+    @property
+    def mean_error(self) -> float:
+        return sum(self.errors.values()) / len(self.errors) if self.errors else 0.0
+
+    @property
+    def worst_error(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+
+def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -> str:
+    """One hash of everything a merge is made from."""
+    return hashlib.sha256(json.dumps([manifest.fingerprint, adapter_sha256, way, dtype]).encode()).hexdigest()
+
+
+def record_of(report: MergeReport) -> bytes:
+    """`loftq_merge.json`."""
+    return (json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def config_of(source: Path, report: MergeReport) -> bytes:
+    """config.json: the source's, without its quantization where the result is dense."""
+    config = json.loads((source / "config.json").read_bytes())
+    if report.way in ("dense", "gguf"):
+        config.pop("quantization_config", None)
+        config["dtype"] = report.dtype
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
+    """`loftq.json` of a merged model that is still quantized: no adapter, and residuals against what was merged."""
+    matrices = tuple(
+        dataclasses.replace(
+            record,
+            rank=0,
+            plain_residual=report.errors.get(record.module, 0.0),
+            residual=report.errors.get(record.module, 0.0),
+            residuals=(),
+            best=0,
+            adapter_bytes=0,
+        )
+        for record in manifest.matrices
+    )
+    mean = sum(record.residual for record in matrices) / len(matrices)
+    totals = dataclasses.replace(manifest.totals, adapter_bytes=0, plain_residual=mean, residual=mean)
+    merged = dataclasses.replace(
+        manifest,
+        fingerprint=report.fingerprint,
+        output=report.output,
+        totals=totals,
+        notes=(*manifest.notes, f"an adapter was merged ({report.way}); residuals are against backbone + adapter."),
+        files=files,
+        matrices=matrices,
+        kept=tuple(dataclasses.replace(record, rank=0) for record in manifest.kept),
+    )
+    return seal(render(merged))
+
+
+def card_of(manifest: Manifest, report: MergeReport) -> bytes:
+    """README.md."""
+    how = {
+        "dense": f"The adapter was added to the dequantized backbone; weights are {report.dtype}.",
+        "zeros": "The QA-LoRA adapter was added to the groups' zeros; codes, scales and bits are the backbone's.",
+        "gguf": "The QA-LoRA adapter was added to the groups' zeros, and both are float16 in this Q4_1 file.",
+        "requantize": "The adapter was added to the dequantized backbone, and the sum quantized again on its grid.",
+    }[report.way]
+    runtime = (
+        "import loftq_cli.runtime  # teaches transformers the packed layers\n" if report.format == "packed" else ""
+    )
+    option = ', gguf_file="model.gguf"' if report.way == "gguf" else ""
+    loader = "AutoModelForCausalLM" if manifest.task_type == "CAUSAL_LM" else manifest.architecture or "AutoModel"
+    return f"""---
+library_name: transformers
+tags:
+- loftq
+---
+# {Path(report.output).name}
+
+{manifest.architecture or "A model"} with its adapter merged by loftq (`{report.format}`). {how}
+
+Relative error against backbone + adapter, {len(report.errors)} matrices: mean {report.mean_error:.2e}, worst
+{report.worst_error:.2e} (`{RECORD}`).
+
+```python
+{runtime}from transformers import {loader}
+
+model = {loader}.from_pretrained({json.dumps(report.output, ensure_ascii=False)}{option})
+```
+""".encode()

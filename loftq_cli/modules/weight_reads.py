@@ -1,0 +1,142 @@
+"""Weights that the code of another module reads directly, found in the source of every class."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+# --- weights that other code reads -------------------------------------------------------------------------------
+# The read sits behind a switch of the config: Bloom multiplies slice by slice only to repeat Megatron's rounding.
+READ_ONLY_WHEN: Final[Mapping[str, str]] = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
+
+
+# Reads no source analysis sees, because a local variable stands in between: class -> module paths below it.
+# Rwkv divides these weights in place when it goes to eval mode.
+HIDDEN_READS: Final[Mapping[str, tuple[str, ...]]] = {
+    "RwkvModel": (r"blocks\.\d+\.attention\.output", r"blocks\.\d+\.feed_forward\.value"),
+}
+
+
+# Code that runs while a model is set up or resized, and accessors no forward pass calls (Qwen2-VL's tower has them).
+_SETUP = re.compile(r"_*(init|tie|reset|set_|resize|get_resized|get_dtype|get_device|post_init)")
+
+
+# Whoever asks for these has thought of packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
+_GUARDS = ("torch.uint8", "dtype).is_floating_point", "dtype.is_floating_point")
+
+
+# A packed weight still answers these truthfully.
+_HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
+
+
+Step = str | int | None  # attribute name, index into a container, or any index
+
+
+def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
+    """Modules whose `.weight` is used by the code of another module, past the module's own forward.
+
+    Such a weight has to stay a plain floating-point tensor: Mamba hands `out_proj.weight` to its CUDA kernel,
+    T5 casts activations to `wo.weight.dtype`, `nn.MultiheadAttention` passes `out_proj.weight` to a function.
+    Found by reading the source of every class in the model, so no list of architectures is needed.
+
+    Args:
+        model: any model, also on the meta device.
+        config: its config; only switches named in `READ_ONLY_WHEN` are looked at.
+
+    Returns:
+        Module path -> name of the class whose code reads the weight.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        reader = type(module)
+        switch = READ_ONLY_WHEN.get(reader.__name__)
+        if switch is not None and not getattr(config, switch, False):
+            continue
+        for steps in weight_reads(reader):  # type: ignore[arg-type]  # classes hash, mypy doubts it
+            for target in _walk(module, steps):
+                found.setdefault(f"{path}.{target}".lstrip("."), reader.__name__)
+        for pattern in HIDDEN_READS.get(reader.__name__, ()):
+            hits = (name for name, _ in module.named_modules() if re.fullmatch(pattern, name))
+            found.update((f"{path}.{name}".lstrip("."), reader.__name__) for name in hits)
+    return found
+
+
+@functools.cache
+def weight_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
+    """The ways from `self` to a `.weight` that methods of `cls` read, e.g. `("wo",)` for `self.wo.weight.dtype`.
+
+    Methods that set a model up are left out, as are methods that look whether the weight is packed. A class whose
+    source is not at hand counts as clean.
+    """
+    return frozenset(steps for function in _methods(cls) for steps in _reads_in(function))
+
+
+def _methods(cls: type) -> Iterator[types.FunctionType]:
+    """The functions an instance of `cls` would run, its own and inherited ones, that mention `weight`."""
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name)
+        member = member.fget if isinstance(member, property) else member
+        function = inspect.unwrap(member) if callable(member) else None
+        if not isinstance(function, types.FunctionType) or _SETUP.match(name):
+            continue
+        # The base classes' bookkeeping (loading, saving, hooks) is no forward pass.
+        bookkeeping = not function.__module__.startswith(("transformers.models.", "torch.nn.modules."))
+        if not bookkeeping and "weight" in _names(function.__code__):
+            yield function
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Every attribute and global that a function and the functions inside it name."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
+    """The ways from `self` to a `.weight` in the source of one function."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    if any(ast.unparse(node).endswith(_GUARDS) for node in attributes):
+        return
+    harmless = {id(node.value) for node in attributes if node.attr in _HARMLESS}
+    reads = (node for node in attributes if node.attr == "weight" and id(node) not in harmless)
+    yield from filter(None, (_steps(node.value) for node in reads))
+
+
+def _steps(node: ast.expr) -> tuple[Step, ...]:
+    """`self.a.b[0].c` -> ("a", "b", 0, "c"); empty when the expression does not start at `self`."""
+    if isinstance(node, ast.Attribute):
+        before: tuple[Step, ...] = _steps(node.value)
+        starts = isinstance(node.value, ast.Name) and node.value.id == "self"
+        return (*before, node.attr) if before or starts else ()
+    if isinstance(node, ast.Subscript) and (before := _steps(node.value)):
+        index = node.slice.value if isinstance(node.slice, ast.Constant) else None
+        return (*before, index if isinstance(index, int) else None)
+    return ()
+
+
+def _walk(module: nn.Module, steps: tuple[Step, ...]) -> Iterator[str]:
+    """The paths of the modules below `module` that `steps` lead to; none when an attribute is not a module."""
+    if not steps:
+        yield ""
+        return
+    children = dict(module.named_children())
+    wanted = list(children) if steps[0] is None else [str(steps[0])]
+    for name in wanted:
+        if name in children:
+            for rest in _walk(children[name], steps[1:]):
+                yield f"{name}.{rest}".rstrip(".")

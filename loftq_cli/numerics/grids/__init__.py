@@ -1,0 +1,1 @@
+"""The grids that weights are rounded to, and the packing of their codes."""

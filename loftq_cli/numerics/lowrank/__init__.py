@@ -1,0 +1,1 @@
+"""Truncated SVDs: exact, fast and batched."""

@@ -1,0 +1,269 @@
+"""The rank-r step of LoftQ: the best rank-r approximation of a residual (LoftQ eq. 8-9).
+
+`exact_low_rank` is the full SVD, the reference. `krylov_low_rank` is the default: a block Krylov space, deep and of
+narrow blocks for LoftQ's first residual and shallow afterwards, where it starts from the previous step's factors
+because LoftQ's steps hardly turn the subspace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from loftq_cli.numerics.lowrank.deterministic import eigh, lower_gram, product, svd
+from loftq_cli.numerics.lowrank.krylov import orthonormal, ritz_pairs
+
+FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next ones
+_FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
+_LARGE = 2048
+# Later steps keep the course with one power and a half from so many times the rank on, with one where the matrix is
+# large as well; with fewer columns they need two.
+_STEADY_SHARE, _STEADIER_SHARE, _STEADIER = 12, 32, 4096
+
+_SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
+_LANES = 16  # product widths in multiples of this cost no more than the next smaller width
+_SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
+SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
+_ROUGH_SPREAD = 256.0  # up to which it blurs the smallest
+MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
+_ROUGH_MOST = 0.999  # above which that noise would be a good part of it
+SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """U diag(s) Vᵀ: `u` [out, r] and `v` [in, r] have orthonormal columns, `s` [r] descends. All float32.
+
+    Where s is zero the columns of one of them are zero. U diag(s) Vᵀ is the orthogonal projection R V Vᵀ of what was
+    approximated, so ‖R - U diag(s) Vᵀ‖² = ‖R‖² - Σ s².
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    @property
+    def lora_a(self) -> Tensor:
+        """sqrt(S) Vᵀ, [r, in]."""
+        return (self.v * self.s.sqrt()).T.contiguous()
+
+    @property
+    def lora_b(self) -> Tensor:
+        """U sqrt(S), [out, r]."""
+        return self.u * self.s.sqrt()
+
+    def product(self, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None) -> Tensor:
+        """BA = U diag(s) Vᵀ [out, in], multiplied and rounded in `dtype`."""
+        return product(self.lora_b.to(dtype), self.lora_a.to(dtype), out=out)
+
+    @property
+    def energy(self) -> float:
+        """‖U diag(s) Vᵀ‖_F²."""
+        return float(self.s.double().square().sum())
+
+    @property
+    def transposed(self) -> LowRank:
+        """The approximation of the transposed matrix."""
+        return LowRank(self.v, self.s, self.u)
+
+
+def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
+    """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
+    u, s, vh = svd(residual)
+    return LowRank(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].T.clone())  # views would keep all of U and Vᵀ
+
+
+def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRank:
+    """Exact, from the eigenvectors of the smaller Gram matrix; `careful` in float64, so that squaring loses nothing."""
+    if residual.shape[0] < residual.shape[1]:
+        return gram_low_rank(residual.T, rank, careful=careful).transposed
+    wide = residual.double() if careful else residual
+    _, vectors = eigh(lower_gram(wide))
+    basis = vectors[:, -rank:]
+    return _decompose((wide @ basis).double(), basis.double())
+
+
+def krylov_low_rank(
+    residual: Tensor,
+    rank: int,
+    *,
+    previous: LowRank | None = None,
+    depth: int | None = None,
+    generator: torch.Generator,
+    norm: float | None = None,
+) -> LowRank:
+    """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` or of random columns.
+
+    Where the matrix is small or the space would be two thirds as wide, the Gram matrix is exact and as cheap, and is
+    taken. Squares are taken in float32 first, and in float64 where the spectrum found is too wide for that.
+
+    Args:
+        residual: float32; or bfloat16, for which see `half_low_rank`.
+        previous: the approximation of a similar residual: the last step's.
+        depth: powers of RᵀR in the space; by default FIRST_DEPTH or less without `previous`, one or two with it.
+        generator: a CPU generator; its draws are what makes a run repeatable on any device.
+        norm: ‖residual‖_F, where it is known already.
+    """
+    rank = min(rank, *residual.shape)
+    scale = _power_of_two(frobenius(residual) if norm is None else norm)
+    if scale != 1.0:
+        scaled = krylov_low_rank(residual * scale, rank, previous=previous, depth=depth, generator=generator)
+        return LowRank(scaled.u, scaled.s / scale, scaled.v)
+    space = KrylovSpace.plan(residual, rank, previous, depth)
+    trusts = previous is None or _narrow(previous.s)
+    if space is None:
+        found = gram_low_rank(residual, rank, careful=False) if trusts else None
+        return found if found is not None and _narrow(found.s) else gram_low_rank(residual, rank)
+    start = space.start(residual, previous, generator)
+    found = space.search(residual, start, careful=False) if trusts else None
+    return found if found is not None and _narrow(found.s) else space.search(residual, start, careful=True)
+
+
+def half_low_rank(
+    half: Tensor,
+    rank: int,
+    *,
+    previous: LowRank | None = None,
+    depth: int | None = None,
+    generator: torch.Generator,
+    norm: float,
+    rough: bool = False,
+) -> LowRank | None:
+    """`krylov_low_rank` of a residual known only in bfloat16; None where its spectrum asks for float32.
+
+    Rounding moves the directions and their images by 2⁻⁹ at random, which costs the approximation of a narrow spectrum
+    the square of that: less than 1e-5 of the residual, as `scripts/bench/NOTES.md` confirms. `refine` gives the exact
+    projection on the same directions.
+
+    Args:
+        norm: ‖residual‖_F.
+        rough: also where the spectrum is wide, or hardly more than noise of bfloat16 is left: good enough where what
+            this approximation misses is made up for by a later step.
+    """
+    rank = min(rank, *half.shape)
+    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST) if rough else (SPREAD, MOST)
+    space = KrylovSpace.plan(half, rank, previous, depth)
+    if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s, spread)):
+        return None
+    found = space.search(half, space.start(half, previous, generator), careful=False)
+    return found if _narrow(found.s, spread) and found.energy <= most * norm**2 else None
+
+
+def refine(residual: Tensor, found: LowRank) -> LowRank:
+    """The projection of the float32 `residual` on the directions of `found`."""
+    return refine_by(lambda basis: residual @ basis, found)
+
+
+def refine_by(images: Callable[[Tensor], Tensor], found: LowRank) -> LowRank:
+    """The same of a residual that is known by its products R @ basis, of float32 [in, r]."""
+    basis = orthonormal(found.v, found.v[:, :0], careful=True)
+    return _decompose(images(basis).double(), basis.double())
+
+
+@dataclass(frozen=True)
+class KrylovSpace:
+    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR; half a power more where it starts
+    `from_left`, from Rᵀ times known directions of the longer side."""
+
+    rank: int
+    width: int
+    depth: int
+    from_left: bool = False
+
+    @staticmethod
+    def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> KrylovSpace | None:
+        """The space for a residual of this shape, or None where the Gram matrix is as cheap.
+
+        Blocks half as wide as the rank find more with the same products than blocks as wide; a start from known
+        directions has all of them, and needs hardly any depth.
+        """
+        width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
+        smaller = min(residual.shape)
+        first = FIRST_DEPTH if smaller >= _LARGE else _FIRST_OF_SMALL
+        powers = depth or (first if previous is None else _later_powers(smaller, rank))
+        depth, from_left = int(powers), powers > int(powers)
+        blocks = depth + 1 + from_left
+        if smaller < _SMALLEST_FOR_KRYLOV or 3 * width * blocks > 2 * smaller or width * (depth + 1) < rank:
+            return None
+        return KrylovSpace(rank, width, depth, from_left)
+
+    def start(self, residual: Tensor, previous: LowRank | None, generator: torch.Generator) -> Tensor:
+        """[shorter side, width]: the previous step's directions, filled up with random ones."""
+        if residual.shape[0] < residual.shape[1]:
+            return self.start(residual.T, None if previous is None else previous.transposed, generator)
+        n, known = residual.shape[1], torch.empty(residual.shape[1], 0)
+        if previous is not None and self.from_left:
+            known = product(residual.T, previous.u[:, : self.width].to(residual.dtype)).float()
+        elif previous is not None:
+            known = previous.v[:, : self.width]
+        fresh = torch.randn(n, self.width - known.shape[1], generator=generator) / math.sqrt(n)
+        return torch.cat([known.to(residual.device), fresh.to(residual.device)], dim=1)
+
+    def search(self, residual: Tensor, start: Tensor, *, careful: bool) -> LowRank:
+        """The best approximation within the space."""
+        if residual.shape[0] < residual.shape[1]:
+            return self.search(residual.T, start, careful=careful).transposed
+        pairs = ritz_pairs(residual, start, self.depth, self.rank, careful=careful)
+        if not careful:
+            s = pairs.captured.clamp(min=0).sqrt()
+            return LowRank(pairs.images * torch.where(s > 0, s, torch.inf).reciprocal(), s, pairs.vectors)
+        return refine(residual, LowRank(pairs.images, pairs.captured, pairs.vectors))
+
+
+def _later_powers(smaller: int, rank: int) -> float:
+    if smaller < _STEADY_SHARE * rank:
+        return 2
+    return 1.5 if smaller < max(_STEADIER, _STEADIER_SHARE * rank) else 1
+
+
+def _decompose(image: Tensor, basis: Tensor) -> LowRank:
+    """`image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
+    values, turn = eigh(image.T @ image)
+    s, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1)
+    inverse = torch.where(s > 0, s, torch.inf).reciprocal()
+    return LowRank((image @ turn * inverse).float(), s.float(), (basis @ turn).float())
+
+
+def frobenius(x: Tensor) -> float:
+    """‖x‖_F of a matrix: float32 within rows, float64 across them, and throughout where squares could leave float32."""
+    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1), dtype=torch.float64))
+    if 1 / SAFE_NORM < norm < SAFE_NORM:
+        return norm
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def _power_of_two(norm: float) -> float:
+    """What to multiply a matrix of this norm with, so that squares stay in float32's range; 1 where they do."""
+    if norm == 0.0 or 1 / SAFE_NORM < norm < SAFE_NORM:
+        return 1.0
+    return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
+
+
+def _narrow(s: Tensor, spread: float = SPREAD) -> bool:
+    return bool(s[0] <= spread * s[-1])
+
+
+def half_is_faster(residual: Tensor) -> bool:
+    """Whether bfloat16 products beat float32 ones on this device, rounding included."""
+    if min(residual.shape) < _SMALLEST_FOR_HALF:
+        return False
+    if residual.is_cuda:
+        return _gpu_multiplies_bfloat16(residual.device)
+    return residual.device.type == "cpu" and _cpu_multiplies_bfloat16()
+
+
+@cache
+def _gpu_multiplies_bfloat16(device: torch.device) -> bool:
+    """Tensor cores do from compute capability 8.0 on; before, it is emulated."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public query as of torch 2.13
+    return bool(supported and supported())

@@ -1,0 +1,165 @@
+"""LoftQ with data: the error that counts is that of the layer's outputs on its own inputs.
+
+For inputs x with second moment S = E[x xᵀ], E‖(W − Q − BA) x‖² = ‖(W − Q − BA) R‖_F² for any R with R Rᵀ = S. For fixed
+Q the best rank-r BA is SVD_r((W − Q) R) R⁻¹ (QERA, arXiv 2410.06040, theorem 1; CLoQ, arXiv 2501.18475; CALDERA, arXiv
+2405.18886): R is square and regular, so (W − Q − BA) R ranges over (W − Q) R less all matrices of rank r, and
+Eckart-Young applies. With S replaced by its diagonal, R is diagonal too (QERA-approx, L²QER).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
+from loftq_cli.numerics.lowrank.truncate import LowRank, frobenius
+from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep
+from loftq_cli.numerics.quantizers.protocols import Quantizer
+
+DAMPING = 0.01  # share of the mean variance added to every input's, so that inputs hardly seen are not given up (GPTQ)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A root R of the second moment, R Rᵀ = S, scaled so that S has a mean variance of one.
+
+    Attributes:
+        root: float32 [in], the diagonal of R; or [in, in], lower triangular.
+    """
+
+    root: Tensor
+
+    @property
+    def variances(self) -> Tensor:
+        """The diagonal of S, float32 [in]: what the error of each column of W counts."""
+        return self.root.square() if self.root.ndim == 1 else self.root.square().sum(dim=1)
+
+    def apply(self, residual: Tensor) -> Tensor:
+        """E R of E [rows, in]."""
+        return residual * self.root if self.root.ndim == 1 else residual @ self.root
+
+    def undo(self, rows: Tensor) -> Tensor:
+        """X R⁻¹ of X [rows, in]."""
+        if self.root.ndim == 1:
+            return rows / self.root
+        return torch.linalg.solve_triangular(self.root, rows, upper=False, left=False)
+
+
+def whiten(moment: Tensor, *, damping: float = DAMPING) -> Whitening:
+    """The root of a second moment: [in] is the diagonal of S, [in, in] all of it.
+
+    A layer that saw only zeros gives the identity. The root of all of S is its Cholesky factor: any root will do, and
+    this one costs a tenth of the symmetric one.
+    """
+    variances = moment if moment.ndim == 1 else moment.diagonal()
+    mean = variances.double().mean()
+    if not float(mean) > 0:
+        return Whitening(torch.ones_like(variances, dtype=torch.float32))
+    if moment.ndim == 1:
+        return Whitening((moment.double() / mean + damping).sqrt().float())
+    normal = moment.double() / mean
+    normal.diagonal().add_(damping)
+    return Whitening(torch.linalg.cholesky(normal).float())
+
+
+@dataclass(frozen=True)
+class WeightedStep:
+    """A `LowRankStep`: SVD_r(E R) R⁻¹ of E = W - Q, as an SVD of its own, so that B and A share its singular values as
+    LoftQ's do.
+
+    Attributes:
+        inner: how the r directions of E R are found.
+    """
+
+    whitening: Whitening
+    inner: LowRankStep
+
+    def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
+        white = self.inner(self.whitening.apply(residual), None if previous is None else self._whitened(previous))
+        return _product(white.u, self.whitening.undo((white.v * white.s).T))
+
+    def _whitened(self, previous: LowRank) -> LowRank:
+        """Where to start: the row space of an earlier BA R."""
+        return LowRank(previous.u, previous.s, torch.linalg.qr(self.whitening.apply(previous.v.T).T).Q)
+
+
+def _product(u: Tensor, rows: Tensor) -> LowRank:
+    """`u` [out, r] times `rows` [r, in] as an SVD, where the columns of `u` are orthonormal or zero."""
+    q, triangle = torch.linalg.qr(rows.T.double())  # rowsᵀ = q · triangle
+    left, s, right = torch.linalg.svd(triangle.T)
+    return LowRank((u.double() @ left).float(), s.float(), (q @ right.T).float())
+
+
+@dataclass(frozen=True)
+class WeightedResult:
+    """LoftQ's result, whose `residuals` are the plain ones ‖W − Q − BA‖ / ‖W‖, and the errors that counted.
+
+    Attributes:
+        plain_residual: ‖(W − q(W)) R‖ / ‖W R‖.
+        residual: ‖(W − Q − BA) R‖ / ‖W R‖ of what was kept.
+    """
+
+    result: LoftQResult
+    plain_residual: float
+    residual: float
+
+
+def weighted_loftq(
+    weight: Tensor,
+    quantizer: Quantizer,
+    whitening: Whitening,
+    *,
+    iters: int,
+    low_rank: LowRankStep,
+    keep_last: bool = False,
+) -> WeightedResult:
+    """Alternate Q_t = q(W - B_{t-1} A_{t-1}) with the best B_t A_t for the whitening, from B_0 A_0 = 0.
+
+    The best iterate is the one with the smallest weighted residual, unless `keep_last`.
+
+    Args:
+        weight: float32 [out, in].
+        iters: T >= 1 alternating steps.
+        low_rank: how the directions are found; `WeightedStep` is made from it.
+    """
+    assert iters >= 1, "T = 0 has no low-rank step to weigh"
+    norm, weighted_norm = frobenius(weight), frobenius(whitening.apply(weight))
+    weighted_step = WeightedStep(whitening, low_rank)
+    step = quantizer.quantize_residual(weight, weight)
+    plain = _relative(step.residual, norm), _relative(whitening.apply(step.residual), weighted_norm)
+    found: LowRank | None = None
+    residuals: list[float] = []
+    kept: tuple[float, int, Quantized, LowRank] | None = None
+    for t in range(1, iters + 1):
+        if found is not None:
+            step = quantizer.quantize_residual(weight, _less(weight, found))
+        found = weighted_step(step.residual, found)
+        left = _less(step.residual, found)
+        residuals.append(_relative(left, norm))
+        weighted = _relative(whitening.apply(left), weighted_norm)
+        if kept is None or keep_last or weighted < kept[0]:
+            kept = (weighted, t, step.quantized, found)
+    assert kept is not None
+    weighted, best, codes, found = kept
+    result = LoftQResult(codes, found.lora_a, found.lora_b, plain[0], tuple(residuals), best)
+    return WeightedResult(result, plain[1], weighted)
+
+
+def weighted_result(
+    weight: Tensor, found: LoftQResult, grid: Grid, quantizer: Quantizer, whitening: Whitening
+) -> WeightedResult:
+    """What another method than `weighted_loftq` found, with its weighted residuals."""
+    norm = frobenius(whitening.apply(weight))
+    plain = quantizer.quantize_residual(weight, weight).residual
+    left = torch.addmm(weight - dequantize(found.quantized, grid), found.lora_b, found.lora_a, alpha=-1)
+    return WeightedResult(found, _relative(whitening.apply(plain), norm), _relative(whitening.apply(left), norm))
+
+
+def _less(matrix: Tensor, product: LowRank) -> Tensor:
+    return torch.addmm(matrix, product.lora_b, product.lora_a, alpha=-1)
+
+
+def _relative(matrix: Tensor, norm: float) -> float:
+    return frobenius(matrix) / norm if norm else 0.0

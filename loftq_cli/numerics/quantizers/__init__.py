@@ -1,0 +1,1 @@
+"""What LoftQ asks of a container's quantizer, in plain torch."""

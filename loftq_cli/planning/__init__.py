@@ -1,0 +1,1 @@
+"""From a recipe and headers to a plan: every unit of work and every output byte's place."""

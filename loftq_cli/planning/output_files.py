@@ -1,0 +1,137 @@
+"""The output's files before a weight is read: where every tensor lies, and the texts that follow from the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq_cli.errors import UsageError
+from loftq_cli.formats import adapter, get_format
+from loftq_cli.formats.adapter import AdapterTarget
+from loftq_cli.formats.base import DTYPE_NAMES, Request
+from loftq_cli.modules.roles import ModuleMap
+from loftq_cli.planning.units import Unit
+from loftq_cli.recipe.model import Recipe, parse_size, write_yaml
+from loftq_cli.tensorfile.layout import TensorFile, lay_out, shard, shard_names
+
+INDEX = "model.safetensors.index.json"
+_SCRATCH = "scratch.safetensors"
+
+
+def lay_out_files(
+    units: Sequence[Unit], recipe: Recipe, fingerprint: str, request: Request
+) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
+    """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
+    shard)."""
+    metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
+    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+    backbone = [tensor for unit in units for tensor in unit.backbone]
+    container = get_format(recipe.format)
+    adapter_files, scratch = _adapter_files(units, recipe, metadata, request)
+    single = container.container(backbone, matrices, request, fingerprint)
+    if single is not None:
+        return (single, *adapter_files), scratch, {}
+    shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
+    names = shard_names(len(shards))
+    files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
+    index = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return (*files, *adapter_files), scratch, index if len(shards) > 1 else {}
+
+
+def _adapter_files(
+    units: Sequence[Unit], recipe: Recipe, metadata: Mapping[str, str], request: Request
+) -> tuple[list[TensorFile], TensorFile | None]:
+    """Files of adapters, and what is needed only while work is under way."""
+    adapters, apart = [], []
+    for unit in units:
+        if unit.target is None:
+            continue
+        joint = adapter.joint_b(unit.target)
+        first, second = adapter.adapter_tensors(unit.target)
+        adapters += [first, joint or second]
+        apart += [second] if joint else []
+    files = [lay_out(adapter.WEIGHTS, adapters, metadata)] if adapters else []
+    copies = [tensor for unit in units for tensor in unit.copies]
+    other = get_format(recipe.format).copies_container(copies, request, recipe.rank) if copies else None
+    return files if other is None else [*files, other], lay_out(_SCRATCH, apart, metadata) if apart else None
+
+
+def output_texts(
+    recipe: Recipe,
+    source_config: Mapping[str, Any],
+    modules: ModuleMap,
+    units: Sequence[Unit],
+    request: Request,
+    dtype: torch.dtype,
+    output: Path,
+    index: Mapping[str, str],
+) -> dict[str, bytes]:
+    """Every file beside the weights whose content is known now, by name.
+
+    Args:
+        source_config: config.json of the source.
+        index: of `lay_out_files`.
+
+    Raises:
+        UsageError: transformers would build other modules for the container than the checkpoint is made for.
+    """
+    config = _config(recipe, source_config, modules, units, request, dtype)
+    texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
+    if index:
+        texts[INDEX] = index_text(sum(unit.backbone_bytes for unit in units), index)
+    targets = [unit.target for unit in units if unit.target is not None]
+    if targets:
+        texts[adapter.CONFIG] = _json(_adapter_config(recipe, modules, targets, output))
+    return texts
+
+
+def _config(
+    recipe: Recipe,
+    source_config: Mapping[str, Any],
+    modules: ModuleMap,
+    units: Sequence[Unit],
+    request: Request,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The source's config.json, with the dtype and the container's part."""
+    matrices = [unit.matrix for unit in units if unit.matrix is not None]
+    packed = {matrix.module for matrix in matrices}
+    dense_linears = [module for module in modules.linear_modules if module not in packed]
+    config = {key: value for key, value in source_config.items() if key not in ("torch_dtype", "_name_or_path")}
+    config["dtype"] = DTYPE_NAMES[dtype]
+    quantization = get_format(recipe.format).quantization_config(matrices, dense_linears, dtype, request)
+    if quantization is None:
+        return config
+    if quantization["quant_method"] in modules.rebuilt_for:
+        raise UsageError(
+            f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "
+            "this checkpoint is made for: choose --format packed or --format dense."
+        )
+    return {**config, "quantization_config": quantization}
+
+
+def _adapter_config(
+    recipe: Recipe, modules: ModuleMap, targets: Sequence[AdapterTarget], output: Path
+) -> dict[str, Any]:
+    return adapter.adapter_config(
+        targets,
+        modules.linear_modules,
+        scaling=recipe.scaling,
+        task_type=modules.task_type,
+        base_model=str(output),
+        # Only a dense Conv1D keeps its [in, out] orientation at run time.
+        fan_in_fan_out=recipe.format == "dense" and any(target.kind == "conv1d" for target in targets),
+    )
+
+
+def index_text(size: int, index: Mapping[str, str]) -> bytes:
+    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
+    return _json({"metadata": {"total_size": size}, "weight_map": index})
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,88 @@
+"""Which matrices are quantized, at how many bits and which rank; and why the others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from loftq_cli.checkpoint.base import QUANTIZABLE, TensorInfo
+from loftq_cli.errors import LoftqError
+from loftq_cli.modules.roles import TensorRole
+from loftq_cli.recipe.model import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor.
+
+    Attributes:
+        bits: 0 leaves it in full precision.
+        rank: of its adapter; 0 gives it none.
+        reason: why it is in full precision; "" where it is quantized.
+    """
+
+    bits: int
+    rank: int
+    reason: str
+
+
+def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
+    """Apply the model's own constraints, then the user's filters, then the rules.
+
+    Raises:
+        LoftqError: a matrix that would be quantized holds no floating-point numbers.
+    """
+    reason = role.keep or _filtered(role, recipe)
+    if reason:
+        return Decision(0, 0, reason)
+    assert role.module is not None, "a tensor that may be quantized is a module's weight"
+    rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))
+    if rule.keep == "skip":
+        return Decision(0, 0, f"rule '{rule.pattern}=skip'")
+    if info.dtype not in QUANTIZABLE:
+        raise LoftqError(
+            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')}: loftq quantizes "
+            "float32, bfloat16 and float16 weights, so give the full-precision model or leave this matrix out with "
+            f"--exclude '{role.module}'."
+        )
+    # A rank above the matrix's own adds nothing.
+    rank = min(rule.rank or recipe.rank, *info.shape[-2:])
+    if rule.keep == "dense":
+        return Decision(0, rank, f"rule '{rule.pattern}=dense'")
+    if role.kind == "embedding" and recipe.embeddings == "quantize":
+        rank = 0
+    return Decision(rule.bits or recipe.base_bits, rank, "")
+
+
+def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
+    """Filters and rules that match no module of the model, most likely typing errors."""
+    modules = [role.module for role in roles if role.module]
+    unused = [
+        f"--rule '{text}'" for text, rule in zip(recipe.rule, recipe.rules) if not any(map(rule.matches, modules))
+    ]
+    for flag, globs in (("--include", recipe.include), ("--exclude", recipe.exclude)):
+        unused += [f"{flag} '{glob}'" for glob in globs if not any(fnmatchcase(module, glob) for module in modules)]
+    return unused
+
+
+def _filtered(role: TensorRole, recipe: Recipe) -> str:
+    if role.kind == "other" or role.module is None:
+        return "not a linear layer"
+    if any(fnmatchcase(role.module, glob) for glob in recipe.exclude):
+        return "--exclude"
+    included = any(fnmatchcase(role.module, glob) for glob in recipe.include)
+    if recipe.include and not included:
+        return "not in --include"
+    if role.kind == "expert" and recipe.experts == "keep":
+        return "expert (--experts keep)"
+    if role.kind == "head" and recipe.lm_head == "keep":
+        return "output head (--lm-head keep)"
+    if role.kind == "embedding" and role.tied and recipe.embeddings != "quantize":
+        # An adapter on the table alone would part the two.
+        return f"tied to {role.tied}"
+    if role.kind == "embedding" and recipe.embeddings == "keep":
+        return "embedding (--embeddings keep)"
+    if role.tower != "text" and not included:
+        return f"{role.tower} tower (choose it with --include)"
+    return ""

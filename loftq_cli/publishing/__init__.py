@@ -1,0 +1,1 @@
+"""Push a finished directory to the Hub."""

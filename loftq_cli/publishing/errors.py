@@ -1,0 +1,142 @@
+"""What can go wrong while pushing, in one sentence each, and never with a token in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.hub.retry import CutShort, passes, reason
+
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
+_SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+_XET_REFUSAL = re.compile(r"HTTP status client error \((\d{3})")
+_CONFLICTS = frozenset({409, 412})
+
+
+@contextmanager
+def push_errors(repo: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one sentence with the next step; no token survives in it or its causes."""
+    try:
+        yield
+    except LoftqError:
+        raise
+    except (HTTPError, CutShort, OfflineModeIsEnabled, OSError, ValueError) as error:
+        _scrub(error)
+        raise _sentence(error, repo) from error
+
+
+def redact(text: str) -> str:
+    """The text without the user's token, anything that looks like one, or the signature of a link."""
+    token = get_token()
+    text = text.replace(token, "***") if token else text
+    return _SIGNATURE.sub(r"\1?***", _TOKEN.sub("***", text))
+
+
+def nobody_logged_in() -> LoftqError:
+    """There is no token to push with."""
+    endpoint = HfApi().endpoint
+    return LoftqError(
+        f"nobody is logged in to {endpoint}: make a token with write access at {endpoint}/settings/tokens, then run "
+        "`hf auth login` or set HF_TOKEN."
+    )
+
+
+def offline() -> LoftqError:
+    """The environment forbids what a push needs."""
+    return LoftqError(
+        "pushing needs the Hub, but HF_HUB_OFFLINE is set: unset it, then run the same command again to go on."
+    )
+
+
+def network_cause(error: BaseException) -> BaseException | None:
+    """The failed request under an error that huggingface_hub wrapped; None where there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, HTTPError):
+        found = found.__cause__
+    return found
+
+
+def _scrub(error: BaseException) -> None:
+    """Take tokens out of an error and all that led to it: `--debug` prints them."""
+    seen: set[int] = set()
+    rest: list[BaseException | None] = [error]
+    while rest:
+        one = rest.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.args = tuple(redact(item) if isinstance(item, str) else item for item in one.args)
+        rest += [one.__cause__, one.__context__]
+
+
+def _sentence(error: Exception, repo: str) -> LoftqError:
+    endpoint = HfApi().endpoint
+    status = _status(error)
+    said = _server_words(error)
+    tokens = f"{endpoint}/settings/tokens"
+    if isinstance(error, OfflineModeIsEnabled):
+        return offline()
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return LoftqError(
+            f"{endpoint} does not accept the token{said}: make a new one with write access at {tokens}, then run "
+            "`hf auth login` or correct HF_TOKEN."
+        )
+    if status == 403:
+        return LoftqError(
+            f"the token may not write to {repo}{said}: take one with write access from {tokens}, or give --create-pr "
+            "where the repository is not yours."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return LoftqError(f"{repo} has no such revision{said}: {endpoint}/{repo}/tree/main lists branches and tags.")
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return LoftqError(
+            f"{endpoint} shows no {repo} to this token{said}: check the spelling and that the token has write access."
+        )
+    if status in _CONFLICTS:
+        return LoftqError(
+            f"{repo} was changed by somebody else at the same time{said}: run the same command again.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
+    if (isinstance(error, (HTTPError, CutShort)) and passes(error)) or _gave_up(error):
+        return LoftqError(
+            f"{endpoint} does not answer ({redact(reason(error))}), so {repo} is incomplete: run the same command "
+            "again to go on, what is there is not sent again.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
+    if status:
+        return LoftqError(f"{endpoint} refuses the push to {repo} (HTTP status {status}){said}: look at {endpoint}.")
+    return LoftqError(f"pushing to {repo} failed ({redact(reason(error))}): run the same command again.")
+
+
+def _status(error: Exception) -> int:
+    """The Hub's answer; hf_xet, which uploads large files, only tells it in words."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    if isinstance(error, PermissionError) and type(error).__module__.startswith("hf_xet"):
+        return 403
+    match = _XET_REFUSAL.search(str(error)) if isinstance(error, ConnectionError) else None
+    return int(match[1]) if match else 0
+
+
+def _gave_up(error: Exception) -> bool:
+    """Whether hf_xet lost its connection; it has tried for minutes by then."""
+    return isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _server_words(error: Exception) -> str:
+    """What the Hub says itself, in brackets: a full quota or a missing right is only named there."""
+    words = getattr(error, "server_message", None)
+    if not words:
+        return ""
+    return f" ({redact(re.sub(r'https?://[^ ]+', '…', ' '.join(str(words).split())))[:200].rstrip('.')})"

@@ -1,0 +1,110 @@
+"""Output files filled in place: headers first, then every tensor at its planned position, in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loftq_cli.tensorfile.layout import TensorFile
+
+_PIECE = 8 << 20
+# macOS has no fdatasync.
+_flush = getattr(os, "fdatasync", os.fsync)
+
+
+class ShardWriter:
+    """Preallocated safetensors files; `place` says where a file of the plan lies.
+
+    A file has its final size and header from the start; what is not written yet reads as zeros. Nothing here decides
+    when a file counts as complete: the journal does.
+    """
+
+    def __init__(self, place: Callable[[str], Path], files: tuple[TensorFile, ...]) -> None:
+        self._place = place
+        self._files = {file.name: file for file in files}
+        self._homes = {tensor.name: (file, tensor) for file in files for tensor in (*file.tensors, *file.pieces)}
+        self._handles: dict[str, int] = {}
+
+    def prepare(self) -> None:
+        """Create what is missing; a file that is there already keeps its content."""
+        for file in self._files.values():
+            path = self._place(file.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._handles[file.name] = handle
+            if os.fstat(handle).st_size != file.nbytes or os.pread(handle, len(file.header), 0) != file.header:
+                os.ftruncate(handle, 0)
+                os.ftruncate(handle, file.nbytes)
+                _write_all(handle, memoryview(file.header), 0)
+
+    def open(self) -> None:
+        """Open files that another process has prepared."""
+        for file in self._files.values():
+            self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors at their places and flush them to the disk."""
+        touched = set()
+        for name, tensor in tensors.items():
+            file, planned = self._homes[name]
+            assert tensor.dtype == planned.dtype and tuple(tensor.shape) == planned.shape, f"{name} is not as planned"
+            _write_all(self._handles[file.name], tensor_bytes(tensor), file.starts[name])
+            touched.add(file.name)
+        for name in touched:
+            _flush(self._handles[name])
+
+    def hash(self, name: str) -> str:
+        """The sha256 of the bytes that stand at a tensor's place, read in pieces."""
+        file, planned = self._homes[name]
+        digest = hashlib.sha256()
+        for piece in read_pieces(self._handles[file.name], file.starts[name], planned.nbytes):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def write_at(self, name: str, offset: int, content: Tensor) -> None:
+        """Fill part of a tensor, from `offset` bytes on; `flush` brings it to the disk."""
+        file, _ = self._homes[name]
+        _write_all(self._handles[file.name], tensor_bytes(content), file.starts[name] + offset)
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        for handle in self._handles.values():
+            _flush(handle)
+
+    def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
+        """The bytes that stand at a tensor's place, all or `nbytes` from `offset` on."""
+        file, planned = self._homes[name]
+        return os.pread(
+            self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset
+        )
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+            os.close(handle)
+        self._handles.clear()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, row-major, without a copy where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def read_pieces(handle: int, start: int, count: int) -> Iterator[bytes]:
+    """`count` bytes from `start` on, or fewer where the file ends."""
+    while count > 0 and (piece := os.pread(handle, min(count, _PIECE), start)):
+        yield piece
+        start, count = start + len(piece), count - len(piece)
+
+
+def _write_all(handle: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, position)
+        data, position = data[written:], position + written

@@ -1,0 +1,244 @@
+"""Whether a finished directory still is, to the last bit, what was written; with the source, whether the files hold
+what the manifest says of every matrix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.artifacts.manifest import (
+    NAME,
+    KeptRecord,
+    Manifest,
+    MatrixRecord,
+    is_sealed,
+    parse_manifest,
+    read_manifest,
+    unfinished,
+)
+from loftq_cli.artifacts.origin import recipe_for
+from loftq_cli.engine.output.directory import STATE
+from loftq_cli.errors import LoftqError
+from loftq_cli.machine.precision import full_precision
+from loftq_cli.tensorfile.hashing import FileRecord, hash_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.checkpoint import Checkpoint
+
+# The manifest keeps eight digits of a float32 computation whose order depends on the machine; at the residuals of
+# 8 bits a float32 difference W - Q has fewer digits left.
+RELATIVE_TOLERANCE = 1e-4
+ABSOLUTE_TOLERANCE = 1e-7
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One difference: the file or tensor, and what is wrong with it."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.what}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: what is being looked at, and how much of its pass is done, in bytes of files or in tensors."""
+
+    name: str
+    done: int
+    total: int
+    of_bytes: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at and every difference that was found.
+
+    Attributes:
+        files, nbytes: files of the manifest that were hashed, the manifest itself included.
+        matrices, kept: quantized matrices whose residual was recomputed, and copied tensors that were compared; 0
+            without a source.
+        largest_deviation: |recomputed - recorded| / recorded over the residuals, at most RELATIVE_TOLERANCE if good.
+    """
+
+    directory: str
+    source: str | None
+    files: int
+    nbytes: int
+    matrices: int
+    kept: int
+    largest_deviation: float
+    seconds: float
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@full_precision()
+def verify(
+    directory: str | Path,
+    *,
+    source: str | Path | None = None,
+    revision: str | None = None,
+    stream: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> Verification:
+    """Re-read and hash every file of a finished output; with `source`, recompute every residual from the files.
+
+    The manifest must carry its own digest, every file it lists must be there with the size and sha256 it lists, and no
+    other file may be (names that start with a dot, such as `.gitattributes`, are nobody's business). With `source`,
+    every matrix is decoded by the container's own decoder and ‖W - Q - BA‖ / ‖W‖ must be the manifest's within
+    RELATIVE_TOLERANCE; copied tensors must be the source's, bit for bit. That holds one matrix in memory at a time,
+    and only happens where all files are right.
+
+    Args:
+        directory: output of `quantize`.
+        source: the checkpoint it was made from: a directory, or a model on the Hub as `org/name` or `org/name@revision`
+            (by default at the commit the manifest names).
+        stream: read a model on the Hub by range requests and keep no copy.
+        progress: is told of every piece of work that is done.
+
+    Raises:
+        LoftqError: there is no finished conversion, or the source cannot be read. Differences raise nothing.
+    """
+    started, path = time.perf_counter(), Path(directory).expanduser()
+    tell = progress or (lambda step: None)
+    manifest, problems = _check_manifest(path)
+    found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))
+    if manifest is not None:
+        found = _check_files(path, manifest, found, tell)
+    if manifest is not None and source is not None and found.ok:
+        found = _check_source(path, manifest, found, str(source), revision, stream, tell)
+    return replace(found, seconds=round(time.perf_counter() - started, 3))
+
+
+def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
+    """The manifest, if it can be read at all, and whether it is what was written."""
+    if not (path / NAME).exists() and (path / "loftq.yaml").exists() and not (path / STATE).exists():
+        return None, [Problem(NAME, "is missing: nothing tells what the files must be")]
+    if not (path / NAME).exists() or ((path / STATE).is_dir() and not (path / "config.json").exists()):
+        read_manifest(path)
+        raise unfinished(path)
+    try:
+        content = (path / NAME).read_bytes()
+        sealed, manifest = is_sealed(content), parse_manifest(path / NAME, content)
+    except (OSError, LoftqError):
+        return None, [Problem(NAME, "is damaged: it cannot be read")]
+    return manifest, [] if sealed else [Problem(NAME, "is damaged: its digest is not that of its content")]
+
+
+def _check_files(path: Path, manifest: Manifest, found: Verification, tell: Callable[[Step], None]) -> Verification:
+    problems, hashed = [], 0
+    total = sum(record.nbytes for record in manifest.files.values())
+    for name, record in manifest.files.items():
+        tell(Step(name, hashed, total, of_bytes=True))
+        problem = _check_file(path / name, record)
+        problems += [] if problem is None else [Problem(name, problem)]
+        hashed += record.nbytes
+    tell(Step("", total, total, of_bytes=True))
+    known = {NAME, *manifest.files}
+    problems += [Problem(name, "is not part of the conversion") for name in _present(path) if name not in known]
+    size = total + (path / NAME).stat().st_size
+    return replace(found, files=len(known), nbytes=size, problems=(*found.problems, *problems))
+
+
+def _check_file(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file."""
+    try:
+        if not path.is_file():
+            return "is missing"
+        size = path.stat().st_size
+        if size != record.nbytes:
+            return f"is {size} bytes long instead of {record.nbytes}"
+        return None if hash_file(path).sha256 == record.sha256 else "is damaged: its sha256 is another"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _present(path: Path) -> list[str]:
+    """Files there are, by their path inside the directory."""
+    files = (found.relative_to(path) for found in path.rglob("*") if not found.is_dir())
+    return sorted(file.as_posix() for file in files if not file.parts[0].startswith("."))
+
+
+def _check_source(
+    path: Path,
+    manifest: Manifest,
+    found: Verification,
+    source: str,
+    revision: str | None,
+    stream: bool,
+    tell: Callable[[Step], None],
+) -> Verification:
+    """The files against the source, one tensor at a time."""
+    from loftq_cli.checkpoint import open_source
+    from loftq_cli.checkpoint.base import read_named
+
+    asked = recipe_for(manifest, source, revision)
+    with open_source(asked, stream=stream) as (checkpoint, resolved):
+        found = replace(found, source=resolved.model)
+        if checkpoint.fingerprint != manifest.source_fingerprint:
+            what = "is not the model the conversion was made from: its config or its tensors' shapes are others"
+            return replace(found, problems=(Problem(source, what),))
+        records: tuple[MatrixRecord | KeptRecord, ...] = (*manifest.matrices, *manifest.kept)
+        problems, largest = [], 0.0
+        for done, record in enumerate(records):
+            tell(Step(record.tensor, done, len(records), of_bytes=False))
+            if isinstance(record, MatrixRecord):
+                residual = recompute_residual(path, manifest, record, read_named(checkpoint, record.tensor))
+                largest = max(largest, _deviation(residual, record.residual))
+                if not _agrees(residual, record.residual):
+                    what = f"leaves a residual of {residual:.8g} where the manifest says {record.residual:.8g}"
+                    problems.append(Problem(record.tensor, what))
+            elif not _is_copied(path, record, checkpoint):
+                problems.append(Problem(record.tensor, "is not the source's tensor"))
+        tell(Step("", len(records), len(records), of_bytes=False))
+    return replace(
+        found,
+        matrices=len(manifest.matrices),
+        kept=len(manifest.kept),
+        largest_deviation=float(f"{largest:.3g}"),
+        problems=tuple(problems),
+    )
+
+
+def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:
+    """‖W - Q - BA‖_F / ‖W‖_F of one matrix, Q and BA as the files hold them; `weight` [as in the source] is used up."""
+    from loftq_cli.artifacts.decode import decode_matrix, read_factors
+    from loftq_cli.numerics.lowrank.truncate import frobenius
+
+    error = weight.T.float().contiguous() if record.transposed else weight.float()
+    norm = frobenius(error)
+    error -= decode_matrix(path, manifest, record)
+    if record.rank:
+        error.addmm_(*read_factors(path, manifest, record), alpha=-1)
+    return frobenius(error) / norm if norm else 0.0
+
+
+def _is_copied(path: Path, record: KeptRecord, checkpoint: Checkpoint) -> bool:
+    from loftq_cli.artifacts.decode import read_tensor
+    from loftq_cli.checkpoint.base import read_named
+    from loftq_cli.tensorfile.writer import tensor_bytes
+
+    written, original = read_tensor(path, record.tensor), read_named(checkpoint, record.tensor)
+    # Bytes, so that a NaN is equal to itself.
+    return written.shape == original.shape and tensor_bytes(written) == tensor_bytes(original.to(written.dtype))
+
+
+
+
+def _agrees(residual: float, recorded: float) -> bool:
+    return abs(residual - recorded) <= max(RELATIVE_TOLERANCE * recorded, ABSOLUTE_TOLERANCE)
+
+
+def _deviation(residual: float, recorded: float) -> float:
+    return abs(residual - recorded) / recorded if recorded else 0.0
