@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from loftq_cli._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loftq_cli.api import plan as plan

@@ -205,7 +205,7 @@ def _plan(
     measuring: Callable[[int, int], None],
     nonfinite: Mapping[str, str] | None = None,
 ) -> Plan:
-    from loftq_cli import __version__
+    from loftq_cli._version import __version__
     from loftq_cli.budget.mixing import mix
     from loftq_cli.planning.plan import find_modules, make_plan
 
@@ -217,7 +217,7 @@ def _plan(
 
 def _unmixed_plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
     """The matrices of a conversion, before bits and ranks are allocated."""
-    from loftq_cli import __version__
+    from loftq_cli._version import __version__
     from loftq_cli.planning.plan import make_plan
 
     return make_plan(recipe.unmixed(), checkpoint, _output(recipe, output), __version__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 
 
 class Reporter:

@@ -16,7 +16,8 @@ from loftq_cli.artifacts.manifest import MANIFEST_VERSION, KeptRecord, Manifest,
 from loftq_cli.formats.base import DTYPE_NAMES
 from loftq_cli.machine.usage import Cost, versions
 from loftq_cli.numerics.grids.blocks import BlockGrid
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.tensorfile.hashing import FileRecord
 
 CARD = "README.md"

@@ -112,7 +112,7 @@ def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
 
 def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """Where the second moments of a source on a text are kept: in the user's cache folder."""
-    from loftq_cli import __version__
+    from loftq_cli._version import __version__
 
     if recipe.revision is not None:
         source: list[object] = [recipe.model, recipe.revision]

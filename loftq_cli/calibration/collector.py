@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loftq_cli.calibration.moments import _FORMAT
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.tensorfile.layout import lay_out
+from loftq_cli.tensorfile.tensors import OutputTensor
 from loftq_cli.tensorfile.writer import ShardWriter
 
 

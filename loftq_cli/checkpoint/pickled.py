@@ -20,10 +20,11 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
-from loftq_cli.checkpoint.base import SAFETENSORS_NAMES, SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.base import SideFile, TensorInfo, fingerprint
 from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
+from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"

@@ -48,7 +48,7 @@ def _print_version(wanted: bool) -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    from loftq_cli import __version__
+    from loftq_cli._version import __version__
 
     typer.echo(f"loftq {__version__}\npython {platform.python_version()}")
     for package in _PACKAGES:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loftq_cli.artifacts.summary import TextSizes
-    from loftq_cli.planning.plan import Plan, Unit
+    from loftq_cli.planning.plan import Plan
+    from loftq_cli.planning.units import Unit
 
 
 def plan_command(

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.cli.terminal import duration, gigabytes, messages, warn
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
 _LINE_EVERY = 5.0  # seconds between plain lines

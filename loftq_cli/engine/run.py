@@ -37,7 +37,8 @@ from loftq_cli.kernels import load_kernels
 from loftq_cli.machine.memory import shared_memory
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import Cost, own_cost
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 from loftq_cli.tensorfile.hashing import FileRecord, check_file
 from loftq_cli.tensorfile.writer import ShardWriter

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.modules.experts import Expert
 from loftq_cli.numerics.methods.qalora import peft_constant, pooled, widened
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 FOLDER = "loftq_init"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"

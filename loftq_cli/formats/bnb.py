@@ -26,7 +26,6 @@ from loftq_cli.formats.base import (
     DTYPE_NAMES,
     FormatDefaults,
     GridRequest,
-    OutputTensor,
     QuantizedMatrix,
     Refusal,
     Request,
@@ -39,6 +38,7 @@ from loftq_cli.numerics.grids.codebooks import Codebook, codebook
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.grids.nested import NESTED_BLOCK, NestedScales, dynamic_map
 from loftq_cli.numerics.grids.panels import panels
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)

@@ -14,18 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loftq_cli.formats.base import (
-    ANY_REQUEST,
-    FormatDefaults,
-    GridRequest,
-    OutputTensor,
-    QuantizedMatrix,
-    Refusal,
-    Request,
-)
+from loftq_cli.formats.base import ANY_REQUEST, FormatDefaults, GridRequest, QuantizedMatrix, Refusal, Request
 from loftq_cli.formats.packed import PackedFormat
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 
 class DenseFormat(FormatDefaults):

@@ -26,7 +26,6 @@ from loftq_cli.formats.base import (
     ANY_REQUEST,
     FormatDefaults,
     GridRequest,
-    OutputTensor,
     QuantizedMatrix,
     Refusal,
     Request,
@@ -37,6 +36,7 @@ from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_words, unpack_words
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 _WORD = 32  # codes that fill whole int32 words at every width
 # Where optimum looks for a decoder's blocks; nothing outside them is quantized.

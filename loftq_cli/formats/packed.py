@@ -35,7 +35,6 @@ from loftq_cli.formats.base import (
     DTYPE_NAMES,
     FormatDefaults,
     GridRequest,
-    OutputTensor,
     QuantizedMatrix,
     Refusal,
     Request,
@@ -48,6 +47,7 @@ from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_rows
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 QUANT_METHOD = "loftq"
 CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written

@@ -12,14 +12,14 @@ from torch import Tensor
 from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.errors import UsageError
-from loftq_cli.formats.base import DTYPES, GridRequest, OutputTensor, QuantizedMatrix, Refusal, Request, groups_of
+from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix, Refusal, Request, groups_of
 from loftq_cli.formats.gguf.format import GgufFormat
 from loftq_cli.formats.packed import PackedFormat
 from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.grids.grid import dequantize
 from loftq_cli.numerics.lowrank.truncate import frobenius
-from loftq_cli.tensorfile.layout import TensorFile
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 if TYPE_CHECKING:
     from loftq_cli.merging.job import Merge, Piece

@@ -11,8 +11,8 @@ from torch import Tensor
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.base import read_named
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ from loftq_cli.merging.trained_adapter import WEIGHTS, read_adapter
 from loftq_cli.planning.plan import INDEX, index_text
 from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import hash_file
-from loftq_cli.tensorfile.layout import TensorFile, lay_out, shard, shard_names
+from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
+from loftq_cli.tensorfile.tensors import TensorFile
 from loftq_cli.tensorfile.writer import ShardWriter
 
 

@@ -11,12 +11,12 @@ from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import KeptRecord, MatrixRecord
 from loftq_cli.checkpoint import TensorInfo
 from loftq_cli.formats import get_format
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.merging.into_gguf import blocks_of_record, copied, into_gguf
 from loftq_cli.merging.job import Merge, Piece
 from loftq_cli.merging.places import expert_name
 from loftq_cli.numerics.lowrank.truncate import frobenius
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 
 def pieces_of(job: Merge) -> Iterator[Piece]:

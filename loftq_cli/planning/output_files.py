@@ -16,7 +16,8 @@ from loftq_cli.formats.base import DTYPE_NAMES, Request
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe, parse_size, write_yaml
-from loftq_cli.tensorfile.layout import TensorFile, lay_out, shard, shard_names
+from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
+from loftq_cli.tensorfile.tensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
 _SCRATCH = "scratch.safetensors"

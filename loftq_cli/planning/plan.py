@@ -16,7 +16,7 @@ from loftq_cli.checkpoint.base import fingerprint, name_order
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import adapter
 from loftq_cli.formats.adapter import AdapterTarget
-from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, OutputTensor, Request
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, Request
 from loftq_cli.modules.roles import ModuleMap, map_modules
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.planning.checks import (
@@ -32,7 +32,7 @@ from loftq_cli.planning.resolve import resolve
 from loftq_cli.planning.select import Decision, decide
 from loftq_cli.planning.units import Unit, calibration_notes, dense_experts, expert_notes, make_units
 from loftq_cli.recipe.model import Recipe
-from loftq_cli.tensorfile.layout import TensorFile
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 __all__ = ["INDEX", "Plan", "Unit", "find_modules", "index_text", "make_plan", "refuse_together"]
 

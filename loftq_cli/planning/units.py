@@ -15,7 +15,7 @@ from loftq_cli.checkpoint.base import entry, read_named
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.formats import adapter, get_format
 from loftq_cli.formats.adapter import AdapterTarget
-from loftq_cli.formats.base import GridRequest, MatrixKind, OutputTensor, QuantizedMatrix, Refusal, Request
+from loftq_cli.formats.base import GridRequest, MatrixKind, QuantizedMatrix, Refusal, Request
 from loftq_cli.modules.experts import Expert
 from loftq_cli.modules.roles import ModuleMap, TensorRole
 from loftq_cli.numerics.grids.affine import ScaleRule
@@ -23,6 +23,7 @@ from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.planning.select import Decision
 from loftq_cli.recipe.model import Recipe
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 UNWEIGHTED = ("embedding", "expert")  # kinds whose inputs calibration does not see
 

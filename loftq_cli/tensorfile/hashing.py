@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.tensorfile.layout import TensorFile
+from loftq_cli.tensorfile.tensors import TensorFile
 from loftq_cli.tensorfile.writer import read_pieces
 
 HEADER = "the header"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from loftq_cli.checkpoint.base import SAFETENSORS_NAMES
-from loftq_cli.formats.base import OutputTensor, TensorFile
+from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loftq_cli.tensorfile.layout import TensorFile
+from loftq_cli.tensorfile.tensors import TensorFile
 
 _PIECE = 8 << 20
 # macOS has no fdatasync.

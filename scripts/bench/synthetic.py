@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
+from loftq_cli.tensorfile.tensors import OutputTensor
 from loftq_cli.tensorfile.writer import tensor_bytes
 
 _LEADING = 32  # strong directions of a matrix

@@ -21,9 +21,9 @@ import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.progress import Reporter
 from loftq_cli.runtime import LoftqLinear
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 2}
 # One matrix an expert; the same with shared experts and dense MLPs of the same names; one 3-D tensor, transposed.

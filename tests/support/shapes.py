@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from loftq_cli.formats.base import DTYPES, OutputTensor
+from loftq_cli.formats.base import DTYPES
 from loftq_cli.tensorfile.layout import lay_out
+from loftq_cli.tensorfile.tensors import OutputTensor
 from support.paths import TESTS
 
 CONFIGS = TESTS / "data" / "shapes"

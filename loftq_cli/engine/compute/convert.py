@@ -39,7 +39,7 @@ from loftq_cli.numerics.methods.weighted import (
 )
 from loftq_cli.numerics.methods.zero_start import zero_start
 from loftq_cli.numerics.quantizers.protocols import FittingQuantizer, Quantizer
-from loftq_cli.planning.plan import Unit
+from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe
 
 

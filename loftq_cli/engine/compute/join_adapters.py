@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from loftq_cli.formats.adapter import AdapterTarget, adapter_tensors, own_columns
-from loftq_cli.formats.base import OutputTensor
 from loftq_cli.planning.plan import Plan
+from loftq_cli.tensorfile.tensors import OutputTensor
 from loftq_cli.tensorfile.writer import ShardWriter, tensor_bytes
 
 _ROWS_BYTES = 64 << 20  # of the joint tensor, in memory at one time

@@ -22,8 +22,8 @@ from loftq_cli.engine.compute.transfers import Leaving, Staged, Transfers, trans
 from loftq_cli.engine.output.journal import Entry, Journal, hash_tensors
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.memory import Room, is_out_of_memory
-from loftq_cli.planning.plan import Plan, Unit
-from loftq_cli.planning.units import UNWEIGHTED
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.progress import Reporter
 from loftq_cli.tensorfile.writer import ShardWriter
 

@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from loftq_cli.numerics.methods.stacked import may_stack
-from loftq_cli.planning.plan import Unit
-from loftq_cli.planning.units import UNWEIGHTED
+from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
 MOST_BATCHED = 32  # launching a matrix's kernels once for this many leaves them a share that no longer shows

@@ -28,7 +28,8 @@ from loftq_cli.engine.cost.pace import choose_pace
 from loftq_cli.machine.cache import cache_folder, keep, read_cached
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import versions
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe
 
 _TRIAL_WEIGHTS = 16_000_000  # large enough that the work is in proportion to it, small enough for a second or two

@@ -9,7 +9,8 @@ import torch
 from loftq_cli.engine.compute.lanes import KEPT_BYTES, LANE_BYTES, Pace
 from loftq_cli.engine.compute.stacks import Batch, form_batches
 from loftq_cli.machine.usage import resident_memory
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 
 _WORKING_SET = 12  # bytes a weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 

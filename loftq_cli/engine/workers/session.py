@@ -23,7 +23,8 @@ from pathlib import Path
 from loftq_cli.engine.compute.stacks import Batch
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.engine.output.lock import Holder
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 
 MAIN = "main"
 BEAT_SECONDS = 1.0

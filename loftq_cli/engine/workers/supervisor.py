@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import loftq_cli
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.engine.compute.stacks import Batch
 from loftq_cli.engine.output.directory import STATE, journal_of
@@ -176,7 +175,7 @@ class _Watch:
 
 def _start(order: Order, state: Path) -> Child:
     """A worker in a session of its own, so that Ctrl-C reaches only the main process."""
-    package = str(Path(loftq_cli.__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[3])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # What a launcher told this process does not hold for its workers.
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -90,7 +90,7 @@ def follow(order: Order) -> Manifest:
 def _work(order: Order, tell: Callable[..., None]) -> Cost:
     import torch
 
-    from loftq_cli import __version__
+    from loftq_cli._version import __version__
     from loftq_cli.calibration.calibrate import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.compute.pipeline import Run, work_off

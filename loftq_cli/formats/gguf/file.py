@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loftq_cli.formats.base import OutputTensor, TensorFile
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 _ALIGNMENT = 32
 _VERSION = 3

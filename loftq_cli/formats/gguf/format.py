@@ -31,11 +31,9 @@ from loftq_cli.formats.base import (
     ANY_REQUEST,
     FormatDefaults,
     GridRequest,
-    OutputTensor,
     QuantizedMatrix,
     Refusal,
     Request,
-    TensorFile,
     affine_grid,
     groups_of,
 )
@@ -44,6 +42,7 @@ from loftq_cli.formats.gguf.vocabulary import vocabulary_values
 from loftq_cli.formats.refusals import INSTEAD, integers_only
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
+from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 FILE, LORA_FILE = "model.gguf", "loftq_init/adapter.gguf"
 _BLOCK = 32

@@ -22,7 +22,8 @@ from loftq_cli.engine.cost import estimate as estimate_module
 from loftq_cli.engine.cost.memory import peak_memory
 from loftq_cli.engine.cost.pace import choose_pace
 from loftq_cli.errors import LoftqError
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 2}

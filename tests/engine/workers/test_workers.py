@@ -31,7 +31,8 @@ from loftq_cli.engine.workers.launcher import launched_rank
 from loftq_cli.engine.workers.session import Presence, Session, Silence, Status, work_of
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.devices import choose_devices
-from loftq_cli.planning.plan import Plan, Unit
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
 LIMIT = 300  # seconds for a command that takes a few: the machine may be busy
