@@ -32,6 +32,7 @@ SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even b
 _ROUGH_SPREAD = 256.0  # up to which it blurs the smallest
 MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
 _ROUGH_MOST = 0.999  # above which that noise would be a good part of it
+_LEAST_LEFT = 1e-3  # share of the energy below which what is left would be noise of float32 squares
 SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
 
 
@@ -100,7 +101,8 @@ def krylov_low_rank(
     """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` or of random columns.
 
     Where the matrix is small or the space would be two thirds as wide, the Gram matrix is exact and as cheap, and is
-    taken. Squares are taken in float32 first, and in float64 where the spectrum found is too wide for that.
+    taken. Squares are taken in float32 first, and in float64 where the spectrum found is too wide for that, or where
+    so little of the residual is left that the errors of float32 squares would show in it.
 
     Args:
         residual: float32; or bfloat16, for which see `half_low_rank`.
@@ -110,7 +112,8 @@ def krylov_low_rank(
         norm: ‖residual‖_F, where it is known already.
     """
     rank = min(rank, *residual.shape)
-    scale = _power_of_two(frobenius(residual) if norm is None else norm)
+    norm = frobenius(residual) if norm is None else norm
+    scale = _power_of_two(norm)
     if scale != 1.0:
         scaled = krylov_low_rank(residual * scale, rank, previous=previous, depth=depth, generator=generator)
         return LowRank(scaled.u, scaled.s / scale, scaled.v)
@@ -118,10 +121,10 @@ def krylov_low_rank(
     trusts = previous is None or _narrow(previous.s)
     if space is None:
         found = gram_low_rank(residual, rank, careful=False) if trusts else None
-        return found if found is not None and _narrow(found.s) else gram_low_rank(residual, rank)
+        return found if found is not None and _enough(found, norm) else gram_low_rank(residual, rank)
     start = space.start(residual, previous, generator)
     found = space.search(residual, start, careful=False) if trusts else None
-    return found if found is not None and _narrow(found.s) else space.search(residual, start, careful=True)
+    return found if found is not None and _enough(found, norm) else space.search(residual, start, careful=True)
 
 
 def half_low_rank(
@@ -242,6 +245,11 @@ def _power_of_two(norm: float) -> float:
     if norm == 0.0 or 1 / SAFE_NORM < norm < SAFE_NORM:
         return 1.0
     return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
+
+
+def _enough(found: LowRank, norm: float) -> bool:
+    """True if squares in float32 were exact enough for what was found and for what it leaves."""
+    return _narrow(found.s) and norm**2 - found.energy > _LEAST_LEFT * norm**2
 
 
 def _narrow(s: Tensor, spread: float = SPREAD) -> bool:
