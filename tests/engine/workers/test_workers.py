@@ -28,7 +28,7 @@ from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.workers import session as session_module
 from loftq_cli.engine.workers import supervisor as supervise
 from loftq_cli.engine.workers.launcher import launched_rank
-from loftq_cli.engine.workers.session import Presence, Session, Silence, Status, work_of
+from loftq_cli.engine.workers.session import Heartbeat, LivenessMonitor, Session, WorkerStatus, work_of
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.devices import choose_devices
 from loftq_cli.planning.plan import Plan
@@ -225,7 +225,7 @@ def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tm
     def join(run_id: str) -> None:
         session = Session(out, run_id)
         (unit,) = next(session.claimed(plan)).units
-        status = Status(beat=5, host="node7", pid=4711, unit=unit.tensor)
+        status = WorkerStatus(beat=5, host="node7", pid=4711, unit=unit.tensor)
         (session.path / "status.1").write_text(json.dumps(dataclasses.asdict(status)))
 
     with closing(open_checkpoint(random_llama)) as checkpoint, pytest.raises(LoftqError) as caught:
@@ -263,27 +263,27 @@ def test_each_unit_is_claimed_once_largest_first_and_not_after_a_stop(random_lla
 def test_a_status_is_rewritten_in_place_and_its_silence_is_noticed(tmp_path: Path) -> None:
     session = Session(tmp_path, "a")
     session.path.mkdir(parents=True)
-    presence, silence = Presence(session, "3"), Silence()
-    presence.tell(unit="x.weight", error="e" * 9000)
+    heartbeat, liveness = Heartbeat(session, "3"), LivenessMonitor()
+    heartbeat.update(unit="x.weight", error="e" * 9000)
     size = (session.path / "status.3").stat().st_size
     status = session.statuses()["3"]
     assert size == 4096 and status.unit == "x.weight" and status.error.startswith("eee") and status.pid == os.getpid()
-    presence.close()
-    assert silence.seconds("3", status) == 0.0
+    heartbeat.close()
+    assert liveness.silent_seconds("3", status) == 0.0
     time.sleep(0.02)
-    assert silence.seconds("3", status) >= 0.02 and silence.seconds("3", None) >= 0.02
-    presence.tell(unit="y.weight")
-    assert silence.seconds("3", session.statuses()["3"]) == 0.0
+    assert liveness.silent_seconds("3", status) >= 0.02 and liveness.silent_seconds("3", None) >= 0.02
+    heartbeat.update(unit="y.weight")
+    assert liveness.silent_seconds("3", session.statuses()["3"]) == 0.0
 
 
 def test_a_dead_process_of_this_machine_is_seen_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = psutil.Process(process.pid).create_time()
-    status = Status(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
-    assert Silence().why_gone("1", status) is None
+    status = WorkerStatus(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
+    assert LivenessMonitor().why_dead("1", status) is None
     process.kill()
     process.wait()
-    assert Silence().why_gone("1", status) == "has died"
+    assert LivenessMonitor().why_dead("1", status) == "has died"
 
 
 def test_devices(monkeypatch) -> None:
