@@ -28,6 +28,7 @@ from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.workers import session as session_module
 from loftq_cli.engine.workers import supervisor as supervise
 from loftq_cli.engine.workers.launcher import launched_rank
+from loftq_cli.engine.workers.order import Order
 from loftq_cli.engine.workers.session import Heartbeat, LivenessMonitor, Session, WorkerStatus, work_of
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.devices import choose_devices
@@ -274,6 +275,39 @@ def test_a_status_is_rewritten_in_place_and_its_silence_is_noticed(tmp_path: Pat
     assert liveness.silent_seconds("3", status) >= 0.02 and liveness.silent_seconds("3", None) >= 0.02
     heartbeat.update(unit="y.weight")
     assert liveness.silent_seconds("3", session.statuses()["3"]) == 0.0
+
+
+def test_damaged_statuses_and_work_lists_are_named_with_their_field(tmp_path: Path) -> None:
+    session = Session(tmp_path, "a")
+    session.path.mkdir(parents=True)
+    (session.path / "status.1").write_text('{"beat": 3')
+    assert session.statuses() == {}, "it is being written"
+    for content, said in {
+        '{"beat": "3"}': "beat must be an integer, not '3'",
+        '{"colour": 3}': "colour is not a known field",
+        '{"exit_code": 77}': "exit_code must be one of 0, 1, 2, 3, 4 or 130, not 77",
+        '{"started": NaN}': "started must be a finite number, not nan",
+    }.items():
+        (session.path / "status.1").write_text(content)
+        with pytest.raises(LoftqError) as caught:
+            session.statuses()
+        assert f"{session.path / 'status.1'} is damaged ({said}): make sure that all workers" in str(caught.value)
+        assert caught.value.exit_code == ExitCode.INCOMPLETE
+    (session.path / "units").write_text('{"fingerprint": "f", "units": [[0, -1]], "finished": [], "nonfinite": {}}')
+    with pytest.raises(LoftqError, match=r"units is damaged \(units\[0\]\[1\] must be at least 0, not -1\)"):
+        session.work_list()
+
+
+def test_orders_are_checked() -> None:
+    order = Order({"model": "m"}, "out", False, 1, "cpu", None, 10**9, "run")
+    assert Order.from_json(order.to_json()) == order
+    for fields, said in (({"rank": -1}, "rank must be at least 0"), ({"more": 1}, "more is not a known field")):
+        with pytest.raises(LoftqError, match=rf"the order on standard input is damaged \({said}"):
+            Order.from_json(json.dumps({**json.loads(order.to_json()), **fields}))
+    words = [sys.executable, "-m", "loftq_cli.engine.workers.worker"]
+    done = subprocess.run(words, input='{"rank": "x"}\n', capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == ExitCode.FAILED and len(done.stderr.strip().splitlines()) == 1
+    assert "the order on standard input is damaged (recipe is missing)" in done.stderr
 
 
 def test_a_dead_process_of_this_machine_is_seen_at_once() -> None:
