@@ -210,6 +210,11 @@ def _check_source(
                 continue
             try:
                 if isinstance(record, MatrixRecord):
+                    shape = tuple(original.shape[::-1] if record.transposed else original.shape)
+                    if shape != record.shape:
+                        what = f"is {list(shape)} in the source where the manifest says {list(record.shape)}"
+                        problems.append(Problem(record.tensor, what))
+                        continue
                     residual = recompute_residual(path, manifest, record, original)
                     largest = max(largest, _deviation(residual, record.residual))
                     if not _agrees(residual, record.residual):

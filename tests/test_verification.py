@@ -166,7 +166,8 @@ def test_records_that_do_not_fit_the_files_are_differences(copy: Path, source: P
     misfit = "cannot be read from the files as loftq.json describes it"
     for matrices, others, said in (
         ([dataclasses.replace(first, module="nowhere")], [], misfit),
-        ([dataclasses.replace(first, shape=(3, 5))], [], misfit),
+        ([dataclasses.replace(first, block_size=first.block_size * 2)], [], misfit),
+        ([dataclasses.replace(first, shape=(3, 5))], [], f"is {list(first.shape)} in the source where"),
         ([dataclasses.replace(first, tensor="nowhere")], [], "is not a tensor of the source"),
         ([first], [dataclasses.replace(kept, tensor="nowhere[x]")], "is not a tensor of the source"),
     ):
