@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from loftq_cli.artifacts.manifest import (
     NAME,
     KeptRecord,
@@ -28,12 +30,13 @@ from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.checkpoint import Checkpoint
-
 # The manifest keeps eight digits of a float32 computation whose order depends on the machine; at the residuals of
 # 8 bits a float32 difference W - Q has fewer digits left.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-7
+
+# Reading a tensor by a record that does not fit the files raises these; a manifest can claim anything.
+_MISFITS = (LoftqError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,16 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
     try:
         content = (path / NAME).read_bytes()
         sealed, manifest = is_sealed(content), parse_manifest(path / NAME, content)
-    except (OSError, LoftqError):
-        return None, [Problem(NAME, "is damaged: it cannot be read")]
+    except OSError as error:
+        return None, [Problem(NAME, f"cannot be read ({error.strerror})")]
+    except LoftqError as error:
+        return None, [Problem(NAME, _without_path(str(error), path / NAME))]
     return manifest, [] if sealed else [Problem(NAME, "is damaged: its digest is not that of its content")]
+
+
+def _without_path(message: str, path: Path) -> str:
+    """Return an error about a file as a problem, which names the file itself and needs no advice."""
+    return message.removeprefix(f"{path} ").removesuffix(": convert the model again.").removesuffix(".")
 
 
 def _check_files(path: Path, manifest: Manifest, found: Verification, tell: Callable[[Step], None]) -> Verification:
@@ -193,14 +203,28 @@ def _check_source(
         problems, largest = [], 0.0
         for done, record in enumerate(records):
             tell(Step(record.tensor, done, len(records), of_bytes=False))
-            if isinstance(record, MatrixRecord):
-                residual = recompute_residual(path, manifest, record, read_named(checkpoint, record.tensor))
-                largest = max(largest, _deviation(residual, record.residual))
-                if not _agrees(residual, record.residual):
-                    what = f"leaves a residual of {residual:.8g} where the manifest says {record.residual:.8g}"
-                    problems.append(Problem(record.tensor, what))
-            elif not _is_copied(path, record, checkpoint):
-                problems.append(Problem(record.tensor, "is not the source's tensor"))
+            try:
+                original = read_named(checkpoint, record.tensor)
+            except (KeyError, ValueError, IndexError):
+                problems.append(Problem(record.tensor, "is not a tensor of the source"))
+                continue
+            try:
+                if isinstance(record, MatrixRecord):
+                    shape = tuple(original.shape[::-1] if record.transposed else original.shape)
+                    if shape != record.shape:
+                        what = f"is {list(shape)} in the source where the manifest says {list(record.shape)}"
+                        problems.append(Problem(record.tensor, what))
+                        continue
+                    residual = recompute_residual(path, manifest, record, original)
+                    largest = max(largest, _deviation(residual, record.residual))
+                    if not _agrees(residual, record.residual):
+                        what = f"leaves a residual of {residual:.8g} where the manifest says {record.residual:.8g}"
+                        problems.append(Problem(record.tensor, what))
+                elif not _is_copied(path, record, original):
+                    problems.append(Problem(record.tensor, "is not the source's tensor"))
+            except _MISFITS as error:
+                what = f"cannot be read from the files as {NAME} describes it ({_first_line(error)})"
+                problems.append(Problem(record.tensor, what))
         tell(Step("", len(records), len(records), of_bytes=False))
     return replace(
         found,
@@ -224,12 +248,15 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     return frobenius(error) / norm if norm else 0.0
 
 
-def _is_copied(path: Path, record: KeptRecord, checkpoint: Checkpoint) -> bool:
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _is_copied(path: Path, record: KeptRecord, original: Tensor) -> bool:
     from loftq_cli.artifacts.decode import read_tensor
-    from loftq_cli.checkpoint.base import read_named
     from loftq_cli.tensorfile.writer import tensor_bytes
 
-    written, original = read_tensor(path, record.tensor), read_named(checkpoint, record.tensor)
+    written = read_tensor(path, record.tensor)
     # Bytes, so that a NaN is equal to itself.
     return written.shape == original.shape and tensor_bytes(written) == tensor_bytes(original.to(written.dtype))
 

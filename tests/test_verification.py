@@ -159,6 +159,34 @@ def test_another_source_and_a_false_manifest_are_found(copy: Path, source: Path,
     assert "not the model the conversion was made from" in found.problems[0].what
 
 
+def test_records_that_do_not_fit_the_files_are_differences(copy: Path, source: Path) -> None:
+    """A manifest that somebody wrote anew can claim anything."""
+    manifest = loftq_cli.read_manifest(copy)
+    first, kept = manifest.matrices[0], manifest.kept[0]
+    misfit = "cannot be read from the files as loftq.json describes it"
+    for matrices, others, said in (
+        ([dataclasses.replace(first, module="nowhere")], [], misfit),
+        ([dataclasses.replace(first, block_size=first.block_size * 2)], [], misfit),
+        ([dataclasses.replace(first, shape=(3, 5))], [], f"is {list(first.shape)} in the source where"),
+        ([dataclasses.replace(first, tensor="nowhere")], [], "is not a tensor of the source"),
+        ([first], [dataclasses.replace(kept, tensor="nowhere[x]")], "is not a tensor of the source"),
+    ):
+        false = dataclasses.replace(
+            manifest, matrices=(*matrices, *manifest.matrices[1:]), kept=(*others, *manifest.kept[1:])
+        )
+        (copy / NAME).write_bytes(seal(render(false)))
+        (problem,) = loftq_cli.verify(copy, source=source).problems
+        assert problem.name == (others or matrices)[0].tensor and problem.what.startswith(said)
+
+
+def test_a_manifest_that_cannot_be_read_is_named_with_its_field(copy: Path) -> None:
+    values = json.loads((copy / NAME).read_bytes())
+    values["matrices"][2]["bits"] = "x"
+    (copy / NAME).write_text(json.dumps(values))
+    (problem,) = loftq_cli.verify(copy).problems
+    assert str(problem) == "loftq.json is damaged (matrices[2].bits must be one of 2, 3, 4 or 8, not 'x')"
+
+
 def test_command_line(copy: Path, source: Path, tmp_path: Path) -> None:
     def run(*words: object):
         return CliRunner().invoke(app, ["verify", *map(str, words)])

@@ -8,12 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, read_manifest
+from loftq_cli.artifacts.manifest import AffineRecord, Manifest, MatrixRecord, read_manifest
 from loftq_cli.formats import adapter, get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
 from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
 from loftq_cli.formats.gguf.format import tensor_name
-from loftq_cli.numerics.grids.affine import AffineGrid
+from loftq_cli.numerics.grids.affine import AffineGrid, ScaleRule, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid
@@ -80,15 +80,15 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     )
 
 
-def affine_values(grid: AffineGrid) -> dict[str, object]:
-    """What a record keeps of an integer grid besides bits, group size and the two dtypes every grid has."""
-    return {
-        "zero": grid.zero,
-        "zero_dtype": DTYPE_NAMES[grid.zero_dtype],
-        "product_dtype": DTYPE_NAMES[grid.product_dtype],
-        "least_zero": grid.least_zero,
-        "scale_rule": grid.scale_rule,
-    }
+def affine_record(grid: AffineGrid) -> AffineRecord:
+    """Return what a record keeps of an integer grid besides the fields that every grid has."""
+    return AffineRecord(
+        zero=grid.zero,
+        zero_dtype=DTYPE_NAMES[grid.zero_dtype],
+        product_dtype=DTYPE_NAMES[grid.product_dtype],
+        least_zero=grid.least_zero,
+        scale_rule=grid.scale_rule,
+    )
 
 
 def _grid(record: MatrixRecord) -> Grid:
@@ -100,13 +100,13 @@ def _grid(record: MatrixRecord) -> Grid:
     return AffineGrid(
         record.bits,
         record.block_size,
-        record.affine["zero"],
+        cast("Zero", record.affine.zero),
         scale_dtype,
         value_dtype,
-        DTYPES[record.affine["product_dtype"]],
-        DTYPES[record.affine["zero_dtype"]],
-        record.affine["scale_rule"],
-        record.affine["least_zero"],
+        DTYPES[record.affine.product_dtype],
+        DTYPES[record.affine.zero_dtype],
+        cast("ScaleRule", record.affine.scale_rule),
+        record.affine.least_zero,
     )
 
 

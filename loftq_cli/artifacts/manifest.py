@@ -8,14 +8,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.json_record import Amount, Count, InvalidRecord, Sha256, Size, json_record, one_of, read_json
 from loftq_cli.modules.experts import Expert
+from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
+from loftq_cli.recipe.choices import BITS
+from loftq_cli.recipe.model import recipe_fields
 from loftq_cli.tensorfile.hashing import FileRecord
 
 NAME = "loftq.json"
@@ -25,28 +32,65 @@ UNSEALED = "0" * 64
 _DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
 
 
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "float | None": (float, int, type(None)),
-    "str": (str,),
-    "str | None": (str, type(None)),
-}
+DtypeName = Annotated[str, one_of("float32", "bfloat16", "float16")]
+_MatrixKind = Annotated[str, one_of("linear", "conv1d", "head", "embedding", "expert")]
+_TensorKind = Annotated[str, one_of("linear", "conv1d", "head", "embedding", "expert", "other")]
 
 
+def _check_file_name(name: str) -> str:
+    """Return a path below the output directory; anything else could read or delete files elsewhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == "." or "\0" in name:
+        raise ValueError("must be a relative path below the directory")
+    return name
+
+
+def _check_recipe(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check what other commands rely on; `Recipe` checks the rest where one is made of it."""
+    known = recipe_fields()
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"has an unknown field {name!r:.80}")
+        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        scalar = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+        if not (listed or scalar):
+            raise ValueError(f"has a field {name} of a wrong type or a number that is not finite")
+    group = values.get("group_size")
+    if values.get("method") == "qa-lora" and (type(group) is not int or group < 1):
+        raise ValueError(f"has the group_size {group!r:.80}, which must be a positive integer for qa-lora")
+    return values
+
+
+@json_record
+@dataclass(frozen=True)
+class AffineRecord:
+    """What a record keeps of an integer grid besides bits, group size and the two dtypes that every grid has.
+
+    Attributes: as in `numerics.grids.affine.AffineGrid`.
+    """
+
+    zero: Annotated[str, one_of("none", "integer", "float")]
+    zero_dtype: DtypeName
+    product_dtype: DtypeName
+    least_zero: int
+    scale_rule: Annotated[str, one_of("absmax", "minmax", "mse")]
+
+
+@json_record
 @dataclass(frozen=True)
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
 
     Where it was calibrated, the weighted ones are ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ the second moment of the
-    layer's inputs (`numerics.weighted`), and the best step is the one with the smallest of these.
+    layer's inputs (`numerics.methods.weighted`), and the best step is the one with the smallest of these.
 
     Attributes:
         module: path of the module; of an expert's matrix its parameter and number.
         shape: [out, in] as the layer computes, whatever the orientation on disk.
+        data_type: the codebook (`numerics.grids.codebooks`), or `int`.
         parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
-        block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.blocks.BlockGrid`).
-        affine: what an integer grid has besides (`numerics.affine.AffineGrid`); None for codebooks.
+        block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.grids.blocks.BlockGrid`).
+        affine: the rest of an integer grid; None for codebooks.
         nested: absmax is quantized too (`--double-quant`).
         heads: attention heads whose rows the container reorders (`formats.base.QuantizedMatrix`).
         plain_residual: without an adapter and without iterations, what quantization alone leaves.
@@ -56,29 +100,35 @@ class MatrixRecord:
 
     tensor: str
     module: str
-    kind: str
+    kind: _MatrixKind
     parameter: str
     expert: Expert | None
-    shape: tuple[int, int]
-    bits: int
-    data_type: str
-    block_size: int
-    layout: str
-    scale_dtype: str
-    value_dtype: str
-    rank: int
-    plain_residual: float
-    residual: float
-    residuals: tuple[float, ...]
-    best: int
-    seconds: float
-    backbone_bytes: int
-    adapter_bytes: int
-    weighted_plain_residual: float | None = None
-    weighted_residual: float | None = None
-    affine: Mapping[str, Any] | None = None
+    shape: tuple[Size, Size]
+    bits: Annotated[int, one_of(*BITS)]
+    data_type: Annotated[str, one_of(*DATA_TYPES, *LEVELS, "int")]
+    block_size: Count
+    layout: Annotated[str, one_of("rows", "flat")]
+    scale_dtype: DtypeName
+    value_dtype: DtypeName
+    rank: Count
+    plain_residual: Amount
+    residual: Amount
+    residuals: tuple[Amount, ...]
+    best: Count
+    seconds: Amount
+    backbone_bytes: Count
+    adapter_bytes: Count
+    weighted_plain_residual: Amount | None = None
+    weighted_residual: Amount | None = None
+    affine: AffineRecord | None = None
     nested: bool = False
-    heads: int = 0
+    heads: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.affine is None and self.block_size == 0:
+            raise ValueError("has block_size 0, which must be at least 1 for a codebook")
+        if (self.affine is None) == (self.data_type == "int"):
+            raise ValueError("has only one of data_type 'int' and affine, which belong together")
 
     @property
     def transposed(self) -> bool:
@@ -86,6 +136,7 @@ class MatrixRecord:
         return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
 
 
+@json_record
 @dataclass(frozen=True)
 class KeptRecord:
     """A tensor left in full precision, and why; `rank` > 0 where it got an adapter that starts at zero.
@@ -97,34 +148,34 @@ class KeptRecord:
 
     tensor: str
     module: str | None
-    kind: str
-    shape: tuple[int, ...]
+    kind: _TensorKind
+    shape: tuple[Count, ...]
     reason: str
-    rank: int
-    nbytes: int
+    rank: Count
+    nbytes: Count
     expert: Expert | None = None
 
 
-
-
+@json_record
 @dataclass(frozen=True)
 class Totals:
     """Sums and means over the quantized matrices (means unweighted); bytes of all tensors."""
 
-    matrices: int
-    source_bytes: int
-    backbone_bytes: int
-    adapter_bytes: int
-    quantized_weights: int
-    bits_effective: float
-    bits_stored: float
-    plain_residual: float
-    residual: float
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int
+    matrices: Count
+    source_bytes: Count
+    backbone_bytes: Count
+    adapter_bytes: Count
+    quantized_weights: Count
+    bits_effective: Amount
+    bits_stored: Amount
+    plain_residual: Amount
+    residual: Amount
+    seconds: Amount
+    peak_memory_bytes: Count
+    peak_device_memory_bytes: Count
 
 
+@json_record
 @dataclass(frozen=True)
 class Manifest:
     """The whole record of one conversion.
@@ -134,7 +185,7 @@ class Manifest:
         digest: of the file itself (`seal`).
     """
 
-    manifest_version: int
+    manifest_version: Size
     versions: Mapping[str, str]
     fingerprint: str
     output: str
@@ -145,16 +196,16 @@ class Manifest:
     model_type: str | None
     task_type: str | None
     format: str
-    dtype: str
-    scaling: float
+    dtype: DtypeName
+    scaling: Amount
     device: str
-    recipe: Mapping[str, Any]
+    recipe: Annotated[Mapping[str, Any], AfterValidator(_check_recipe)]
     totals: Totals
     notes: tuple[str, ...]
-    files: Mapping[str, FileRecord]
-    matrices: tuple[MatrixRecord, ...]
+    files: Mapping[Annotated[str, AfterValidator(_check_file_name)], FileRecord]
+    matrices: Annotated[tuple[MatrixRecord, ...], Field(min_length=1)]
     kept: tuple[KeptRecord, ...]
-    digest: str = UNSEALED
+    digest: Sha256 = UNSEALED
 
     @property
     def pooling(self) -> int:
@@ -201,6 +252,14 @@ def is_sealed(content: bytes) -> bool:
     return _DIGEST.search(content) is not None and seal(content) == content
 
 
+@with_config(ConfigDict(extra="ignore", strict=True))
+@dataclass(frozen=True)
+class _Version:
+    """The one field that every version of the file has."""
+
+    manifest_version: int
+
+
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a finished output directory.
 
@@ -223,11 +282,10 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         LoftqError: it is damaged, or a newer loftq wrote it.
     """
     try:
-        values = json.loads(content)
-        if values["manifest_version"] > MANIFEST_VERSION:
+        if read_json(_Version, content).manifest_version > MANIFEST_VERSION:
             raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
-        return _parse(values)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return read_json(Manifest, content)
+    except InvalidRecord as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
 
 
@@ -245,42 +303,6 @@ def unfinished(directory: Path) -> LoftqError:
         f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on.",
         exit_code=ExitCode.INCOMPLETE,
     )
-
-
-def _parse(values: dict[str, Any]) -> Manifest:
-    values["totals"] = Totals(**_checked(Totals, values["totals"]))
-    values["notes"] = tuple(values["notes"])
-    values["files"] = {name: FileRecord(**_checked(FileRecord, record)) for name, record in values["files"].items()}
-    values["matrices"] = tuple(parse_matrix_record(record) for record in values["matrices"])
-    values["kept"] = tuple(_parse_kept(record) for record in values["kept"])
-    return Manifest(**_checked(Manifest, values))
-
-
-def parse_matrix_record(record: dict[str, Any]) -> MatrixRecord:
-    """A record from JSON."""
-    record = _checked(MatrixRecord, record)
-    expert = Expert(**record["expert"]) if record["expert"] else None
-    shape, residuals = tuple(record["shape"]), tuple(record["residuals"])
-    return MatrixRecord(**{**record, "expert": expert, "shape": shape, "residuals": residuals})
-
-
-def _parse_kept(record: dict[str, Any]) -> KeptRecord:
-    record = _checked(KeptRecord, record)
-    expert = Expert(**record["expert"]) if record.get("expert") else None
-    return KeptRecord(**{**record, "expert": expert, "shape": tuple(record["shape"])})
-
-
-def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, once its plain fields are of the types that `cls` says.
-
-    Raises:
-        TypeError: one is not.
-    """
-    for field in dataclasses.fields(cls):
-        kinds = _PLAIN.get(str(field.type))
-        if kinds is not None and type(values.get(field.name)) not in kinds:
-            raise TypeError(f"{field.name} is {values.get(field.name)!r:.80}")
-    return values
 
 
 def _dump(value: object) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loftq_cli.artifacts.card import render_card, source_name
-from loftq_cli.artifacts.decode import affine_values
+from loftq_cli.artifacts.decode import affine_record
 from loftq_cli.artifacts.manifest import MANIFEST_VERSION, KeptRecord, Manifest, MatrixRecord, Totals, render
 from loftq_cli.formats.base import DTYPE_NAMES
 from loftq_cli.machine.usage import Cost, versions
@@ -186,7 +186,7 @@ def matrix_record(
         adapter_bytes=unit.adapter_bytes,
         weighted_plain_residual=weighted_plain_residual,
         weighted_residual=weighted_residual,
-        affine=None if isinstance(grid, BlockGrid) else affine_values(grid),
+        affine=None if isinstance(grid, BlockGrid) else affine_record(grid),
         nested=isinstance(grid, BlockGrid) and grid.nested,
         heads=matrix.heads,
     )

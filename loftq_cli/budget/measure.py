@@ -67,7 +67,7 @@ class Measurements:
         self._checkpoint, self._origin, self._device, self._progress = checkpoint, origin, device, progress
         name = hashlib.sha256(f"{origin} {checkpoint.fingerprint}".encode()).hexdigest()[:24]
         self._path = cache_folder() / "curves" / f"{name}.json"
-        self._known = {key: value for key, value in read_cached(self._path).items() if isinstance(value, list)}
+        self._known = read_cached(self._path, list[float])
         self._states: dict[str, object] = {}
 
     def curves(self, probes: Sequence[Probe]) -> list[Curve]:

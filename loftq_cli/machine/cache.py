@@ -1,4 +1,4 @@
-"""What this user's machine keeps so that it need not find it out again."""
+"""Small JSON files in the user's cache folder: measurements that need not be repeated."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from loftq_cli.machine.json_record import InvalidRecord, read_json
+
+V = TypeVar("V")
 
 
 def cache_folder() -> Path:
-    """`~/.cache/loftq`, or the one under XDG_CACHE_HOME."""
+    """Return `~/.cache/loftq`, or `loftq` under XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loftq"
 
 
-def read_cached(path: Path) -> dict[str, Any]:
-    """A kept JSON object; an empty one where there is none that can be read."""
+def read_cached(path: Path, kind: type[V]) -> dict[str, V]:
+    """Return a cached JSON object whose values are of type `kind`; an empty one if the file is missing or damaged."""
     try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(dict[str, kind], path.read_bytes())  # type: ignore[valid-type]
+    except (OSError, InvalidRecord):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def keep(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all; where the cache cannot be written it is found out again next time."""
+    """Write a JSON object atomically; if the cache cannot be written, the content is measured again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")

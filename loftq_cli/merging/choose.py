@@ -55,7 +55,7 @@ def choose_way(
     if wanted == "gguf":
         _refuse_gguf(manifest, trained)
         return wanted
-    kinds = {None if record.affine is None else record.affine["zero"] for record in changed}
+    kinds = {None if record.affine is None else record.affine.zero for record in changed}
     if kinds == {"float"} and manifest.format == "packed" and _groups_fit(trained, changed):
         return "zeros"
     if "integer" in kinds:
@@ -71,7 +71,7 @@ def choose_way(
 def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
     """Q4_1 holds 4-bit codes in groups of 32 with a float16 scale and a float16 zero."""
     shapes = {
-        (record.bits, record.block_size, None if record.affine is None else record.affine["zero"])
+        (record.bits, record.block_size, None if record.affine is None else record.affine.zero)
         for record in manifest.matrices
     }
     if manifest.format != "packed" or shapes != {(4, 32, "float")} or trained.group % 32:

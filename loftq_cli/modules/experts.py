@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loftq_cli.machine.json_record import Count, Size, json_record
+
 if TYPE_CHECKING:
     from loftq_cli.modules.names import Conversion, RuntimeName
     from loftq_cli.modules.view import ModelView
@@ -54,6 +56,7 @@ def _transposed(
     return Expert(0, shape[0], stacked=True, transposed=transposed != turned)
 
 
+@json_record
 @dataclass(frozen=True)
 class Expert:
     """Where one expert's matrix stands in the running model, which stacks experts in one parameter.
@@ -67,10 +70,10 @@ class Expert:
         depth: how many parameters of the same module PEFT wraps after this one, which its keys count.
     """
 
-    index: int
-    count: int
-    part: int = 0
-    parts: int = 1
+    index: Count
+    count: Size
+    part: Count = 0
+    parts: Size = 1
     stacked: bool = False
     transposed: bool = False
-    depth: int = 0
+    depth: Count = 0

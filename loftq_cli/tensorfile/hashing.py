@@ -9,6 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.machine.json_record import Count, Sha256, json_record
 from loftq_cli.tensorfile.tensors import TensorFile
 from loftq_cli.tensorfile.writer import read_pieces
 
@@ -63,9 +64,10 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
+@json_record
 @dataclass(frozen=True)
 class FileRecord:
     """Size in bytes and sha256 of one output file."""
 
-    nbytes: int
-    sha256: str
+    nbytes: Count
+    sha256: Sha256

@@ -291,7 +291,7 @@ def test_the_command(qalora: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
 def test_integer_zero_points_are_refused_with_the_measured_loss(name: str, random_llama: Path, tmp_path: Path) -> None:
     recipe = {"bits": 4, "method": "qa-lora", "group_size": 32, "rank": 2, "iters": 1, "format": name}
     made = loftq_cli.quantize(random_llama, output=tmp_path / "out", **recipe)
-    assert made.matrices and {record.affine["zero"] for record in made.matrices if record.affine} == {"integer"}
+    assert made.matrices and {record.affine.zero for record in made.matrices if record.affine} == {"integer"}
     adapter = tmp_path / "out" / "loftq_init"
     for to in ("auto", "zeros"):
         said = sentence(loftq("merge", tmp_path / "out", adapter, "--to", to, "-o", tmp_path / "merged", code=2))

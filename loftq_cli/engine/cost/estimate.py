@@ -90,7 +90,7 @@ class _Trials:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
         self._machine = [name, os.cpu_count(), versions()]
         self._path = cache_folder() / "trials.json"
-        self._known = {key: value for key, value in read_cached(self._path).items() if isinstance(value, float)}
+        self._known = read_cached(self._path, float)
         self._new = False
 
     def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:

@@ -1,7 +1,8 @@
-"""What is done, one line a unit, written only after the unit's bytes are on the disk.
+"""The journal of finished units: one line of JSON each, written only after the unit's bytes are on the disk.
 
-The first line names the conversion (its fingerprint, recipe and source); a line that a crash tore is ignored. Workers
-append to files of their own (`journal.…`) beside the main one, so that no two processes share an append.
+The first line identifies the conversion (its fingerprint, recipe and source). Lines that are damaged, for example by a
+crash in the middle of a write, are ignored. Each worker appends to a file of its own (`journal.…`) beside the main one,
+so that no two processes append to the same file.
 """
 
 from __future__ import annotations
@@ -18,27 +19,30 @@ from typing import Any
 
 from torch import Tensor
 
-from loftq_cli.artifacts.manifest import MatrixRecord, parse_matrix_record
+from loftq_cli.artifacts.manifest import MatrixRecord
+from loftq_cli.machine.json_record import InvalidRecord, Sha256, json_record, read_json
 from loftq_cli.tensorfile.writer import tensor_bytes
 
 
+@json_record
 @dataclass(frozen=True)
 class Entry:
-    """A finished unit: the sha256 of each of its output tensors and its record (None for a copied tensor)."""
+    """A finished unit: the sha256 of each of its output tensors, and its record (None for a copied tensor)."""
 
     tensor: str
-    hashes: Mapping[str, str]
+    hashes: Mapping[str, Sha256]
     record: MatrixRecord | None
 
 
+@json_record
 @dataclass(frozen=True)
 class Header:
-    """Which conversion a journal belongs to.
+    """The conversion that a journal belongs to.
 
     Attributes:
-        source: the source's fingerprint by headers.
-        files: of every file of the source that is on this machine, size and a sample of the content
-            (`engine.source`).
+        source: the source's fingerprint, taken from its headers.
+        files: size and a hash of a sample of the content, for each file of the source on this machine
+            (`engine.output.source_sample`).
     """
 
     fingerprint: str
@@ -48,24 +52,22 @@ class Header:
 
 
 class Journal:
-    """Append-only file of finished units."""
+    """An append-only file of finished units."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._read: dict[Path, int] = {}
 
     def read_header(self) -> Header | None:
-        """The conversion that this journal belongs to; None where there is none yet."""
-        for line in _lines(_content(self._path)):
-            return _header(line) if isinstance(line.get("recipe"), dict) else None
-        return None
+        """Return the conversion that this journal belongs to, None if there is none yet."""
+        return _header(_content(self._path))
 
     def entries(self) -> dict[str, Entry]:
-        """Finished units by tensor name, of all workers."""
+        """Return the finished units of all workers by tensor name."""
         return {entry.tensor: entry for path in self._paths() for entry in _entries(_content(path))}
 
     def new_entries(self) -> list[Entry]:
-        """What was added to any worker's file since the last call."""
+        """Return what was added to any worker's file since the last call."""
         found: list[Entry] = []
         for path in self._paths():
             content = _content(path)[self._read.get(path, 0) :]
@@ -75,7 +77,7 @@ class Journal:
         return found
 
     def of_worker(self, name: str) -> Journal:
-        """The journal a worker writes; `entries` of this one read it too."""
+        """Return the journal that one worker writes; `entries` of this one includes it."""
         journal = Journal(self._path.with_name(f"{self._path.name}.{name}"))
         journal._path.touch()
         return journal
@@ -91,13 +93,13 @@ class Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with open(self._path, "ab") as handle:
-            # A torn line before this one gets its own end, so that it cannot swallow this entry.
-            handle.write(b"" if self._ends_whole() else b"\n")
+            # End an incomplete last line first, so that this entry does not become part of it.
+            handle.write(b"" if self._ends_with_newline() else b"\n")
             handle.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
 
-    def _ends_whole(self) -> bool:
+    def _ends_with_newline(self) -> bool:
         with open(self._path, "rb") as handle:
             if handle.seek(0, os.SEEK_END) == 0:
                 return True
@@ -115,31 +117,23 @@ def _content(path: Path) -> bytes:
         return b""
 
 
-def _lines(content: bytes) -> Iterator[dict[str, Any]]:
+def _header(content: bytes) -> Header | None:
+    """Return the first line that is complete JSON, if it is a header."""
     for line in content.splitlines():
         try:
-            parsed = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(parsed, dict):
-            yield parsed
-
-
-def _header(line: Mapping[str, Any]) -> Header:
-    files = line.get("files")
-    return Header(
-        str(line.get("fingerprint")), line["recipe"], str(line.get("source")), files if isinstance(files, dict) else {}
-    )
+            return read_json(Header, line)
+        except InvalidRecord as error:
+            if error.is_json:
+                return None
+    return None
 
 
 def _entries(content: bytes) -> Iterator[Entry]:
-    for line in _lines(content):
-        if isinstance(line.get("tensor"), str) and isinstance(line.get("hashes"), dict):
-            with suppress(KeyError, TypeError):  # a damaged line: its unit is done again
-                record = parse_matrix_record(line["record"]) if line["record"] else None
-                yield Entry(line["tensor"], line["hashes"], record)
+    for line in content.splitlines():
+        with suppress(InvalidRecord):  # the header, or a damaged line, whose unit is done again
+            yield read_json(Entry, line)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The sha256 of every tensor's bytes."""
+    """Return the sha256 of every tensor's bytes."""
     return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}

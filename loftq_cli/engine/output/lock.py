@@ -1,8 +1,8 @@
-"""One owner of an output directory, on local disks and on shared ones.
+"""A lock that gives an output directory one owner, on local and on shared file systems.
 
-The lock is a file `lock.N` in `.loftq` that is linked into place complete (which NFS does atomically), tells host,
-process and the process's start, and whose modification time is its heartbeat. Who finds a stale `lock.N` takes over by
-creating `lock.N+1`: of several only one can, and nothing has to be removed first.
+The lock is a file `lock.N` in `.loftq`. It is linked into place when complete (which is atomic on NFS), names the host,
+the process and the process's start time, and its modification time is its heartbeat. A process that finds a stale
+`lock.N` takes over by creating `lock.N+1`: only one process can, and nothing has to be removed first.
 """
 
 from __future__ import annotations
@@ -18,28 +18,34 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.json_record import InvalidRecord, json_record, read_json
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0  # without a heartbeat, for a lock of another machine
-_SAME_START = 2.0  # seconds by which one start time may be told differently when the clock is set
+_SAME_START = 2.0  # seconds by which two readings of one start time may differ when the clock is adjusted
+ProcessId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _NAME = re.compile(r"lock\.(\d+)")
 _ATTEMPTS = 20
 
 
+@json_record
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        place: what must be the same for `pid` to mean anything: machine, boot and process namespace.
-        started: the process's start in seconds since 1970, against a reused pid.
+        place: machine, boot and process namespace; `pid` means nothing anywhere else.
+        started: start time of the process in seconds since 1970, which tells a reused pid.
     """
 
     host: str
     place: str
-    pid: int
+    pid: ProcessId
     started: float
 
     @staticmethod
@@ -47,12 +53,12 @@ class Holder:
         return Holder(socket.gethostname(), place(), os.getpid(), _start_of(os.getpid()) or time.time())
 
     def is_alive(self, path: Path) -> bool:
-        """By the process itself where it can be seen from here, else by the heartbeat of its lock at `path`."""
+        """True if the process runs; where it cannot be seen from here, if the lock at `path` has a fresh heartbeat."""
         seen = self.seen_alive()
         return _beats(path) if seen is None else seen
 
     def seen_alive(self) -> bool | None:
-        """Whether the process lives; None where that cannot be seen from here."""
+        """True if the process runs; None if it cannot be seen from here."""
         if not self.place or self.place != place():
             return None
         started = _start_of(self.pid)
@@ -60,7 +66,7 @@ class Holder:
 
 
 class Lock:
-    """A held lock; `release` gives it back. Its heart beats in a thread."""
+    """A held lock, kept fresh by a thread until `release`."""
 
     def __init__(self, path: Path, number: int) -> None:
         self._path, self._next = path, path.with_name(f"lock.{number + 1}")
@@ -71,17 +77,17 @@ class Lock:
     def check(self) -> None:
         """
         Raises:
-            LoftqError: another run took the lock over, because this one was stopped for too long.
+            LoftqError: another run took the lock over because this one was suspended for too long.
         """
         if self._lost:
             raise LoftqError(
-                f"another run took {self._path.parent.parent} over while this one stood still: run the same command "
-                "again when that one is done.",
+                f"another run took {self._path.parent.parent} over while this one was suspended: run the same command "
+                "again when that one has finished.",
                 exit_code=ExitCode.INCOMPLETE,
             )
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Remove the lock."""
         self._stop.set()
         self._thread.join()
         self._path.unlink(missing_ok=True)
@@ -94,10 +100,10 @@ class Lock:
 
 
 def take(folder: Path) -> Lock:
-    """Take the lock of the state in `folder`, or take a stale one over.
+    """Take the lock of the state in `folder`, or take over a stale one.
 
     Raises:
-        UsageError: another run holds it; names host and pid.
+        UsageError: another run holds it (the message names host and pid), or a lock that is not stale is damaged.
     """
     content = json.dumps(asdict(Holder.me())).encode()
     for _ in range(_ATTEMPTS):
@@ -106,7 +112,7 @@ def take(folder: Path) -> Lock:
             _refuse_if_alive(folder, path)
         mine = folder / f"lock.{number + 1}"
         if not _create(mine, content):
-            continue  # somebody was faster
+            continue  # another process was faster
         if _highest(folder)[0] > number + 1:
             mine.unlink(missing_ok=True)  # a gap that a later owner left when it cleared away older locks
             continue
@@ -114,21 +120,26 @@ def take(folder: Path) -> Lock:
             if (match := _NAME.fullmatch(older.name)) and int(match[1]) <= number:
                 older.unlink(missing_ok=True)
         return Lock(mine, number + 1)
-    raise LoftqError(f"the lock in {folder} changes hands too fast: try again.", exit_code=ExitCode.INCOMPLETE)
+    raise LoftqError(f"the lock in {folder} changes owners too fast: try again.", exit_code=ExitCode.INCOMPLETE)
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file of the state is a lock or one that is being made."""
+    """True if a file of the state is a lock, or the draft of one."""
     return path.name.startswith("lock.")
 
 
 def _refuse_if_alive(folder: Path, path: Path) -> None:
     try:
-        holder = Holder(**json.loads(path.read_bytes()))
+        holder = read_json(Holder, path.read_bytes())
     except FileNotFoundError:
         return
-    except (OSError, ValueError, TypeError):  # not written by `_create` as it should be: only its age tells
-        holder = Holder("a host unknown", "", 0, 0.0)
+    except (OSError, InvalidRecord) as error:
+        if _beats(path):  # nothing but its age tells whether its owner still runs
+            raise UsageError(
+                f"{folder.parent} may be in use, but its lock {path} is damaged ({error}): try again in "
+                f"{STALE_SECONDS / 60:.0f} minutes, when the lock expires, or choose another -o."
+            ) from None
+        return
     if holder.is_alive(path):
         raise UsageError(
             f"{folder.parent} is being written by process {holder.pid} on {holder.host}: wait for it, or choose "
@@ -142,7 +153,7 @@ def _highest(folder: Path) -> tuple[int, Path | None]:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Whether `path` could be made; where it could, it was never there half-written."""
+    """Create `path` atomically with its content; False if it exists already."""
     draft = path.with_name(f"lock.draft-{uuid.uuid4().hex}")
     draft.write_bytes(content)
     try:
@@ -169,7 +180,7 @@ def _create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def _beats(path: Path) -> bool:
-    """Whether the heartbeat is fresh. Both times are the file server's, because clocks of machines differ."""
+    """True if the heartbeat is fresh. The file server sets both times, because the clocks of machines differ."""
     probe = path.with_name(f"lock.draft-{uuid.uuid4().hex}")
     try:
         probe.write_bytes(b"")
@@ -181,7 +192,7 @@ def _beats(path: Path) -> bool:
 
 
 def place() -> str:
-    """This machine, its boot and the namespace of its process ids."""
+    """Return an id of this machine, its boot and its process namespace."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -193,7 +204,7 @@ def place() -> str:
 
 
 def _start_of(pid: int) -> float | None:
-    """When a process of this machine started; None where there is none."""
+    """Return the start time of a process on this machine, None if there is no such process."""
     import psutil
 
     try:
@@ -202,4 +213,4 @@ def _start_of(pid: int) -> float | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.Error:
-        return time.time()  # it is there but will not be looked at
+        return time.time()  # it exists, but this user may not inspect it

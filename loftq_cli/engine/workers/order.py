@@ -1,4 +1,4 @@
-"""What the main process tells a worker to do."""
+"""The order that the main process gives each of its workers."""
 
 from __future__ import annotations
 
@@ -8,31 +8,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.errors import LoftqError
+from loftq_cli.machine.json_record import Count, InvalidRecord, Size, json_record, read_json
 from loftq_cli.recipe.model import Recipe
 
 if TYPE_CHECKING:
     import torch
 
     from loftq_cli.engine.workers.launcher import World
-if TYPE_CHECKING:
-    pass
 
 
+@json_record
 @dataclass(frozen=True)
 class Order:
-    """What the main process tells a worker of its own, in one line of JSON."""
+    """The work of one worker, which it reads from standard input as one line of JSON.
+
+    Attributes:
+        rank: number of the worker in the run.
+        threads: that torch may use; None leaves torch's own default.
+        max_memory: resident bytes to stay below, None for no limit.
+    """
 
     recipe: dict[str, Any]
     output: str
     stream: bool
-    rank: int
+    rank: Count
     device: str
-    threads: int | None
-    max_memory: int | None
+    threads: Size | None
+    max_memory: Count | None
     run_id: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Order:
+        """
+        Raises:
+            LoftqError: the text is not an order.
+        """
+        try:
+            return read_json(Order, text)
+        except InvalidRecord as error:
+            raise LoftqError(
+                f"the order on standard input is damaged ({error}): start workers with `loftq quantize "
+                "--num-processes`."
+            ) from error
 
 
 def make_orders(
@@ -43,9 +64,8 @@ def make_orders(
     max_memory: int | None,
     world: World | None,
 ) -> list[Order]:
-    """What this machine's workers are to do: all of them, or the one that is this rank of a launcher's world."""
+    """Return the orders for all workers of this machine, or for the one that is this rank of a launcher's world."""
     import torch
-
 
     ranks = range(len(devices)) if world is None else [world.rank]
     count = len(ranks)

@@ -1,10 +1,10 @@
-"""What the workers of one run share: a folder in the output's state, on a file system that all of them see.
+"""The folder that the workers of one run share, in the output's state on a file system that all of them see.
 
-.loftq/run-ID/units        the batches of units to do, largest first
-.loftq/run-ID/claims/N     the batch that unit N begins is taken: created exclusively, which every shared file system
-                           does atomically
-.loftq/run-ID/status.R     what worker R is at, rewritten in place every second (also on a full disk)
-.loftq/run-ID/stop         the run has failed; workers leave
+.loftq/run-ID/units        the batches of units to convert, largest first (`WorkList`)
+.loftq/run-ID/claims/N     a worker has taken the batch that starts with unit N: created exclusively, which is atomic on
+                           every shared file system
+.loftq/run-ID/status.R     the status of worker R, rewritten in place every second, which also works on a full disk
+.loftq/run-ID/stop         the run has failed; workers exit
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.engine.compute.stacks import Batch
 from loftq_cli.engine.output.directory import STATE
-from loftq_cli.engine.output.lock import Holder
+from loftq_cli.engine.output.lock import Holder, ProcessId
+from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.json_record import Count, InvalidRecord, json_record, read_json
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 
@@ -30,42 +32,64 @@ MAIN = "main"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0  # without a heartbeat, after which a worker of another launcher counts as dead
 _STATUS_BYTES = 4096
+_STATUS_READS = 3  # before a status counts as damaged: its owner may be writing it
+_REREAD_SECONDS = 0.05
 
 
+@json_record
 @dataclass(frozen=True)
-class Status:
-    """What a worker is at.
+class WorkList:
+    """The work of a run.
 
     Attributes:
-        beat: grows as long as it lives.
-        host, place, pid, started: the process, as in `lock.Holder`.
-        unit: the tensor it works on.
-        error, exit_code: why it gave up.
+        fingerprint: of the main process's plan.
+        units: batches, as positions in the plan's units.
+        finished: units of these batches that need no work.
+        nonfinite: weights with NaN or infinity by tensor name, which no header shows.
     """
 
-    beat: int = 0
+    fingerprint: str
+    units: tuple[tuple[Count, ...], ...]
+    finished: tuple[Count, ...]
+    nonfinite: Mapping[str, str]
+
+
+@json_record
+@dataclass(frozen=True)
+class WorkerStatus:
+    """The status that a worker, or the main process, shows to the others.
+
+    Attributes:
+        beat: increases as long as the process runs.
+        host, place, pid, started: the process, as in `lock.Holder`.
+        unit: the tensor it is converting.
+        error, exit_code: why it stopped.
+        peak_memory, peak_device_memory: bytes.
+    """
+
+    beat: Count = 0
     host: str = ""
     place: str = ""
-    pid: int = 0
+    pid: ProcessId = 0
     started: float = 0.0
     unit: str = ""
     device: str = ""
     done: bool = False
     error: str = ""
-    exit_code: int = 0
-    peak_memory: int = 0
-    peak_device_memory: int = 0
+    exit_code: ExitCode = ExitCode.DONE
+    peak_memory: Count = 0
+    peak_device_memory: Count = 0
 
 
 class Session:
-    """One run's folder."""
+    """The folder of one run."""
 
     def __init__(self, output: Path, run_id: str) -> None:
         self.run_id = run_id
         self.path = output / STATE / f"run-{run_id}"
 
     def begin(self, plan: Plan, todo: Sequence[Batch]) -> None:
-        """Lay out the folder; those of earlier runs go. Only the main process, under the lock."""
+        """Create the folder and remove those of earlier runs. Only the main process does this, under the lock."""
         for old in self.path.parent.glob("run-*"):
             shutil.rmtree(old, ignore_errors=True)
         draft = self.path.with_name(f"draft-{self.run_id}")
@@ -74,44 +98,49 @@ class Session:
         batches = [[positions[unit.tensor] for unit in batch.units] for batch in todo]
         batches.sort(key=lambda batch: (-sum(work_of(plan.units[number]) for number in batch), batch))
         left = {unit.tensor for batch in todo for unit in batch.todo}
-        content = {
-            "fingerprint": plan.fingerprint,
-            "units": batches,
-            "finished": [n for batch in batches for n in batch if plan.units[n].tensor not in left],
-            "nonfinite": dict(plan.nonfinite),
-        }
-        (draft / "units").write_text(json.dumps(content))
+        content = WorkList(
+            fingerprint=plan.fingerprint,
+            units=tuple(map(tuple, batches)),
+            finished=tuple(n for batch in batches for n in batch if plan.units[n].tensor not in left),
+            nonfinite=dict(plan.nonfinite),
+        )
+        (draft / "units").write_text(json.dumps(dataclasses.asdict(content)))
         os.replace(draft, self.path)
 
     def exists(self) -> bool:
         return (self.path / "units").exists()
 
-    def fingerprint(self) -> str:
-        """Of the plan that the main process made."""
-        return json.loads((self.path / "units").read_bytes())["fingerprint"]
+    def work_list(self) -> WorkList:
+        """Return what the main process wrote.
 
-    def nonfinite(self) -> dict[str, str]:
-        """What the main process found in the weights that no header tells."""
-        return json.loads((self.path / "units").read_bytes())["nonfinite"]
+        Raises:
+            FileNotFoundError: the run is over.
+            LoftqError: the file is damaged.
+        """
+        path = self.path / "units"
+        try:
+            return read_json(WorkList, path.read_bytes())
+        except InvalidRecord as error:
+            raise _damaged(path, error) from error
 
     def batches(self, plan: Plan) -> list[Batch]:
-        """What there is to do, largest first."""
-        content = json.loads((self.path / "units").read_bytes())
-        finished = set(content["finished"])
+        """Return the work to do, largest batches first."""
+        content = self.work_list()
+        finished = set(content.finished)
         return [
             Batch(
                 tuple(plan.units[number] for number in batch),
                 tuple(plan.units[number] for number in batch if number not in finished),
             )
-            for batch in content["units"]
+            for batch in content.units
         ]
 
     def claimed(self, plan: Plan) -> Iterator[Batch]:
-        """Batches that no other worker has taken, one by one, largest first; none once the run has failed."""
-        silence = Silence()
+        """Take batches that no other worker has taken, one by one, largest first; none once the run has failed."""
+        liveness = LivenessMonitor()
         numbers = {unit.tensor: number for number, unit in enumerate(plan.units)}
         for batch in self.batches(plan):
-            if self.stopped() or silence.why_gone(MAIN, self.statuses().get(MAIN)):
+            if self.stopped() or liveness.why_dead(MAIN, self.statuses().get(MAIN)):
                 return
             claim = self.path / "claims" / str(numbers[batch.units[0].tensor])
             try:
@@ -128,34 +157,59 @@ class Session:
     def stopped(self) -> bool:
         return (self.path / "stop").exists() or not self.exists()
 
-    def statuses(self) -> dict[str, Status]:
-        """The latest of every worker; one that is being rewritten just now is left out."""
-        found = {}
-        for path in self.path.glob("status.*"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                found[path.name.removeprefix("status.")] = Status(**json.loads(path.read_bytes()))
-        return found
+    def statuses(self) -> dict[str, WorkerStatus]:
+        """Return the latest status of each worker by name, without those that cannot be read at the moment.
+
+        Raises:
+            LoftqError: a status is complete but damaged.
+        """
+        found = {path.name.removeprefix("status."): _read_status(path) for path in self.path.glob("status.*")}
+        return {name: status for name, status in found.items() if status is not None}
+
+
+def _read_status(path: Path) -> WorkerStatus | None:
+    damage: InvalidRecord | None = None
+    for attempt in range(_STATUS_READS):
+        time.sleep(_REREAD_SECONDS if attempt else 0.0)
+        try:
+            return read_json(WorkerStatus, path.read_bytes())
+        except OSError:
+            return None
+        except InvalidRecord as error:
+            if not error.is_json:
+                return None
+            damage = error
+    assert damage is not None
+    raise _damaged(path, damage) from damage
+
+
+def _damaged(path: Path, error: InvalidRecord) -> LoftqError:
+    return LoftqError(
+        f"{path} is damaged ({error}): make sure that all workers run the same version of loftq, then run the same "
+        "command again to go on.",
+        exit_code=ExitCode.INCOMPLETE,
+    )
 
 
 def work_of(unit: Unit) -> int:
-    """What a unit costs, for the order of work: quantizing a weight takes far longer than copying it."""
+    """Return the relative cost of a unit: quantizing a weight takes far longer than copying it."""
     return unit.source.nbytes + (1000 * unit.matrix.weights if unit.matrix is not None else 0)
 
 
-class Presence:
-    """A process's status file, kept fresh by a thread."""
+class Heartbeat:
+    """The status file of this process, kept fresh by a thread until `close`."""
 
     def __init__(self, session: Session, name: str) -> None:
         self._path = session.path / f"status.{name}"
-        self._status = Status(**dataclasses.asdict(Holder.me()))
+        self._status = WorkerStatus(**dataclasses.asdict(Holder.me()))
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._path.write_bytes(b" " * _STATUS_BYTES)
-        self._thread = threading.Thread(target=self._beat, name="loftq-presence", daemon=True)
-        self.tell()
+        self._thread = threading.Thread(target=self._beat, name="loftq-heartbeat", daemon=True)
+        self.update()
         self._thread.start()
 
-    def tell(self, **changes: object) -> None:
-        """Show changed fields at once."""
+    def update(self, **changes: object) -> None:
+        """Change fields of the status and write it at once."""
         with self._mutex:
             self._status = dataclasses.replace(self._status, **changes, beat=self._status.beat + 1)  # type: ignore[arg-type]
             content = json.dumps(dataclasses.asdict(self._status)).encode()
@@ -171,27 +225,30 @@ class Presence:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self.tell()
+            self.update()
 
 
-class Silence:
-    """Who is gone: by the process where it can be seen from here, else by a heartbeat that has not changed for
-    SILENT_SECONDS of this machine's own clock."""
+class LivenessMonitor:
+    """Tells which processes have died.
+
+    A process that can be seen from here is checked directly. Any other counts as dead when its heartbeat has not
+    changed for SILENT_SECONDS, measured on this machine's own clock.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[int, float]] = {}
 
-    def why_gone(self, name: str, status: Status | None) -> str | None:
-        """`has died` or `has been silent …`; None while it lives. To be called again and again."""
+    def why_dead(self, name: str, status: WorkerStatus | None) -> str | None:
+        """Return `has died` or `has been silent for N s`, None while the process is alive. Call it repeatedly."""
         if status is not None:
             alive = Holder(status.host, status.place, status.pid, status.started).seen_alive()
             if alive is not None:
                 return None if alive else "has died"
-        silent = self.seconds(name, status)
+        silent = self.silent_seconds(name, status)
         return f"has been silent for {silent:.0f} s" if silent > SILENT_SECONDS else None
 
-    def seconds(self, name: str, status: Status | None) -> float:
-        """For how long the heartbeat has not changed."""
+    def silent_seconds(self, name: str, status: WorkerStatus | None) -> float:
+        """Return how long the heartbeat has not changed."""
         now, before = time.monotonic(), self._seen.get(name)
         if before is None or (status is not None and status.beat != before[0]):
             self._seen[name] = (-1 if status is None else status.beat, now)

@@ -20,7 +20,7 @@ from loftq_cli.engine.output.directory import STATE, journal_of
 from loftq_cli.engine.output.journal import Journal
 from loftq_cli.engine.output.lock import Lock
 from loftq_cli.engine.workers.order import Order
-from loftq_cli.engine.workers.session import MAIN, Presence, Session, Silence, Status
+from loftq_cli.engine.workers.session import MAIN, Heartbeat, LivenessMonitor, Session, WorkerStatus
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.openmp import brief_spins
 from loftq_cli.machine.usage import Cost
@@ -50,13 +50,13 @@ class Team:
         self.orders = orders
         self._announce = announce
         self._session: Session | None = None
-        self._presence: Presence | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def begin(self, plan: Plan, todo: Sequence[Batch]) -> Session:
         """Lay out the session, show that the main process is there, and let others join."""
         self._session = Session(plan.output, uuid.uuid4().hex[:12])
         self._session.begin(plan, todo)
-        self._presence = Presence(self._session, MAIN)
+        self._heartbeat = Heartbeat(self._session, MAIN)
         self._announce(self._session.run_id)
         return self._session
 
@@ -66,8 +66,8 @@ class Team:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None and self._session is not None:
             self._session.stop()
-        if self._presence is not None:
-            self._presence.close()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Watch:
         self._plan, self._session, self._children = plan, session, children
         self._journal, self._reporter = journal, reporter
         self._units = {unit.tensor: unit for unit in plan.units}
-        self._silence, self._taken_up = Silence(), set[str]()
+        self._liveness, self._taken_up = LivenessMonitor(), set[str]()
         self.left = {unit.tensor for batch in session.batches(plan) for unit in batch.todo}
         self.records: dict[str, MatrixRecord] = {}
 
@@ -146,19 +146,19 @@ class _Watch:
             if status.unit:
                 self._report_working(status.unit)
             if status.error:
-                raise LoftqError(status.error, exit_code=ExitCode(status.exit_code))
-            if name not in codes and not status.done and (why := self._silence.why_gone(name, status)):
+                raise LoftqError(status.error, exit_code=status.exit_code)
+            if name not in codes and not status.done and (why := self._liveness.why_dead(name, status)):
                 raise _dead(name, status, why)
         for child in self._children:
             if codes[child.name] is not None and self.left:
-                self._check_ended(child, statuses.get(child.name, Status()), codes)
+                self._check_ended(child, statuses.get(child.name, WorkerStatus()), codes)
 
     def _report_working(self, tensor: str) -> None:
         if tensor not in self._taken_up:
             self._taken_up.add(tensor)
             self._reporter.working(self._units[tensor])
 
-    def _check_ended(self, child: Child, status: Status, codes: Mapping[str, int | None]) -> None:
+    def _check_ended(self, child: Child, status: WorkerStatus, codes: Mapping[str, int | None]) -> None:
         code = codes[child.name]
         if code and code < 0:
             raise _dead(child.name, status, f"was killed by signal {-code}")
@@ -208,7 +208,7 @@ def _let_go(children: Sequence[Child]) -> None:
             return  # everything is on the disk: it may be killed
 
 
-def _dead(name: str, status: Status, how: str) -> LoftqError:
+def _dead(name: str, status: WorkerStatus, how: str) -> LoftqError:
     at = f" while it worked on {status.unit}" if status.unit else ""
     where = f" (process {status.pid} on {status.host})" if status.pid else ""
     return LoftqError(
@@ -224,7 +224,7 @@ def _last_words(child: Child) -> str:
     return f" ({said})" if said else ""
 
 
-def _cost(statuses: Mapping[str, Status]) -> Cost:
+def _cost(statuses: Mapping[str, WorkerStatus]) -> Cost:
     """Of all workers together."""
     workers = [status for name, status in statuses.items() if name != MAIN]
     names = sorted({status.device for status in workers if status.device})

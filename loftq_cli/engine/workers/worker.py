@@ -1,9 +1,8 @@
-"""A worker: takes units of a run that others share, as a process of its own or as a rank of a launcher's world."""
+"""A worker: converts units of a run that others share, as a process of its own or as a rank of a launcher's world."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import threading
@@ -26,68 +25,71 @@ _LOOK_SECONDS = 0.2
 
 
 
-
 def main() -> None:
-    """`python -m loftq_cli.engine.workers.worker`: read the order, one line of stdin; leave when stdin ends."""
-    order = Order(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_leave_with_main, daemon=True).start()
+    """`python -m loftq_cli.engine.workers.worker`: read the order, one line of stdin; exit when stdin ends."""
+    try:
+        order = Order.from_json(sys.stdin.readline())
+    except LoftqError as error:
+        print(f"loftq: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+    threading.Thread(target=_exit_with_main, daemon=True).start()
     sys.exit(carry_out(order))
 
 
 def carry_out(order: Order) -> int:
-    """Work until nothing is left; gives the exit code. What goes wrong stands in the status, not on the terminal."""
-    from loftq_cli.engine.workers.session import Presence, Session
+    """Work until nothing is left and return the exit code. Errors go into the status, not to the terminal."""
+    from loftq_cli.engine.workers.session import Heartbeat, Session
 
     try:
-        presence = Presence(Session(Path(order.output), order.run_id), str(order.rank))
+        heartbeat = Heartbeat(Session(Path(order.output), order.run_id), str(order.rank))
     except FileNotFoundError:
         return ExitCode.INCOMPLETE  # the run is over already
     try:
-        cost = _work(order, presence.tell)
-        presence.tell(done=True, unit="", peak_memory=cost.memory, peak_device_memory=cost.device_memory)
+        cost = _work(order, heartbeat.update)
+        heartbeat.update(done=True, unit="", peak_memory=cost.memory, peak_device_memory=cost.device_memory)
         return ExitCode.DONE
     except LoftqError as error:
-        presence.tell(error=str(error), exit_code=int(error.exit_code))
+        heartbeat.update(error=str(error), exit_code=error.exit_code)
         return int(error.exit_code)
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        presence.tell(error=f"unexpected {type(error).__name__}: {error}", exit_code=int(ExitCode.FAILED))
+        heartbeat.update(error=f"unexpected {type(error).__name__}: {error}", exit_code=ExitCode.FAILED)
         return ExitCode.FAILED
     finally:
-        presence.close()
+        heartbeat.close()
 
 
 def follow(order: Order) -> Manifest:
-    """Work as a rank of a launcher's world whose main process is another, then wait for that one to finish.
+    """Work as a rank of a launcher's world whose main process is another rank, then wait for that one to finish.
 
     Raises:
-        LoftqError: the run has failed here, elsewhere, or the main process is gone (exit code 4).
+        LoftqError: the run has failed here or elsewhere, or the main process is dead (exit code 4).
     """
     from loftq_cli.artifacts.manifest import read_manifest
-    from loftq_cli.engine.workers.session import MAIN, Session, Silence
+    from loftq_cli.engine.workers.session import MAIN, LivenessMonitor, Session
 
     output = Path(order.output)
-    session, silence, started = Session(output, order.run_id), Silence(), time.monotonic()
+    session, liveness, started = Session(output, order.run_id), LivenessMonitor(), time.monotonic()
     while not session.exists() and time.monotonic() - started < _APPEAR_SECONDS:
         time.sleep(_LOOK_SECONDS)  # a shared file system may show it late
     if session.exists():
         carry_out(order)
     while session.exists() and not session.stopped():
-        if silence.why_gone(MAIN, session.statuses().get(MAIN)):
+        if liveness.why_dead(MAIN, session.statuses().get(MAIN)):
             break
         time.sleep(_LOOK_SECONDS)
     if session.exists() or not (output / "config.json").exists():
         raise LoftqError(
-            f"the run on {output} has not come to its end: run the same command again to go on.",
+            f"the run on {output} did not finish: run the same command again to go on.",
             exit_code=ExitCode.INCOMPLETE,
         )
     return read_manifest(output)
 
 
 @full_precision()
-def _work(order: Order, tell: Callable[..., None]) -> Cost:
+def _work(order: Order, update: Callable[..., None]) -> Cost:
     import torch
 
     from loftq_cli._version import __version__
@@ -109,23 +111,25 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
         torch.set_num_threads(order.threads)
     output, session = Path(order.output), Session(Path(order.output), order.run_id)
     device = torch.device(order.device)
-    tell(device=own_cost(device).device)
+    update(device=own_cost(device).device)
+    work = session.work_list()
     with open_source(Recipe(**order.recipe), stream=order.stream) as (checkpoint, recipe), on_full_disk(output):
         recipe = pin_calibration(recipe)
         plan = make_plan(
-            recipe, checkpoint, output, __version__, session.nonfinite() if recipe.allow_nonfinite else None
+            recipe, checkpoint, output, __version__, work.nonfinite if recipe.allow_nonfinite else None
         )
-        if plan.fingerprint != session.fingerprint():
+        if plan.fingerprint != work.fingerprint:
             raise LoftqError(
-                f"this worker's source or loftq is not the main process's ({output / STATE}): give all machines the "
-                "same model, command and versions."
+                f"this worker's source or loftq version differs from the main process's ({output / STATE}): use the "
+                "same model, command and versions on all machines."
             )
         plan = known_moments(plan, checkpoint)
         load_kernels(plan.grids, device)
         pace = choose_pace(plan, device, order.max_memory)
         keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
-        run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
+        pace = dataclasses.replace(pace, lanes=1, keeps_memory=keeps)
+        run = Run(plan, checkpoint, device, _status_reporter(update), pace)
         writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
         writer.open()
         try:
@@ -137,19 +141,19 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     return own_cost(device)
 
 
-def _telling(tell: Callable[..., None]) -> Reporter:
-    """A reporter that shows in the status what is being worked on."""
+def _status_reporter(update: Callable[..., None]) -> Reporter:
+    """Return a reporter that shows the current unit in the status."""
     from loftq_cli.progress import Reporter
 
-    class Telling(Reporter):
+    class StatusReporter(Reporter):
         def working(self, unit) -> None:
-            tell(unit=unit.tensor)
+            update(unit=unit.tensor)
 
-    return Telling()
+    return StatusReporter()
 
 
-def _leave_with_main() -> None:
-    """End at once when the main process has: its end of the pipe closes, however it ended."""
+def _exit_with_main() -> None:
+    """Exit when the main process does: its end of the pipe closes, however it ends."""
     while sys.stdin.read(1):
         time.sleep(0.1)
     os._exit(ExitCode.INCOMPLETE)

@@ -73,9 +73,28 @@ def test_the_lock_of_another_host_counts_until_its_heart_stops(tmp_path: Path) -
     leave(tmp_path, age=STALE_SECONDS + 1, host="node7", place="node7 another boot", pid=4711)
     take(tmp_path).release()
     (tmp_path / "lock.1").write_bytes(b"{")  # whatever wrote that
-    with pytest.raises(UsageError, match="a host unknown"):
+    with pytest.raises(UsageError, match=r"may be in use, .*/lock\.1 is damaged \(it is not valid JSON: "):
         take(tmp_path)
     os.utime(tmp_path / "lock.1", (1, 1))
+    take(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pid": "x"}, r"pid must be an integer, not 'x'"),
+        ({"pid": -1}, r"pid must be at least 0, not -1"),
+        ({"pid": 2**31}, r"pid must be at most 2147483647"),
+        ({"started": float("nan")}, r"started must be a finite number, not nan"),
+        ({"more": 1}, r"more is not a known field"),
+    ],
+)
+def test_a_damaged_lock_is_named_with_its_field_until_it_expires(fields: dict, said: str, tmp_path: Path) -> None:
+    path = leave(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(UsageError, match=rf"lock\.1 is damaged \({said}.*\): try again in 2 minutes"):
+        take(tmp_path)
+    os.utime(path, (1, 1))
     take(tmp_path).release()
 
 

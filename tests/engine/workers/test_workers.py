@@ -28,7 +28,8 @@ from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.workers import session as session_module
 from loftq_cli.engine.workers import supervisor as supervise
 from loftq_cli.engine.workers.launcher import launched_rank
-from loftq_cli.engine.workers.session import Presence, Session, Silence, Status, work_of
+from loftq_cli.engine.workers.order import Order
+from loftq_cli.engine.workers.session import Heartbeat, LivenessMonitor, Session, WorkerStatus, work_of
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.devices import choose_devices
 from loftq_cli.planning.plan import Plan
@@ -225,7 +226,7 @@ def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tm
     def join(run_id: str) -> None:
         session = Session(out, run_id)
         (unit,) = next(session.claimed(plan)).units
-        status = Status(beat=5, host="node7", pid=4711, unit=unit.tensor)
+        status = WorkerStatus(beat=5, host="node7", pid=4711, unit=unit.tensor)
         (session.path / "status.1").write_text(json.dumps(dataclasses.asdict(status)))
 
     with closing(open_checkpoint(random_llama)) as checkpoint, pytest.raises(LoftqError) as caught:
@@ -263,27 +264,60 @@ def test_each_unit_is_claimed_once_largest_first_and_not_after_a_stop(random_lla
 def test_a_status_is_rewritten_in_place_and_its_silence_is_noticed(tmp_path: Path) -> None:
     session = Session(tmp_path, "a")
     session.path.mkdir(parents=True)
-    presence, silence = Presence(session, "3"), Silence()
-    presence.tell(unit="x.weight", error="e" * 9000)
+    heartbeat, liveness = Heartbeat(session, "3"), LivenessMonitor()
+    heartbeat.update(unit="x.weight", error="e" * 9000)
     size = (session.path / "status.3").stat().st_size
     status = session.statuses()["3"]
     assert size == 4096 and status.unit == "x.weight" and status.error.startswith("eee") and status.pid == os.getpid()
-    presence.close()
-    assert silence.seconds("3", status) == 0.0
+    heartbeat.close()
+    assert liveness.silent_seconds("3", status) == 0.0
     time.sleep(0.02)
-    assert silence.seconds("3", status) >= 0.02 and silence.seconds("3", None) >= 0.02
-    presence.tell(unit="y.weight")
-    assert silence.seconds("3", session.statuses()["3"]) == 0.0
+    assert liveness.silent_seconds("3", status) >= 0.02 and liveness.silent_seconds("3", None) >= 0.02
+    heartbeat.update(unit="y.weight")
+    assert liveness.silent_seconds("3", session.statuses()["3"]) == 0.0
+
+
+def test_damaged_statuses_and_work_lists_are_named_with_their_field(tmp_path: Path) -> None:
+    session = Session(tmp_path, "a")
+    session.path.mkdir(parents=True)
+    (session.path / "status.1").write_text('{"beat": 3')
+    assert session.statuses() == {}, "it is being written"
+    for content, said in {
+        '{"beat": "3"}': "beat must be an integer, not '3'",
+        '{"colour": 3}': "colour is not a known field",
+        '{"exit_code": 77}': "exit_code must be one of 0, 1, 2, 3, 4 or 130, not 77",
+        '{"started": NaN}': "started must be a finite number, not nan",
+    }.items():
+        (session.path / "status.1").write_text(content)
+        with pytest.raises(LoftqError) as caught:
+            session.statuses()
+        assert f"{session.path / 'status.1'} is damaged ({said}): make sure that all workers" in str(caught.value)
+        assert caught.value.exit_code == ExitCode.INCOMPLETE
+    (session.path / "units").write_text('{"fingerprint": "f", "units": [[0, -1]], "finished": [], "nonfinite": {}}')
+    with pytest.raises(LoftqError, match=r"units is damaged \(units\[0\]\[1\] must be at least 0, not -1\)"):
+        session.work_list()
+
+
+def test_orders_are_checked() -> None:
+    order = Order({"model": "m"}, "out", False, 1, "cpu", None, 10**9, "run")
+    assert Order.from_json(order.to_json()) == order
+    for fields, said in (({"rank": -1}, "rank must be at least 0"), ({"more": 1}, "more is not a known field")):
+        with pytest.raises(LoftqError, match=rf"the order on standard input is damaged \({said}"):
+            Order.from_json(json.dumps({**json.loads(order.to_json()), **fields}))
+    words = [sys.executable, "-m", "loftq_cli.engine.workers.worker"]
+    done = subprocess.run(words, input='{"rank": "x"}\n', capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == ExitCode.FAILED and len(done.stderr.strip().splitlines()) == 1
+    assert "the order on standard input is damaged (recipe is missing)" in done.stderr
 
 
 def test_a_dead_process_of_this_machine_is_seen_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = psutil.Process(process.pid).create_time()
-    status = Status(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
-    assert Silence().why_gone("1", status) is None
+    status = WorkerStatus(**dataclasses.asdict(dataclasses.replace(Holder.me(), pid=process.pid, started=started)))
+    assert LivenessMonitor().why_dead("1", status) is None
     process.kill()
     process.wait()
-    assert Silence().why_gone("1", status) == "has died"
+    assert LivenessMonitor().why_dead("1", status) == "has died"
 
 
 def test_devices(monkeypatch) -> None:
