@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -21,18 +22,18 @@ from loftq_cli.engine.compute.stacks import Batch, form_batches
 from loftq_cli.engine.cost.memory import fits_a_lane, keeps_little
 from loftq_cli.engine.cost.pace import choose_pace
 from loftq_cli.engine.output.directory import (
-    abandon,
     claim,
     journal_of,
-    locate,
     on_full_disk,
+    open_writer,
     publish,
-    write_file,
+    read_back,
+    write_files,
 )
 from loftq_cli.engine.output.journal import Entry
 from loftq_cli.engine.output.lock import Lock
+from loftq_cli.engine.output.resume import resume_or_start
 from loftq_cli.engine.workers.supervisor import Team, supervise
-from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.kernels import load_kernels
 from loftq_cli.machine.memory import shared_memory
 from loftq_cli.machine.precision import full_precision
@@ -40,7 +41,6 @@ from loftq_cli.machine.usage import Cost, own_cost
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
-from loftq_cli.tensorfile.hashing import FileRecord, check_file
 from loftq_cli.tensorfile.writer import ShardWriter
 
 
@@ -71,15 +71,15 @@ def run_plan(
         load_kernels(plan.grids, device)  # part of starting up, as importing torch is
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
-    with on_full_disk(plan.output), team or nullcontext():
-        lock = claim(plan, checkpoint, overwrite)
+    claimed = claim(plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite))
+    with on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
             finished = _prepare(run)
             records, cost = _convert_rest(run, finished, lock, team)
             joined = _join(plan)
-            return _finish(run, records, joined, dataclasses.replace(cost, seconds=time.perf_counter() - started))
+            cost = dataclasses.replace(cost, seconds=time.perf_counter() - started)
+            return _finish(run, records, joined, cost, lock)
         finally:
-            abandon(plan.output, lock)
             reporter.close()
 
 
@@ -88,13 +88,9 @@ def run_plan(
 def _prepare(run: Run) -> dict[str, Entry]:
     """Lay out the files, and tell which units an earlier run finished: those whose bytes hash to what it recorded."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
-    writer.prepare()
-    try:
+    with open_writer(plan.output, plan.written_files, create=True) as writer:
         units = [unit for unit in plan.units if unit.tensor in entries]
         found = {unit.tensor: entries[unit.tensor] for unit in units if _is_written(unit, entries[unit.tensor], writer)}
-    finally:
-        writer.close()
     run.reporter.start(plan, {name: entry.record for name, entry in found.items()})
     return found
 
@@ -112,16 +108,12 @@ def _convert_rest(
     if team is not None:
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
-    writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
-    writer.open()
-    try:
+    with open_writer(run.plan.output, run.plan.written_files) as writer:
         journal = journal_of(run.plan.output)
         for pace, batches in by_size(run, todo):
             with shared_memory(keeps=pace.keeps_memory):
                 paced = dataclasses.replace(run, pace=pace)
                 records |= work_off(paced, _while_owned(lock, batches), writer, journal)
-    finally:
-        writer.close()
     return records, own_cost(run.device)
 
 
@@ -129,12 +121,8 @@ def _join(plan: Plan) -> dict[str, str]:
     """Put together what units left in the scratch file; the sha256 of what that makes, by tensor."""
     if plan.scratch is None:
         return {}
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
-    writer.open()
-    try:
+    with open_writer(plan.output, plan.written_files) as writer:
         return join_adapters(plan, writer)
-    finally:
-        writer.close()
 
 
 def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -155,42 +143,27 @@ def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]
     return [(run.pace, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
 
 
-def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:
-    """Read everything back, write all but the weights, then make the moves that turn the directory into a model."""
+def _finish(
+    run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost, lock: Lock
+) -> Manifest:
+    """Read the weights back, write every other file, and publish all of them."""
     plan, output = run.plan, run.plan.output
     run.reporter.finishing("reading back what was written")
-    files = _check_weights(plan, joined)
-    for name, content in plan.texts.items():
-        files[name] = write_file(output, name, content)
-    for side in plan.side_files:
-        files[side.name] = write_file(output, side.name, side.read())
+    files = read_back(output, plan.files, {**_written_hashes(plan), **joined})
+    files |= write_files(output, plan.texts, plan.side_files)
     sizes = text_sizes(plan)
     manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, cost)
-    files[CARD] = write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
+    files |= write_files(output, {CARD: pad(render_card(manifest, plan), sizes.card)})
     sealed = seal(pad(render(dataclasses.replace(manifest, files=files)), sizes.manifest))
-    write_file(output, MANIFEST, sealed)
+    write_files(output, {MANIFEST: sealed})
+    lock.check()
     publish(output, [*files, MANIFEST])
     manifest = parse_manifest(output / MANIFEST, sealed)
     run.reporter.finish(manifest)
     return manifest
 
 
-def _check_weights(plan: Plan, joined: Mapping[str, str]) -> dict[str, FileRecord]:
-    """The weight files, read back from the disk.
-
-    Raises:
-        LoftqError: one is not what was written; the same command repeats what is damaged.
-    """
+def _written_hashes(plan: Plan) -> dict[str, str]:
+    """Return the sha256 of every tensor that units have written."""
     entries = journal_of(plan.output).entries()
-    hashes = {name: digest for entry in entries.values() for name, digest in entry.hashes.items()} | dict(joined)
-    files = {}
-    for file in plan.files:
-        path = locate(plan.output, file.name)
-        files[file.name], damaged = check_file(path, file, hashes)
-        if damaged:
-            raise LoftqError(
-                f"{path} does not hold what was written to it ({damaged[0]} differs): check the disk, then run the "
-                "same command again to repeat that part.",
-                exit_code=ExitCode.INCOMPLETE,
-            )
-    return files
+    return {name: digest for entry in entries.values() for name, digest in entry.hashes.items()}

@@ -19,7 +19,8 @@ from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.grids.grid import dequantize
 from loftq_cli.numerics.lowrank.truncate import frobenius
-from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
+from loftq_cli.tensorfile.layout import WeightFiles
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 if TYPE_CHECKING:
     from loftq_cli.merging.job import Merge, Piece
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 _GGUF, _PACKED = GgufFormat(), PackedFormat()
 
 
-def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> tuple[list[TensorFile], dict[str, str]]:
-    """The one file.
+def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> WeightFiles:
+    """Lay out the GGUF file.
 
     Raises:
         UsageError: GGUF has no place for this model.
@@ -39,7 +40,7 @@ def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> tuple[li
     if reason is not None:
         raise UsageError(f"--to gguf: {reason}.")
     outputs = [tensor for piece in pieces for tensor in piece.outputs]
-    return [_GGUF.container(outputs, matrices, request, identity)], {}
+    return WeightFiles((_GGUF.container(outputs, matrices, request, identity),), {})
 
 
 def copied(tensor: OutputTensor) -> OutputTensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
-from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.tensorfile.layout import WeightFiles
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 
@@ -34,7 +35,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Merge:
-    """What the steps of one merge share."""
+    """What the steps of one merge share.
+
+    Attributes:
+        source: the backbone's directory; `checkpoint`: its tensors, opened.
+        places: module of the backbone → its place in the adapter.
+        cast: tensors in full precision get `dtype` too, because the user named one.
+    """
 
     manifest: Manifest
     source: Path
@@ -43,12 +50,33 @@ class Merge:
     places: dict[str, Place]
     way: str
     dtype: torch.dtype
-    cast: bool  # tensors in full precision too, because the user named a dtype
+    cast: bool
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the backbone, or one expert's share of it."""
+        """Read a tensor of the backbone, or one expert's share of it."""
         return read_named(self.checkpoint, name)
 
     def update(self, module: str, in_features: int) -> Tensor:
-        """What the adapter adds to a matrix, float32 [out, in]."""
+        """Return what the adapter adds to a matrix, float32 [out, in]."""
         return self.trained.update(self.places[module], in_features)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will write, decided before any weight is read.
+
+    Attributes:
+        fingerprint: of backbone, adapter and way together.
+        side_files: copied unchanged from the backbone.
+    """
+
+    pieces: tuple[Piece, ...]
+    weights: WeightFiles
+    adapter_sha256: str
+    fingerprint: str
+    side_files: tuple[SideFile, ...]
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(tensor.nbytes for piece in self.pieces for tensor in piece.outputs)

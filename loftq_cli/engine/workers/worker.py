@@ -96,14 +96,13 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli.engine.compute.pipeline import Run, work_off
     from loftq_cli.engine.cost.memory import keeps_little
     from loftq_cli.engine.cost.pace import choose_pace
-    from loftq_cli.engine.output.directory import STATE, journal_of, locate, on_full_disk
+    from loftq_cli.engine.output.directory import STATE, journal_of, on_full_disk, open_writer
     from loftq_cli.engine.workers.session import Session
     from loftq_cli.kernels import load_kernels
     from loftq_cli.machine.memory import shared_memory
     from loftq_cli.machine.usage import own_cost
     from loftq_cli.planning.plan import make_plan
     from loftq_cli.recipe.model import Recipe
-    from loftq_cli.tensorfile.writer import ShardWriter
 
     if order.threads is not None:
         torch.set_num_threads(order.threads)
@@ -126,14 +125,9 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
         keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
         run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
-        writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
-        writer.open()
-        try:
+        with open_writer(output, plan.written_files) as writer, shared_memory(keeps=keeps):
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            with shared_memory(keeps=keeps):
-                work_off(run, session.claimed(plan), writer, journal)
-        finally:
-            writer.close()
+            work_off(run, session.claimed(plan), writer, journal)
     return own_cost(device)
 
 
