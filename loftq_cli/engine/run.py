@@ -1,4 +1,4 @@
-"""Run a plan: claim the output, go on with what an earlier run left, convert the rest, read it all back, publish."""
+"""Run a plan: claim the output, resume what an earlier run left, convert the rest, read it back and publish."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, parse_manifest,
 from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.compute.join_adapters import join_adapters
-from loftq_cli.engine.compute.lanes import Pace
-from loftq_cli.engine.compute.pipeline import Run, work_off
-from loftq_cli.engine.compute.stacks import Batch, form_batches
+from loftq_cli.engine.compute.lanes import Schedule
+from loftq_cli.engine.compute.pipeline import Run, run_stacks
+from loftq_cli.engine.compute.stacks import Stack, form_stacks
 from loftq_cli.engine.cost.memory import fits_a_lane, keeps_little
-from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.engine.output.directory import (
     claim,
     journal_of,
@@ -55,22 +55,22 @@ def run_plan(
     max_memory: int | None = None,
     team: Team | None = None,
 ) -> Manifest:
-    """Carry out `plan` and give the manifest of the finished directory. Goes on where an earlier run stopped.
+    """Carry out `plan`, resuming an earlier run, and return the manifest of the finished directory.
 
     Args:
-        device: what this process computes on, where it works alone.
-        max_memory: resident bytes to stay below; None lets tensors be read ahead and converted side by side.
+        device: what this process computes on if it works alone.
+        max_memory: resident bytes to stay below; None allows reading ahead and converting several units at a time.
         team: other processes that do the work.
 
     Raises:
-        UsageError: the output directory is not ours to write, or another run is writing it.
-        LoftqError: a weight cannot be converted; the disk is full, a worker died, or what was written does not read
-            back (exit code 4: the same command goes on).
+        UsageError: the output directory belongs to something else, or another run is writing it.
+        LoftqError: a weight cannot be converted; the disk is full, a worker died, or a file does not read back as it
+            was written (exit code 4: the same command resumes).
     """
     if team is None:
         load_kernels(plan.grids, device)  # part of starting up, as importing torch is
     started = time.perf_counter()
-    run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
+    run = Run(plan, checkpoint, device, reporter, choose_schedule(plan, device, max_memory))
     claimed = claim(plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite))
     with on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
@@ -83,10 +83,8 @@ def run_plan(
             reporter.close()
 
 
-
-
 def _prepare(run: Run) -> dict[str, Entry]:
-    """Lay out the files, and tell which units an earlier run finished: those whose bytes hash to what it recorded."""
+    """Create the files, and return the units an earlier run finished: those whose bytes have the recorded hashes."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
     with open_writer(plan.output, plan.written_files, create=True) as writer:
         units = [unit for unit in plan.units if unit.tensor in entries]
@@ -102,45 +100,45 @@ def _is_written(unit: Unit, entry: Entry, writer: ShardWriter) -> bool:
 def _convert_rest(
     run: Run, finished: Mapping[str, Entry], lock: Lock, team: Team | None
 ) -> tuple[dict[str, MatrixRecord], Cost]:
-    """Records of all matrices by tensor name, once every unit's bytes are on the disk, and what that took."""
+    """Convert all other units; return the records of all matrices by tensor name, and the cost."""
     records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
-    todo = form_batches(run.plan.units, run.plan.recipe, run.pace.batch, finished)
+    todo = form_stacks(run.plan.units, run.plan.recipe, run.schedule.stack, finished)
     if team is not None:
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
     with open_writer(run.plan.output, run.plan.written_files) as writer:
         journal = journal_of(run.plan.output)
-        for pace, batches in by_size(run, todo):
-            with shared_memory(keeps=pace.keeps_memory):
-                paced = dataclasses.replace(run, pace=pace)
-                records |= work_off(paced, _while_owned(lock, batches), writer, journal)
+        for schedule, stacks in by_size(run, todo):
+            with shared_memory(keeps=schedule.keeps_memory):
+                scheduled = dataclasses.replace(run, schedule=schedule)
+                records |= run_stacks(scheduled, _while_owned(lock, stacks), writer, journal)
     return records, own_cost(run.device)
 
 
 def _join(plan: Plan) -> dict[str, str]:
-    """Put together what units left in the scratch file; the sha256 of what that makes, by tensor."""
+    """Join what units left in the scratch file; return the sha256 of each joined tensor."""
     if plan.scratch is None:
         return {}
     with open_writer(plan.output, plan.written_files) as writer:
         return join_adapters(plan, writer)
 
 
-def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
+def _while_owned(lock: Lock, stacks: Iterable[Stack]) -> Iterator[Stack]:
+    for stack in stacks:
         lock.check()
-        yield batch
+        yield stack
 
 
-def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]]:
-    """First what shares the machine, small ones before larger ones, then what is converted alone with all of its
-    threads."""
-    small, middle, large, method = list[Batch](), list[Batch](), list[Batch](), run.plan.recipe.method
-    for batch in batches:
-        little = all(keeps_little(unit, method) for unit in batch.units)
-        shares = all(fits_a_lane(unit, method) for unit in batch.units)
-        (small if little else middle if shares else large).append(batch)
-    fresh = dataclasses.replace(run.pace, keeps_memory=False)
-    return [(run.pace, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
+def by_size(run: Run, stacks: Sequence[Stack]) -> list[tuple[Schedule, list[Stack]]]:
+    """Sort stacks by schedule: first those that share the machine, small before larger ones, then those that are
+    converted alone with all threads."""
+    small, middle, large, method = list[Stack](), list[Stack](), list[Stack](), run.plan.recipe.method
+    for stack in stacks:
+        little = all(keeps_little(unit, method) for unit in stack.units)
+        shares = all(fits_a_lane(unit, method) for unit in stack.units)
+        (small if little else middle if shares else large).append(stack)
+    fresh = dataclasses.replace(run.schedule, keeps_memory=False)
+    return [(run.schedule, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
 
 
 def _finish(

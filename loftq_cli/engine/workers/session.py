@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.engine.compute.stacks import Batch
+from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.engine.output.lock import Holder
 from loftq_cli.planning.plan import Plan
@@ -64,7 +64,7 @@ class Session:
         self.run_id = run_id
         self.path = output / STATE / f"run-{run_id}"
 
-    def begin(self, plan: Plan, todo: Sequence[Batch]) -> None:
+    def begin(self, plan: Plan, todo: Sequence[Stack]) -> None:
         """Lay out the folder; those of earlier runs go. Only the main process, under the lock."""
         for old in self.path.parent.glob("run-*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -94,19 +94,19 @@ class Session:
         """What the main process found in the weights that no header tells."""
         return json.loads((self.path / "units").read_bytes())["nonfinite"]
 
-    def batches(self, plan: Plan) -> list[Batch]:
+    def batches(self, plan: Plan) -> list[Stack]:
         """What there is to do, largest first."""
         content = json.loads((self.path / "units").read_bytes())
         finished = set(content["finished"])
         return [
-            Batch(
+            Stack(
                 tuple(plan.units[number] for number in batch),
                 tuple(plan.units[number] for number in batch if number not in finished),
             )
             for batch in content["units"]
         ]
 
-    def claimed(self, plan: Plan) -> Iterator[Batch]:
+    def claimed(self, plan: Plan) -> Iterator[Stack]:
         """Batches that no other worker has taken, one by one, largest first; none once the run has failed."""
         silence = Silence()
         numbers = {unit.tensor: number for number, unit in enumerate(plan.units)}

@@ -93,9 +93,9 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
     from loftq_cli._version import __version__
     from loftq_cli.calibration.calibrate import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.compute.pipeline import Run, work_off
+    from loftq_cli.engine.compute.pipeline import Run, run_stacks
     from loftq_cli.engine.cost.memory import keeps_little
-    from loftq_cli.engine.cost.pace import choose_pace
+    from loftq_cli.engine.cost.schedule import choose_schedule
     from loftq_cli.engine.output.directory import STATE, journal_of, on_full_disk, open_writer
     from loftq_cli.engine.workers.session import Session
     from loftq_cli.kernels import load_kernels
@@ -121,13 +121,13 @@ def _work(order: Order, tell: Callable[..., None]) -> Cost:
             )
         plan = known_moments(plan, checkpoint)
         load_kernels(plan.grids, device)
-        pace = choose_pace(plan, device, order.max_memory)
-        keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
+        schedule = choose_schedule(plan, device, order.max_memory)
+        keeps = schedule.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
-        run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(pace, lanes=1, keeps_memory=keeps))
+        run = Run(plan, checkpoint, device, _telling(tell), dataclasses.replace(schedule, lanes=1, keeps_memory=keeps))
         with open_writer(output, plan.written_files) as writer, shared_memory(keeps=keeps):
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            work_off(run, session.claimed(plan), writer, journal)
+            run_stacks(run, session.claimed(plan), writer, journal)
     return own_cost(device)
 
 
