@@ -1,4 +1,4 @@
-"""One merge: what it reads, what it writes and how."""
+"""The data of one merge: what it reads, what it writes and how."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from loftq_cli.tensorfile.tensors import OutputTensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A matrix in its container, or a tensor in full precision; of a tensor that stacks experts one expert's share.
+    """One step of a merge: a matrix in its container, a tensor in full precision, or one expert of a stacked tensor.
 
     Attributes:
-        record: None for a tensor in full precision; `turned` then says that it lies [in, out].
+        record: None for a tensor in full precision; `turned` then means that it is stored as [in, out].
         inputs: its tensors in the backbone; `outputs`: in the result.
-        module: its path, where the adapter changes it; of an expert its parameter and number.
+        module: its path if the adapter changes it, else None; for an expert its parameter and number.
     """
 
     record: MatrixRecord | None
@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Merge:
-    """What the steps of one merge share.
+    """The objects that all steps of one merge share.
 
     Attributes:
         source: the backbone's directory; `checkpoint`: its tensors, opened.

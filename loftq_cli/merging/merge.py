@@ -5,10 +5,10 @@ Four ways:
 * `dense`: W = Q + ΔW in the model's dtype, for any container and any LoRA or QA-LoRA adapter.
 * `zeros`: QA-LoRA over integers with float zeros (`packed`). ΔW is constant within groups, so it is added to the
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
-* `gguf`: the same into a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
-* `requantize`: W = Q + ΔW is quantized anew on the container's own grid; what that costs is measured.
+* `gguf`: the same, written as a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
+* `requantize`: W = Q + ΔW is quantized again on the container's own grid; the error of that is measured.
 
-Experts that share a parameter in the running model are merged one at a time, under the names they have on disk.
+Experts that share a parameter in the running model are merged one at a time, under their names on disk.
 """
 
 from __future__ import annotations
@@ -59,18 +59,20 @@ def merge(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> MergeReport:
-    """Write the backbone in `directory` with the trained adapter folded in; no adapter is left.
+    """Write the backbone in `directory` with the trained adapter folded in; the result needs no adapter.
 
     Args:
         directory: a finished output of `quantize`.
         adapter: a folder that PEFT's `save_pretrained` wrote.
-        to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` where that is exact, else `dense`.
+        to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
-        progress: called with how many tensors are done, of how many.
+        overwrite: replace a finished merge, or drop an unfinished conversion.
+        progress: called with the number of tensors that are done, and of all.
 
     Raises:
-        UsageError: the way cannot be gone with this backbone and adapter, or the output is not free.
-        LoftqError: backbone or adapter is missing, damaged, or they do not belong together.
+        UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.
+        LoftqError: backbone or adapter is missing or damaged, or they do not belong together; the disk is full, or a
+            file does not read back as it was written (exit code 4: the same command starts again).
     """
     if dtype not in DTYPE_CHOICES:
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")

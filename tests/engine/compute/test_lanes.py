@@ -97,12 +97,12 @@ def test_large_matrices_are_converted_alone_and_middling_ones_keep_no_memory(
     random_llama: Path, tmp_path: Path, monkeypatch
 ) -> None:
     from loftq_cli.engine.compute.pipeline import Run
-    from loftq_cli.engine.cost import estimate
+    from loftq_cli.engine.cost import memory
 
     plan = loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2)
     *_, middle, largest = sorted(plan.units, key=lambda unit: unit.source.nbytes)
     sizes = {middle.tensor: LANE_BYTES, largest.tensor: LANE_BYTES + 1}
-    monkeypatch.setattr(estimate, "working_set", lambda unit, _: sizes.get(unit.tensor, KEPT_BYTES))
+    monkeypatch.setattr(memory, "working_set", lambda unit, _: sizes.get(unit.tensor, KEPT_BYTES))
     run = Run(plan, None, torch.device("cpu"), None, SCHEDULE)  # type: ignore[arg-type]
     (kept, small), (fresh, middling), (alone, large) = by_size(run, [Stack.of(unit) for unit in plan.units])
     assert (kept.lanes, fresh.lanes, alone.lanes) == (3, 3, 1)

@@ -19,6 +19,7 @@ from loftq_cli.engine.compute.convert import Converted
 from loftq_cli.engine.compute.lanes import Schedule
 from loftq_cli.engine.compute.stacks import Stack, form_stacks, stack_size
 from loftq_cli.engine.cost import estimate as estimate_module
+from loftq_cli.engine.cost import memory as memory_module
 from loftq_cli.engine.cost.memory import peak_memory
 from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.errors import LoftqError
@@ -205,7 +206,7 @@ def test_large_matrices_and_nested_scales_are_not_batched(random_llama: Path, mo
     assert not sizes(form_stacks(plan.units, plan.recipe, 32))
 
 
-def test_experts_are_batched_under_calibration_too(tmp_path: Path) -> None:
+def test_experts_are_stacked_under_calibration_too(tmp_path: Path) -> None:
     """Calibration does not see their inputs, so their errors all weigh alike."""
     text = tmp_path / "text.txt"
     text.write_text("words " * 100)
@@ -214,7 +215,7 @@ def test_experts_are_batched_under_calibration_too(tmp_path: Path) -> None:
     assert together and {unit.kind for stack in together for unit in stack.units} == {"expert"}
 
 
-def test_a_gpu_gets_batches_and_its_estimate_counts_them() -> None:
+def test_a_gpu_gets_stacks_and_its_estimate_counts_them() -> None:
     plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
     schedule = choose_schedule(plan, gpu, None)
     assert schedule.stack > 1 and schedule.read_ahead and choose_schedule(plan, torch.device("cpu"), None).stack == 1
@@ -225,9 +226,9 @@ def test_a_gpu_gets_batches_and_its_estimate_counts_them() -> None:
 
 
 def test_max_memory_on_a_gpu_bounds_what_passes_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "resident_memory", lambda: 0)
+    monkeypatch.setattr(memory_module, "resident_memory", lambda: 0)
     plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
-    schedules, spare = [choose_schedule(plan, gpu, None)], estimate_module._SPARE
+    schedules, spare = [choose_schedule(plan, gpu, None)], memory_module._SPARE
     for limit in range(spare + 1_000_000, spare, -1000):  # of a few tensors of some kilobytes
         try:
             schedules.append(choose_schedule(plan, gpu, limit))
@@ -240,7 +241,7 @@ def test_max_memory_on_a_gpu_bounds_what_passes_through_the_host(monkeypatch: py
     assert chosen[0].stack > 1 and chosen[-1] == Schedule(read_ahead=False)
 
 
-def test_a_trial_is_of_a_batch_where_there_will_be_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_converts_a_stack_if_the_plan_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(estimate_module, "choose_schedule", lambda *_: TOGETHER)
     tried: list[int] = []
