@@ -676,7 +676,7 @@ def loopback_hub(home: Path) -> Iterator[HubServer]:
     """A Hub for this process; the environment has to be set before huggingface_hub is imported anywhere else."""
     from huggingface_hub import close_session, constants
 
-    from loftq_cli.hub import read_errors as hub_errors
+    from loftq_cli.hub import retry
 
     with HubServer() as server:
         os.environ.update(environment(server, home))
@@ -685,7 +685,7 @@ def loopback_hub(home: Path) -> Iterator[HubServer]:
         constants.HUGGINGFACE_CO_URL_TEMPLATE = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
         constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
-        hub_errors.FIRST_PAUSE = 0.001
+        retry.FIRST_PAUSE = 0.001
         close_session()
         yield server
         close_session()

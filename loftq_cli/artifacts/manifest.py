@@ -26,6 +26,7 @@ from loftq_cli.recipe.model import recipe_fields
 from loftq_cli.tensorfile.hashing import FileRecord
 
 NAME = "loftq.json"
+MERGE_MARK = "merge"  # in `.loftq`, while a merge into the directory is unfinished
 MANIFEST_VERSION = 1
 UNSEALED = "0" * 64
 # Strings hold no line feeds in JSON, so that this can only be the field itself.
@@ -298,7 +299,12 @@ def _missing(directory: Path) -> LoftqError:
 
 
 def unfinished(directory: Path) -> LoftqError:
-    """What to say of a directory whose conversion has not come to its end."""
+    """Return the error for a directory whose conversion or merge is unfinished."""
+    if (directory / ".loftq" / MERGE_MARK).exists():
+        return LoftqError(
+            f"the merge into {directory} is not finished: run the same `loftq merge` command again.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
     return LoftqError(
         f"the conversion in {directory} is not finished: run the same `loftq quantize` command again to go on.",
         exit_code=ExitCode.INCOMPLETE,

@@ -20,7 +20,7 @@ from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.errors import UsageError
 from loftq_cli.formats.adapter import WEIGHTS
 from loftq_cli.formats.base import Request
-from loftq_cli.machine.memory import give_back
+from loftq_cli.machine.memory import free_memory
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.plan import Plan, make_plan, refuse_together
@@ -117,7 +117,7 @@ def mix(
         field = field.settle(_paper(recipe, field) if recipe.mix == "paper" else _optimal(recipe, field, measured))
     ranks = _ranks(recipe, field, measured) if ranks_open else None
     measured.save()
-    give_back(device)
+    free_memory(device)
     return Mixed(_with_rules(recipe, field, ranks), _notes(recipe, field))
 
 

@@ -75,7 +75,7 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
     Raises:
         LoftqError: the model does not run on text, or the text is too short.
     """
-    from loftq_cli.machine.memory import give_back
+    from loftq_cli.machine.memory import free_memory
 
     recipe = plan.recipe
     if recipe.calibrate is None:
@@ -87,7 +87,7 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
         if not file.is_file():
             reporter.note(f"calibrating on {recipe.calibration_tokens} tokens of {recipe.calibrate}, block by block")
             collect_moments(plan, checkpoint, device, file, reporter)
-            give_back(device)
+            free_memory(device)
     _check(plan, file)
     return dataclasses.replace(plan, moments=file)
 

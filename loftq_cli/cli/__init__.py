@@ -16,7 +16,7 @@ from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.verify import verify_command
-from loftq_cli.machine.openmp import brief_spins
+from loftq_cli.machine.openmp import openmp_spin_env
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -73,5 +73,5 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    os.environ.update(brief_spins(os.environ))
+    os.environ.update(openmp_spin_env(os.environ))
     app()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results, warn
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,7 @@ def batch_command(
     with guarded(debug, resumable="interrupted; what is finished is kept: run the same command again to go on."):
         from loftq_cli.batches.run import BatchReporter, batch
 
-        calm_hub(silent=True)
+        quiet_hub_logging(silent=True)
         with _ended_as_by_hand():
             report = batch(
                 files,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
 
 if TYPE_CHECKING:
     from loftq_cli.evaluation import EvalReporter, Evaluation
@@ -64,7 +64,7 @@ def eval_command(
     with guarded(debug):
         from loftq_cli.evaluation import evaluate
 
-        calm_hub(silent=quiet or json)
+        quiet_hub_logging(silent=quiet or json)
         found = evaluate(
             directory,
             text,

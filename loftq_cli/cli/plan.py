@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results, warn
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def plan_command(
         from loftq_cli.engine.cost.estimate import estimate
         from loftq_cli.machine.devices import choose_device
 
-        calm_hub(silent=json)
+        quiet_hub_logging(silent=json)
         reporter = choose_reporter(silent=json, verbose=verbose)
         recipe.pop("model")
         made = plan(

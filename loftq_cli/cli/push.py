@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, gigabytes, guarded, messages, print_json, results, warn
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
 
 if TYPE_CHECKING:
     from loftq_cli.publishing.push import Pushed
@@ -72,7 +72,7 @@ def push_command(
         from loftq_cli.publishing.push import push
 
         silent = quiet or json
-        calm_hub(silent=silent)
+        quiet_hub_logging(silent=silent)
         console = messages()
         pushed = push(
             directory,

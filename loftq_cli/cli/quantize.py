@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, print_json, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results
 from loftq_cli.engine.workers.launcher import launched_rank
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def quantize_command(
         from loftq_cli.cli.progress import choose_reporter
         from loftq_cli.recipe.model import read_places
 
-        calm_hub(silent=quiet or json or mute)
+        quiet_hub_logging(silent=quiet or json or mute)
         reporter = choose_reporter(silent=quiet or json or mute, verbose=verbose)
         recipe.pop("model")
         manifest = quantize(

@@ -67,7 +67,7 @@ def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) ->
         )
 
 
-def calm_hub(*, silent: bool) -> None:
+def quiet_hub_logging(*, silent: bool) -> None:
     """Keep huggingface_hub from printing what the commands say themselves in one sentence; its bars are for people at a
     terminal."""
     from huggingface_hub import logging

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import calm_hub, duration, gigabytes, guarded, messages, print_json, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
 from loftq_cli.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def verify_command(
     with guarded(debug):
         from loftq_cli.verification import verify
 
-        calm_hub(silent=quiet or json)
+        quiet_hub_logging(silent=quiet or json)
         with _progress(silent=quiet or json) as progress:
             found = verify(directory, source=source, revision=revision, stream=stream, progress=progress)
         if json:

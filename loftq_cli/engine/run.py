@@ -1,4 +1,4 @@
-"""Run a plan: claim the output, go on with what an earlier run left, convert the rest, read it all back, publish."""
+"""Run a plan: claim the output, resume what an earlier run left, convert the rest, read it back and publish."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -15,24 +16,24 @@ from loftq_cli.artifacts.manifest import Manifest, MatrixRecord, parse_manifest,
 from loftq_cli.artifacts.summary import CARD, build_manifest, pad, text_sizes
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.compute.join_adapters import join_adapters
-from loftq_cli.engine.compute.lanes import Pace
-from loftq_cli.engine.compute.pipeline import Run, work_off
-from loftq_cli.engine.compute.stacks import Batch, form_batches
+from loftq_cli.engine.compute.lanes import Schedule
+from loftq_cli.engine.compute.pipeline import Run, run_stacks
+from loftq_cli.engine.compute.stacks import Stack, form_stacks
 from loftq_cli.engine.cost.memory import fits_a_lane, keeps_little
-from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.engine.output.directory import (
-    abandon,
     claim,
     journal_of,
-    locate,
     on_full_disk,
+    open_writer,
     publish,
-    write_file,
+    read_back,
+    write_files,
 )
 from loftq_cli.engine.output.journal import Entry
 from loftq_cli.engine.output.lock import Lock
+from loftq_cli.engine.output.resume import resume_or_start
 from loftq_cli.engine.workers.supervisor import Team, supervise
-from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.kernels import load_kernels
 from loftq_cli.machine.memory import shared_memory
 from loftq_cli.machine.precision import full_precision
@@ -40,7 +41,6 @@ from loftq_cli.machine.usage import Cost, own_cost
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
-from loftq_cli.tensorfile.hashing import FileRecord, check_file
 from loftq_cli.tensorfile.writer import ShardWriter
 
 
@@ -55,46 +55,40 @@ def run_plan(
     max_memory: int | None = None,
     team: Team | None = None,
 ) -> Manifest:
-    """Carry out `plan` and give the manifest of the finished directory. Goes on where an earlier run stopped.
+    """Carry out `plan`, resuming an earlier run, and return the manifest of the finished directory.
 
     Args:
-        device: what this process computes on, where it works alone.
-        max_memory: resident bytes to stay below; None lets tensors be read ahead and converted side by side.
+        device: what this process computes on if it works alone.
+        max_memory: resident bytes to stay below; None allows reading ahead and converting several units at a time.
         team: other processes that do the work.
 
     Raises:
-        UsageError: the output directory is not ours to write, or another run is writing it.
-        LoftqError: a weight cannot be converted; the disk is full, a worker died, or what was written does not read
-            back (exit code 4: the same command goes on).
+        UsageError: the output directory belongs to something else, or another run is writing it.
+        LoftqError: a weight cannot be converted; the disk is full, a worker died, or a file does not read back as it
+            was written (exit code 4: the same command resumes).
     """
     if team is None:
         load_kernels(plan.grids, device)  # part of starting up, as importing torch is
     started = time.perf_counter()
-    run = Run(plan, checkpoint, device, reporter, choose_pace(plan, device, max_memory))
-    with on_full_disk(plan.output), team or nullcontext():
-        lock = claim(plan, checkpoint, overwrite)
+    run = Run(plan, checkpoint, device, reporter, choose_schedule(plan, device, max_memory))
+    claimed = claim(plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite))
+    with on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
             finished = _prepare(run)
             records, cost = _convert_rest(run, finished, lock, team)
             joined = _join(plan)
-            return _finish(run, records, joined, dataclasses.replace(cost, seconds=time.perf_counter() - started))
+            cost = dataclasses.replace(cost, seconds=time.perf_counter() - started)
+            return _finish(run, records, joined, cost, lock)
         finally:
-            abandon(plan.output, lock)
             reporter.close()
 
 
-
-
 def _prepare(run: Run) -> dict[str, Entry]:
-    """Lay out the files, and tell which units an earlier run finished: those whose bytes hash to what it recorded."""
+    """Create the files, and return the units an earlier run finished: those whose bytes have the recorded hashes."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
-    writer.prepare()
-    try:
+    with open_writer(plan.output, plan.written_files, create=True) as writer:
         units = [unit for unit in plan.units if unit.tensor in entries]
         found = {unit.tensor: entries[unit.tensor] for unit in units if _is_written(unit, entries[unit.tensor], writer)}
-    finally:
-        writer.close()
     run.reporter.start(plan, {name: entry.record for name, entry in found.items()})
     return found
 
@@ -106,91 +100,68 @@ def _is_written(unit: Unit, entry: Entry, writer: ShardWriter) -> bool:
 def _convert_rest(
     run: Run, finished: Mapping[str, Entry], lock: Lock, team: Team | None
 ) -> tuple[dict[str, MatrixRecord], Cost]:
-    """Records of all matrices by tensor name, once every unit's bytes are on the disk, and what that took."""
+    """Convert all other units; return the records of all matrices by tensor name, and the cost."""
     records = {name: entry.record for name, entry in finished.items() if entry.record is not None}
-    todo = form_batches(run.plan.units, run.plan.recipe, run.pace.batch, finished)
+    todo = form_stacks(run.plan.units, run.plan.recipe, run.schedule.stack, finished)
     if team is not None:
         fresh, cost = supervise(run.plan, team, todo, run.reporter, lock)
         return {**records, **fresh}, cost
-    writer = ShardWriter(lambda name: locate(run.plan.output, name), run.plan.written_files)
-    writer.open()
-    try:
+    with open_writer(run.plan.output, run.plan.written_files) as writer:
         journal = journal_of(run.plan.output)
-        for pace, batches in by_size(run, todo):
-            with shared_memory(keeps=pace.keeps_memory):
-                paced = dataclasses.replace(run, pace=pace)
-                records |= work_off(paced, _while_owned(lock, batches), writer, journal)
-    finally:
-        writer.close()
+        for schedule, stacks in by_size(run, todo):
+            with shared_memory(keeps=schedule.keeps_memory):
+                scheduled = dataclasses.replace(run, schedule=schedule)
+                records |= run_stacks(scheduled, _while_owned(lock, stacks), writer, journal)
     return records, own_cost(run.device)
 
 
 def _join(plan: Plan) -> dict[str, str]:
-    """Put together what units left in the scratch file; the sha256 of what that makes, by tensor."""
+    """Join what units left in the scratch file; return the sha256 of each joined tensor."""
     if plan.scratch is None:
         return {}
-    writer = ShardWriter(lambda name: locate(plan.output, name), plan.written_files)
-    writer.open()
-    try:
+    with open_writer(plan.output, plan.written_files) as writer:
         return join_adapters(plan, writer)
-    finally:
-        writer.close()
 
 
-def _while_owned(lock: Lock, batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
+def _while_owned(lock: Lock, stacks: Iterable[Stack]) -> Iterator[Stack]:
+    for stack in stacks:
         lock.check()
-        yield batch
+        yield stack
 
 
-def by_size(run: Run, batches: Sequence[Batch]) -> list[tuple[Pace, list[Batch]]]:
-    """First what shares the machine, small ones before larger ones, then what is converted alone with all of its
-    threads."""
-    small, middle, large, method = list[Batch](), list[Batch](), list[Batch](), run.plan.recipe.method
-    for batch in batches:
-        little = all(keeps_little(unit, method) for unit in batch.units)
-        shares = all(fits_a_lane(unit, method) for unit in batch.units)
-        (small if little else middle if shares else large).append(batch)
-    fresh = dataclasses.replace(run.pace, keeps_memory=False)
-    return [(run.pace, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
+def by_size(run: Run, stacks: Sequence[Stack]) -> list[tuple[Schedule, list[Stack]]]:
+    """Sort stacks by schedule: first those that share the machine, small before larger ones, then those that are
+    converted alone with all threads."""
+    small, middle, large, method = list[Stack](), list[Stack](), list[Stack](), run.plan.recipe.method
+    for stack in stacks:
+        little = all(keeps_little(unit, method) for unit in stack.units)
+        shares = all(fits_a_lane(unit, method) for unit in stack.units)
+        (small if little else middle if shares else large).append(stack)
+    fresh = dataclasses.replace(run.schedule, keeps_memory=False)
+    return [(run.schedule, small), (fresh, middle), (dataclasses.replace(fresh, lanes=1), large)]
 
 
-def _finish(run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost) -> Manifest:
-    """Read everything back, write all but the weights, then make the moves that turn the directory into a model."""
+def _finish(
+    run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost, lock: Lock
+) -> Manifest:
+    """Read the weights back, write every other file, and publish all of them."""
     plan, output = run.plan, run.plan.output
     run.reporter.finishing("reading back what was written")
-    files = _check_weights(plan, joined)
-    for name, content in plan.texts.items():
-        files[name] = write_file(output, name, content)
-    for side in plan.side_files:
-        files[side.name] = write_file(output, side.name, side.read())
+    files = read_back(output, plan.files, {**_written_hashes(plan), **joined})
+    files |= write_files(output, plan.texts, plan.side_files)
     sizes = text_sizes(plan)
     manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, cost)
-    files[CARD] = write_file(output, CARD, pad(render_card(manifest, plan), sizes.card))
+    files |= write_files(output, {CARD: pad(render_card(manifest, plan), sizes.card)})
     sealed = seal(pad(render(dataclasses.replace(manifest, files=files)), sizes.manifest))
-    write_file(output, MANIFEST, sealed)
+    write_files(output, {MANIFEST: sealed})
+    lock.check()
     publish(output, [*files, MANIFEST])
     manifest = parse_manifest(output / MANIFEST, sealed)
     run.reporter.finish(manifest)
     return manifest
 
 
-def _check_weights(plan: Plan, joined: Mapping[str, str]) -> dict[str, FileRecord]:
-    """The weight files, read back from the disk.
-
-    Raises:
-        LoftqError: one is not what was written; the same command repeats what is damaged.
-    """
+def _written_hashes(plan: Plan) -> dict[str, str]:
+    """Return the sha256 of every tensor that units have written."""
     entries = journal_of(plan.output).entries()
-    hashes = {name: digest for entry in entries.values() for name, digest in entry.hashes.items()} | dict(joined)
-    files = {}
-    for file in plan.files:
-        path = locate(plan.output, file.name)
-        files[file.name], damaged = check_file(path, file, hashes)
-        if damaged:
-            raise LoftqError(
-                f"{path} does not hold what was written to it ({damaged[0]} differs): check the disk, then run the "
-                "same command again to repeat that part.",
-                exit_code=ExitCode.INCOMPLETE,
-            )
-    return files
+    return {name: digest for entry in entries.values() for name, digest in entry.hashes.items()}

@@ -129,12 +129,6 @@ def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling
     return b if constant == 1.0 else b * constant, a if target.group == 1 else widened(a, target.group)
 
 
-def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """What PEFT adds to the weight, float32 [out, in]."""
-    b, a = decode_factors(target, tensors, scaling)
-    return b @ a
-
-
 def adapter_config(
     targets: Sequence[AdapterTarget],
     linear_modules: Sequence[str],

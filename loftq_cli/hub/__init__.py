@@ -1,1 +1,1 @@
-"""Talk to the Hub patiently: retries, sentences for failures, datasets."""
+"""Requests to the Hub: retries, error messages, datasets."""

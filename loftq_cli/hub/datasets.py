@@ -1,4 +1,4 @@
-"""Texts from datasets on the Hub: one file of one, by way of the Hub's cache."""
+"""Fetch one text file of a dataset on the Hub, through the Hub's cache."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, patiently, reason
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, reason, with_retries
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
 _TRAINING = re.compile(r"(^|[-_./])train")
 
 
 def may_be_dataset(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether `name` reads as ORG/NAME or ORG/NAME/PLACE and not as a text file's own path."""
+    """True if `name` looks like ORG/NAME or ORG/NAME/PLACE, and not like the path of a text file."""
     match = _NAME.fullmatch(name)
     return match is not None and not match["repo"].endswith(suffixes)
 
 
 def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
-    """A file of a dataset, in the Hub's cache.
+    """Return the path of a dataset's text file in the Hub's cache.
 
     Args:
-        name: ORG/NAME, or with a folder or a file in it behind: the first file there, by name, of the training split
-            where one is named so.
-        flag: what `name` was given with.
+        name: ORG/NAME, or ORG/NAME/PLACE with a file or folder of the dataset. Of several files the first by name is
+            taken, from the training split if a file is named after it.
+        flag: the option that `name` was given with, for messages.
 
     Raises:
         UsageError: there is no such dataset, or no text in it.
-        LoftqError: the Hub does not give it.
+        LoftqError: the Hub refuses it, or does not answer.
     """
     match = _NAME.fullmatch(name)
-    assert match is not None, "may_be_dataset was asked"
+    assert match is not None, "check with may_be_dataset first"
     repo, place = match["repo"], (match["place"] or "").rstrip("/")
     try:
-        found = patiently(lambda: HfApi().dataset_info(repo, timeout=30.0), OPENING_ATTEMPTS)
+        found = with_retries(lambda: HfApi().dataset_info(repo, timeout=30.0), OPENING_ATTEMPTS)
         file = _choose([sibling.rfilename for sibling in found.siblings or ()], place, suffixes)
         if file is None:
             where = f"{place} of the dataset {repo}" if place else f"the dataset {repo}"
             raise UsageError(f"{flag} {name}: {where} has no {', '.join(suffixes)} file; give one that has.")
-        return Path(patiently(lambda: _download(repo, file, found.sha)))
+        return Path(with_retries(lambda: _download(repo, file, found.sha)))
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, CutShort) as error:
         raise _sentence(error, name, repo, flag) from error
 
 
 def _choose(names: Iterable[str], place: str, suffixes: tuple[str, ...]) -> str | None:
-    """The first file, by name, of the training split if there is one."""
+    """Return the first file by name, from the training split if there is one."""
     here = sorted(
         file for file in names if file.endswith(suffixes) and (not place or f"{file}/".startswith(f"{place}/"))
     )
@@ -87,7 +87,9 @@ def _sentence(error: Exception, name: str, repo: str, flag: str) -> LoftqError:
         )
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         status = error.response.status_code
-        return LoftqError(f"{flag} {name}: {endpoint} refuses to give it (HTTP status {status}): give a file instead.")
+        return LoftqError(
+            f"{flag} {name}: {endpoint} refuses the download (HTTP status {status}): give a file instead."
+        )
     return LoftqError(
         f"{flag} {name}: there is no such file or directory, and {endpoint} does not answer ({reason(error)}): give a "
         "file, or run the same command again.",

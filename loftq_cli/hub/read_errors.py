@@ -1,4 +1,4 @@
-"""What can go wrong on the way to the Hub: what passes by itself, and the sentence for what does not."""
+"""Turn failures to read a model from the Hub into one sentence with the next step."""
 
 from __future__ import annotations
 
@@ -20,26 +20,9 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.hub.retry import CutShort, HubModel, passes, reason
+from loftq_cli.hub.retry import CutShort, HubModel, is_transient, reason
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 @contextmanager
@@ -97,8 +80,8 @@ def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
         )
     if isinstance(error, EntryNotFoundError):
         return LoftqError(f"a file of {model} is gone from {endpoint}: run the same command again.")
-    if isinstance(error, HfHubHTTPError) and not passes(error):
-        return LoftqError(f"{endpoint} refuses to give {model} (HTTP status {status}): look at {page}.")
+    if isinstance(error, HfHubHTTPError) and not is_transient(error):
+        return LoftqError(f"{endpoint} refuses to send {model} (HTTP status {status}): look at {page}.")
     return _unreachable(model, f"does not answer: {reason(error)}")
 
 
@@ -117,5 +100,3 @@ def _offline(model: HubModel, stream: bool) -> str:
         f"HF_HUB_OFFLINE is set and the Hub cache has no complete copy of {model}: unset it, or fetch the model before "
         f"with `hf download {model.repo}`."
     )
-
-

@@ -1,4 +1,4 @@
-"""Requests to the Hub that are tried again after a passing failure."""
+"""Retry requests to the Hub after transient failures."""
 
 from __future__ import annotations
 
@@ -21,23 +21,13 @@ from huggingface_hub.errors import (
 from loftq_cli.errors import ExitCode, LoftqError
 
 ATTEMPTS = 7
-
-
-OPENING_ATTEMPTS = 3  # nothing is lost yet, so the sentence comes after seconds
-
-
+OPENING_ATTEMPTS = 3  # no work is lost yet, so fail after seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 
-_LONGEST_WISH = 600.0  # seconds; the Hub counts requests in windows of five minutes
-
-
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-
-
+_LONGEST_RETRY_AFTER = 600.0  # seconds; the Hub counts requests in windows of five minutes
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 T = TypeVar("T")
-
-
 log = logging.getLogger(__name__)
 
 
@@ -56,43 +46,42 @@ class CutShort(Exception):
     """An answer ended before it was complete, or the link to a file is no longer valid."""
 
 
-def passes(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+def is_transient(error: BaseException) -> bool:
+    """True if the same request may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING
-    if isinstance(error, LocalEntryNotFoundError):  # the cache was asked because the Hub failed
-        return error.__cause__ is not None and passes(error.__cause__)
+        return error.response.status_code in _TRANSIENT
+    if isinstance(error, LocalEntryNotFoundError):  # the cache was tried because the Hub failed
+        return error.__cause__ is not None and is_transient(error.__cause__)
     return isinstance(error, (HTTPError, CutShort))
 
 
 def pause(error: BaseException, failures: int) -> float:
-    """Seconds to wait after the `failures`-th failure in a row: what the server asks for, else twice as long each
-    time, with some chance so that many clients do not come back at once."""
+    """Return the seconds to wait after the `failures`-th failure in a row: what the server asks for, or exponential
+    backoff with jitter."""
     if isinstance(error, HfHubHTTPError):
-        wish = _wished_pause(error)
-        if wish is not None:
-            return min(wish, _LONGEST_WISH)
+        asked = _retry_after(error)
+        if asked is not None:
+            return min(asked, _LONGEST_RETRY_AFTER)
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
 
 
-def patiently(call: Callable[[], T], attempts: int = ATTEMPTS, stop: threading.Event | None = None) -> T:
-    """The result of `call`, which is tried again after a pause while its failures are of the passing kind; see `wait`
-    for `stop`."""
+def with_retries(call: Callable[[], T], attempts: int = ATTEMPTS, stop: threading.Event | None = None) -> T:
+    """Return the result of `call`, retrying it after transient failures; `stop` is explained in `wait`."""
     for failures in range(1, attempts):
         try:
             return call()
         except Exception as error:
-            if not passes(error):
+            if not is_transient(error):
                 raise
             wait(error, failures, stop)
     return call()
 
 
 def wait(error: BaseException, failures: int, stop: threading.Event | None = None) -> None:
-    """Sleep before the next try.
+    """Sleep before the next attempt.
 
     Args:
-        stop: ends the sleep, and the tries, when it is set; a thread that reads cannot be interrupted otherwise.
+        stop: ends the sleep and the attempts when it is set; a reading thread cannot be interrupted otherwise.
 
     Raises:
         LoftqError: `stop` was set.
@@ -111,14 +100,14 @@ def _sleep(seconds: float, stop: threading.Event | None) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What happened, in a few words and without an address: links to files are signed."""
+    """Describe an error in a few words and without URLs, because links to files are signed."""
     if isinstance(error, HfHubHTTPError):
         return f"HTTP status {error.response.status_code}"
     return re.sub(r"https?://\S+", "…", " ".join(str(error).split())) or type(error).__name__
 
 
-def _wished_pause(error: HfHubHTTPError) -> float | None:
-    """From `Retry-After` (seconds or a date) or `RateLimit: "api";r=0;t=55`."""
+def _retry_after(error: HfHubHTTPError) -> float | None:
+    """Return the seconds in `Retry-After` (or until its date) or in `RateLimit: "api";r=0;t=55`; None without them."""
     headers = error.response.headers
     after = str(headers.get("Retry-After", "")).strip()
     if after.isdigit():

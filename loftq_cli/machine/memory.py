@@ -1,4 +1,4 @@
-"""Freed memory kept for the next matrix, or given back; and what its end looks like."""
+"""Control what happens to freed memory, and recognize errors that mean there is none left."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30, _ARENA_MAX: 1}
 _USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _ARENA_MAX: 0}
 
 
-class Room:
-    """Memory for W in float32, which a thread uses for one matrix after the other: fresh pages cost as much as a pass
-    over them."""
+class Float32Buffer:
+    """Memory for W in float32 that each thread reuses from matrix to matrix: touching fresh pages costs as much as a
+    pass over them."""
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
 
     def float32(self, source: Tensor) -> Tensor:
-        """`source` on the CPU in float32; where that takes a copy, it lasts until the thread's next call."""
+        """Return `source` on the CPU in float32; a copy, if one is needed, is valid until the thread's next call."""
         if source.dtype == torch.float32:
             return source
-        room: Tensor | None = getattr(self._of_thread, "room", None)
-        if room is None or room.numel() < source.numel():
-            self._of_thread.room = room = None  # before a larger one is asked for
-            self._of_thread.room = room = torch.empty(source.numel())
-        return room[: source.numel()].view(source.shape).copy_(source)
+        buffer: Tensor | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or buffer.numel() < source.numel():
+            self._of_thread.buffer = buffer = None  # freed before a larger one is allocated
+            self._of_thread.buffer = buffer = torch.empty(source.numel())
+        return buffer[: source.numel()].view(source.shape).copy_(source)
 
 
 @contextmanager
 def shared_memory(*, keeps: bool) -> Iterator[None]:
-    """Where the C library is glibc, its allocator serves all threads from one place until the end, so that what one of
-    them frees is there for the others.
+    """Make glibc's allocator serve all threads from one arena while the block runs, so that memory freed by one thread
+    can be reused by the others. Does nothing with another C library.
 
     Args:
-        keeps: it also keeps what is freed: fetching zeroed pages from the system again costs a tenth of a conversion.
-            What is resident at the peak stays the same, but for gaps.
+        keeps: keep freed memory in the process: fetching zeroed pages from the system again costs a tenth of a
+            conversion. The peak stays the same apart from fragmentation.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -59,15 +59,16 @@ def shared_memory(*, keeps: bool) -> Iterator[None]:
         library.malloc_trim(0)
 
 
-def give_back(device: torch.device) -> None:
-    """Let go of models that nobody holds but themselves, and of what torch keeps of the device for later."""
+def free_memory(device: torch.device) -> None:
+    """Collect models that only reference themselves, and release the device memory that torch has cached."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device, or torch's allocator on the CPU, has none left. Libraries and drivers have no type for it."""
+    """True if the device, or torch's allocator on the CPU, is out of memory. Libraries and drivers raise no type of
+    their own for it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))

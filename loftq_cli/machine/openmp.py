@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin before they sleep."""
+"""The time that OpenMP's threads spin before they sleep."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 _SPINS = "3000"
 
 
-def brief_spins(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process that has not imported torch, whose OpenMP reads it once; nothing
-    where the user has decided."""
+def openmp_spin_env(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what to add to the environment of a process before it imports torch, whose OpenMP reads it once; nothing
+    if the user has set it."""
     decided = "GOMP_SPINCOUNT" in environment or "OMP_WAIT_POLICY" in environment
     return {} if decided else {"GOMP_SPINCOUNT": _SPINS}

@@ -1,4 +1,4 @@
-"""Which way a merge goes, and why another would not do."""
+"""Choose how to merge, and explain why another way is not possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
 from loftq_cli.numerics.methods.qalora import lost_in_integer_zeros
 
 WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
-_MEASURED = 3  # matrices are enough to say how much of an update integer zeros lose
+_MEASURED = 3  # matrices are enough to tell how much of an update integer zeros lose
 
 
 def choose_way(
@@ -24,14 +24,15 @@ def choose_way(
     places: Mapping[str, Place],
     read: Callable[[str], Tensor],
 ) -> str:
-    """`dense`, `zeros`, `gguf` or `requantize`.
+    """Return `dense`, `zeros`, `gguf` or `requantize`.
 
     Args:
+        wanted: the user's choice, or `auto`.
         places: module of the backbone → its place in the adapter.
-        read: a tensor of the backbone by name.
+        read: returns a tensor of the backbone by name.
 
     Raises:
-        UsageError: the way does not exist, or would lose the update.
+        UsageError: the way does not exist, does not suit backbone and adapter, or would lose the update.
     """
     if wanted not in WAYS:
         raise UsageError(f"--to cannot be '{wanted}': choose one of {', '.join(WAYS)}.")
@@ -39,8 +40,8 @@ def choose_way(
         raise UsageError("--to requantize needs a quantized backbone, and this one is dense: use --to dense.")
     if manifest.format == "gguf":
         raise UsageError(
-            "a GGUF backbone is for serving: train on --format packed --bits 4 --method qa-lora --group-size 32, and "
-            "merge that with --to gguf."
+            "a GGUF backbone is for serving only: train on --format packed --bits 4 --method qa-lora --group-size 32, "
+            "and merge that with --to gguf."
         )
     if wanted in ("dense", "requantize"):
         return wanted
@@ -69,7 +70,7 @@ def choose_way(
 
 
 def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
-    """Q4_1 holds 4-bit codes in groups of 32 with a float16 scale and a float16 zero."""
+    """Raise unless the backbone fits Q4_1: 4-bit codes in groups of 32 with a float16 scale and a float16 zero."""
     shapes = {
         (record.bits, record.block_size, None if record.affine is None else record.affine.zero)
         for record in manifest.matrices
@@ -80,7 +81,7 @@ def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
             "--group-size 32): use --to zeros or --to dense."
         )
     dense = next((record.tensor for record in manifest.kept if record.kind == "linear"), None)
-    if dense is not None:  # rows of some are reordered in GGUF, which is done to quantized ones alone
+    if dense is not None:  # GGUF reorders rows of some, which is implemented for quantized ones only
         raise UsageError(f"--to gguf needs every linear layer quantized, and {dense} is not: use --to zeros.")
 
 
@@ -95,7 +96,7 @@ def _lost(
     changed: list[MatrixRecord],
     read: Callable[[str], Tensor],
 ) -> str:
-    """How much of the update whole zero points would lose, measured."""
+    """Measure how much of the update integer zero points would lose, and return the message."""
     shares = []
     for record in changed[:_MEASURED]:
         matrix = quantized_matrix(record)

@@ -1,4 +1,4 @@
-"""A QA-LoRA adapter into a GGUF file: packed 4-bit integers in groups of 32 become Q4_1 blocks, code by code."""
+"""Merge a QA-LoRA adapter into a GGUF file: packed 4-bit integers in groups of 32 become Q4_1 blocks, code by code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.grids.grid import dequantize
 from loftq_cli.numerics.lowrank.truncate import frobenius
-from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
+from loftq_cli.tensorfile.layout import WeightFiles
+from loftq_cli.tensorfile.tensors import OutputTensor
 
 if TYPE_CHECKING:
     from loftq_cli.merging.job import Merge, Piece
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 _GGUF, _PACKED = GgufFormat(), PackedFormat()
 
 
-def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> tuple[list[TensorFile], dict[str, str]]:
-    """The one file.
+def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> WeightFiles:
+    """Lay out the GGUF file.
 
     Raises:
-        UsageError: GGUF has no place for this model.
+        UsageError: GGUF cannot hold this model.
     """
     request = _request(job)
     matrices = [_blocks(job, record) for record in job.manifest.matrices]
@@ -39,25 +40,26 @@ def lay_out_gguf(job: Merge, pieces: Sequence[Piece], identity: str) -> tuple[li
     if reason is not None:
         raise UsageError(f"--to gguf: {reason}.")
     outputs = [tensor for piece in pieces for tensor in piece.outputs]
-    return [_GGUF.container(outputs, matrices, request, identity)], {}
+    return WeightFiles((_GGUF.container(outputs, matrices, request, identity),), {})
 
 
 def copied(tensor: OutputTensor) -> OutputTensor:
-    """A tensor in full precision, under GGUF's name."""
+    """Return the output of a tensor in full precision, under GGUF's name."""
     return _GGUF.copied(tensor)
 
 
 def blocks_of_record(job: Merge, record: MatrixRecord) -> tuple[OutputTensor, ...]:
-    """The output tensors of a matrix."""
+    """Return the output tensors of a matrix."""
     return _GGUF.tensors(_blocks(job, record))
 
 
 def into_gguf(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
-    """Codes as they are, scales and updated zeros rounded to float16; and how far that is from Q + ΔW, relatively."""
+    """Keep the codes, and round scales and updated zeros to float16; return the tensors and their relative error
+    against Q + ΔW."""
     assert piece.record is not None
     matrix, target = quantized_matrix(piece.record), _blocks(job, piece.record)
     groups = groups_of(_PACKED.unpack(matrix, job.checkpoint.read))
-    assert groups.zeros is not None, "the way was chosen for float zeros"
+    assert groups.zeros is not None, "--to gguf requires float zeros"
     exact, zeros = dequantize(groups, matrix.grid), groups.zeros
     if piece.module is not None:
         exact += job.update(piece.module, matrix.in_features)
@@ -79,10 +81,10 @@ def _request(job: Merge) -> Request:
 
 
 def _blocks(job: Merge, record: MatrixRecord) -> QuantizedMatrix:
-    """The matrix on Q4_1's grid.
+    """Return the matrix on Q4_1's grid.
 
     Raises:
-        UsageError: GGUF has no place for it.
+        UsageError: GGUF cannot hold it.
     """
     matrix = quantized_matrix(record)
     asked = GridRequest(

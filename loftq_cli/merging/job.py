@@ -1,4 +1,4 @@
-"""One merge: what it reads, what it writes and how."""
+"""The data of one merge: what it reads, what it writes and how."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
-from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.tensorfile.layout import WeightFiles
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A matrix in its container, or a tensor in full precision; of a tensor that stacks experts one expert's share.
+    """One step of a merge: a matrix in its container, a tensor in full precision, or one expert of a stacked tensor.
 
     Attributes:
-        record: None for a tensor in full precision; `turned` then says that it lies [in, out].
+        record: None for a tensor in full precision; `turned` then means that it is stored as [in, out].
         inputs: its tensors in the backbone; `outputs`: in the result.
-        module: its path, where the adapter changes it; of an expert its parameter and number.
+        module: its path if the adapter changes it, else None; for an expert its parameter and number.
     """
 
     record: MatrixRecord | None
@@ -34,7 +35,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Merge:
-    """What the steps of one merge share."""
+    """The objects that all steps of one merge share.
+
+    Attributes:
+        source: the backbone's directory; `checkpoint`: its tensors, opened.
+        places: module of the backbone → its place in the adapter.
+        cast: tensors in full precision get `dtype` too, because the user named one.
+    """
 
     manifest: Manifest
     source: Path
@@ -43,12 +50,33 @@ class Merge:
     places: dict[str, Place]
     way: str
     dtype: torch.dtype
-    cast: bool  # tensors in full precision too, because the user named a dtype
+    cast: bool
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the backbone, or one expert's share of it."""
+        """Read a tensor of the backbone, or one expert's share of it."""
         return read_named(self.checkpoint, name)
 
     def update(self, module: str, in_features: int) -> Tensor:
-        """What the adapter adds to a matrix, float32 [out, in]."""
+        """Return what the adapter adds to a matrix, float32 [out, in]."""
         return self.trained.update(self.places[module], in_features)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will write, decided before any weight is read.
+
+    Attributes:
+        fingerprint: of backbone, adapter and way together.
+        side_files: copied unchanged from the backbone.
+    """
+
+    pieces: tuple[Piece, ...]
+    weights: WeightFiles
+    adapter_sha256: str
+    fingerprint: str
+    side_files: tuple[SideFile, ...]
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(tensor.nbytes for piece in self.pieces for tensor in piece.outputs)

@@ -5,42 +5,46 @@ Four ways:
 * `dense`: W = Q + ΔW in the model's dtype, for any container and any LoRA or QA-LoRA adapter.
 * `zeros`: QA-LoRA over integers with float zeros (`packed`). ΔW is constant within groups, so it is added to the
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
-* `gguf`: the same into a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
-* `requantize`: W = Q + ΔW is quantized anew on the container's own grid; what that costs is measured.
+* `gguf`: the same, written as a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
+* `requantize`: W = Q + ΔW is quantized again on the container's own grid; the error of that is measured.
 
-Experts that share a parameter in the running model are merged one at a time, under the names they have on disk.
+Experts that share a parameter in the running model are merged one at a time, under their names on disk.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import read_manifest
+from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
-from loftq_cli.engine.output.directory import STATE, locate, partial_folder, publish, write_file
+from loftq_cli.engine.output.directory import claim, on_full_disk, open_writer, publish, read_back, write_files
+from loftq_cli.engine.output.journal import hash_tensors
+from loftq_cli.engine.output.lock import Lock
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.formats.base import DTYPES
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.merging import texts as merged
 from loftq_cli.merging.choose import choose_way
 from loftq_cli.merging.into_gguf import lay_out_gguf
-from loftq_cli.merging.job import Merge, Piece
+from loftq_cli.merging.job import Merge, MergePlan
+from loftq_cli.merging.output import start_merge
 from loftq_cli.merging.pieces import merge_piece, pieces_of
 from loftq_cli.merging.places import find_places
 from loftq_cli.merging.texts import MergeReport
-from loftq_cli.merging.trained_adapter import WEIGHTS, read_adapter
-from loftq_cli.planning.plan import INDEX, index_text
+from loftq_cli.merging.trained_adapter import WEIGHTS, TrainedAdapter, read_adapter
+from loftq_cli.planning.output_files import INDEX, index_text
 from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
-from loftq_cli.tensorfile.hashing import hash_file
-from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
-from loftq_cli.tensorfile.tensors import TensorFile
-from loftq_cli.tensorfile.writer import ShardWriter
+from loftq_cli.tensorfile.hashing import FileRecord, hash_file
+from loftq_cli.tensorfile.layout import backbone_metadata, lay_out_shards
+
+Progress = Callable[[int, int], None]
 
 
 @full_precision()
@@ -53,120 +57,127 @@ def merge(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> MergeReport:
-    """Write the backbone in `directory` with the trained adapter folded in; no adapter is left.
+    """Write the backbone in `directory` with the trained adapter folded in; the result needs no adapter.
 
     Args:
         directory: a finished output of `quantize`.
         adapter: a folder that PEFT's `save_pretrained` wrote.
-        to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` where that is exact, else `dense`.
+        to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
-        progress: called with how many tensors are done, of how many.
+        overwrite: replace a finished merge, or drop an unfinished conversion.
+        progress: called with the number of tensors that are done, and of all.
 
     Raises:
-        UsageError: the way cannot be gone with this backbone and adapter, or the output is not free.
-        LoftqError: backbone or adapter is missing, damaged, or they do not belong together.
+        UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.
+        LoftqError: backbone or adapter is missing or damaged, or they do not belong together; the disk is full, or a
+            file does not read back as it was written (exit code 4: the same command starts again).
     """
     if dtype not in DTYPE_CHOICES:
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
     manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
+    inputs = {"the backbone": source, "the adapter": trained.folder.resolve()}
+    try:
+        with _opened(manifest, source, trained, to, dtype) as job:
+            plan = _make_plan(job, parse_size(max_shard_size))
+            start = partial(start_merge, target, _names(job, plan), overwrite)
+            with on_full_disk(target), claim(target, inputs, start) as lock:
+                errors, hashes = _write_weights(job, plan, target, lock, progress)
+                report = _report(job, plan, target, errors)
+                _finish(job, plan, report, hashes, lock)
+        return report
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise LoftqError(f"merging into {target} failed ({what}): check that file, then try again.") from error
+
+
+@contextmanager
+def _opened(manifest: Manifest, source: Path, trained: TrainedAdapter, to: str, dtype: str) -> Iterator[Merge]:
+    """Open the backbone and choose the way.
+
+    Raises:
+        UsageError: the way does not exist, or would lose the update.
+        LoftqError: the adapter does not belong to the backbone.
+    """
     if manifest.format == "gguf":
         choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
-    checkpoint = open_safetensors(source)
-    try:
+    with closing(open_safetensors(source)) as checkpoint:
         places = find_places(trained, manifest)
         way = choose_way(to, manifest, trained, places, checkpoint.read)
         kind = DTYPES[manifest.dtype if dtype == "auto" else dtype]
-        job = Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto")
-        _claim(target, [source, trained.folder.resolve()], overwrite)
-        return _run(job, target, parse_size(max_shard_size), progress)
-    except OSError as error:
-        raise LoftqError(f"merging into {target} failed ({error.strerror}): make room and try again.") from error
-    finally:
-        checkpoint.close()
+        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto")
 
 
-def _claim(output: Path, others: list[Path], overwrite: bool) -> None:
-    """Make the output directory ours; what a stopped merge left there is dropped.
-
-    Raises:
-        UsageError: it overlaps with what is read, or holds something.
-    """
-    if any(output == other or other in output.parents or output in other.parents for other in others):
-        raise UsageError(f"the output {output} overlaps with the backbone or the adapter: choose another -o.")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {output} is a file: choose another -o.")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if names - {STATE}:
-        if not overwrite or merged.RECORD not in names:
-            hint = "give --overwrite to replace it" if merged.RECORD in names else "choose another -o"
-            raise UsageError(f"{output} is not empty: {hint}.")
-        shutil.rmtree(output)
-    shutil.rmtree(output / STATE, ignore_errors=True)
-    partial_folder(output).mkdir(parents=True)
-
-
-def _run(job: Merge, output: Path, max_bytes: int, progress: Callable[[int, int], None]) -> MergeReport:
+def _make_plan(job: Merge, max_bytes: int) -> MergePlan:
     adapter_sha = hash_file(job.trained.folder / WEIGHTS).sha256
     identity = merged.fingerprint(job.manifest, adapter_sha, job.way, str(job.dtype))
-    pieces = list(pieces_of(job))
-    files, index = lay_out_gguf(job, pieces, identity) if job.way == "gguf" else _lay_out(pieces, max_bytes, identity)
+    pieces = tuple(pieces_of(job))
+    if job.way == "gguf":
+        weights = lay_out_gguf(job, pieces, identity)
+    else:
+        weights = lay_out_shards((piece.outputs for piece in pieces), max_bytes, backbone_metadata(identity))
+    written = {"config.json", merged.RECORD, merged.CARD, INDEX}
+    side_files = tuple(side for side in find_side_files(job.source) if side.name not in written)
+    return MergePlan(pieces, weights, adapter_sha, identity, side_files)
+
+
+def _names(job: Merge, plan: MergePlan) -> set[str]:
+    """Return the names of all files that the merge may write."""
+    texts = {"config.json", merged.RECORD, merged.CARD, INDEX, MANIFEST}
+    return texts | {file.name for file in plan.weights.files} | {side.name for side in plan.side_files}
+
+
+def _write_weights(
+    job: Merge, plan: MergePlan, output: Path, lock: Lock, progress: Progress
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Merge and write every piece.
+
+    Returns:
+        The relative error of every changed matrix by module, and the sha256 of every tensor that was written.
+    """
     errors: dict[str, float] = {}
-    writer = ShardWriter(lambda name: locate(output, name), tuple(files))
-    writer.prepare()
-    try:
-        for i, piece in enumerate(pieces):
-            progress(i, len(pieces))
+    hashes: dict[str, str] = {}
+    with open_writer(output, plan.weights.files, create=True) as writer:
+        for i, piece in enumerate(plan.pieces):
+            lock.check()
+            progress(i, len(plan.pieces))
             tensors, error = merge_piece(job, piece)
             writer.write(tensors)
+            hashes |= hash_tensors(tensors)
             if piece.module is not None:
                 errors[piece.module] = float(f"{error:.6g}")
-    finally:
-        writer.close()
+    return errors, hashes
+
+
+def _report(job: Merge, plan: MergePlan, output: Path, errors: dict[str, float]) -> MergeReport:
     dense = job.way == "dense"
-    report = MergeReport(
+    return MergeReport(
         output=str(output),
         way=job.way,
         format={"dense": "dense", "gguf": "gguf"}.get(job.way, job.manifest.format),
         dtype=str(job.dtype).removeprefix("torch.") if dense else job.manifest.dtype,
-        fingerprint=identity,
+        fingerprint=plan.fingerprint,
         source_fingerprint=job.manifest.fingerprint,
-        adapter_sha256=adapter_sha,
+        adapter_sha256=plan.adapter_sha256,
         errors=errors,
-        backbone_bytes=sum(tensor.nbytes for piece in pieces for tensor in piece.outputs),
+        backbone_bytes=plan.backbone_bytes,
     )
-    _finish(job, output, report, [file.name for file in files], index)
-    return report
 
 
-def _lay_out(pieces: list[Piece], max_bytes: int, identity: str) -> tuple[list[TensorFile], dict[str, str]]:
-    shards = shard((piece.outputs for piece in pieces), max_bytes)
-    names = shard_names(len(shards))
-    metadata = {"format": "pt", "loftq_fingerprint": identity}
-    files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
-    index = {tensor.name: name for name, tensors in zip(names, shards) for tensor in tensors}
-    return files, index if len(shards) > 1 else {}
-
-
-def _finish(job: Merge, output: Path, report: MergeReport, weights: list[str], index: dict[str, str]) -> None:
-    """Everything but the weights, then the moves that make the directory a model."""
+def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, str], lock: Lock) -> None:
+    """Read the weights back, write every other file, and publish all of them."""
+    output, index = Path(report.output), plan.weights.index
     texts = {
         "config.json": merged.config_of(job.source, report),
         merged.RECORD: merged.record_of(report),
         merged.CARD: merged.card_of(job.manifest, report),
         **({INDEX: index_text(report.backbone_bytes, index)} if index else {}),
     }
-    for side in find_side_files(job.source):
-        if side.name not in texts and side.name != merged.RECORD:
-            texts[side.name] = side.read()
-    for name, content in texts.items():
-        write_file(output, name, content)
-    names = [*weights, *texts]
+    files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
+    files |= write_files(output, texts, plan.side_files)
     if job.way in ("zeros", "requantize"):
-        files = {name: hash_file(locate(output, name)) for name in names}
-        write_file(output, MANIFEST, merged.manifest_of(job.manifest, report, files))
-        names.append(MANIFEST)
-    publish(output, names)
-    shutil.rmtree(output / STATE, ignore_errors=True)
+        files |= write_files(output, {MANIFEST: merged.manifest_of(job.manifest, report, files)})
+    lock.check()
+    publish(output, files)

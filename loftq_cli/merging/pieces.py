@@ -1,4 +1,4 @@
-"""The steps of a merge: which tensors of the backbone make which tensors of the result, and how."""
+"""The steps of a merge: how tensors of the result are computed from tensors of the backbone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loftq_cli.tensorfile.tensors import OutputTensor
 
 
 def pieces_of(job: Merge) -> Iterator[Piece]:
-    """The backbone's tensors in their order; those of one matrix come together, where its first one is."""
+    """Yield the backbone's tensors in their order; all tensors of a matrix come where its first one is."""
     container = get_format(job.manifest.format)
     owners: dict[str, list[MatrixRecord]] = defaultdict(list)
     for one in job.manifest.matrices:
@@ -41,7 +41,7 @@ def pieces_of(job: Merge) -> Iterator[Piece]:
 
 
 def _whole(job: Merge, name: str) -> str:
-    """The tensor that holds an expert's entry, whose name has the expert's number behind it."""
+    """Return the name of the stored tensor; an entry of it, one expert, ends in the expert's number."""
     return name if name in job.checkpoint.tensors else name.rpartition("[")[0]
 
 
@@ -58,7 +58,7 @@ def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
 
 
 def _kept_pieces(job: Merge, info: TensorInfo, records: list[KeptRecord]) -> Iterator[Piece]:
-    """A tensor in full precision; where the adapter changes the experts in it, one of them after the other."""
+    """Yield a tensor in full precision; if it holds experts, one of them after the other."""
     cast = job.cast and job.way == "dense" and info.dtype.is_floating_point
     output = OutputTensor(info.name, job.dtype if cast else info.dtype, info.shape)
     output = copied(output) if job.way == "gguf" else output
@@ -74,7 +74,7 @@ def _kept_pieces(job: Merge, info: TensorInfo, records: list[KeptRecord]) -> Ite
 
 
 def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
-    """The tensors of a piece, and how far they are from Q + ΔW, relatively."""
+    """Return the tensors of a piece, and their relative error against Q + ΔW."""
     if piece.record is None:
         return _into_full_precision(job, piece)
     if job.way == "gguf":
@@ -111,7 +111,7 @@ def _into_full_precision(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], f
 
 
 def _into_zeros(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
-    """Zeros (the value of code 0) plus the update of their group; everything else as it was."""
+    """Add the update to its groups' zeros (the value of code 0) and keep everything else."""
     assert piece.record is not None and piece.module is not None
     matrix, container = quantized_matrix(piece.record), get_format(job.manifest.format)
     tensors = {name: job.read(name) for name in piece.inputs}

@@ -1,4 +1,4 @@
-"""Which factors of a trained adapter change which matrix of the backbone."""
+"""Find the factors of a trained adapter that belong to each matrix of the backbone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _NESTED = ".base_layer"
 
 
 def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]:
-    """Module of the backbone (of an expert its parameter and number) → its place in the adapter, whose class may put a
-    prefix before its paths.
+    """Map modules of the backbone (for experts: parameter and number) to their places in the adapter.
+
+    The adapter's paths may have another prefix, if it was trained on another model class.
 
     Raises:
-        LoftqError: the adapter changes something that is not in the backbone, or has another shape.
+        LoftqError: the adapter changes a module that is not in the backbone, or has another shape.
     """
     shapes = _shapes(manifest)
     stacks = _stacks(manifest)
@@ -33,7 +34,8 @@ def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]
         found = _only_near(path, shapes)
         if found is None:
             raise LoftqError(
-                f"the adapter changes {path}, which is no matrix of {manifest.output}: is it of this model?"
+                f"the adapter changes {path}, which is no matrix of {manifest.output}: give an adapter that was "
+                "trained on this backbone."
             )
         places[found] = _place(trained, path, shapes[found])
     for home, paths in wrapped.items():
@@ -43,7 +45,7 @@ def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]
 
 
 def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """[out, in] of everything that is no expert."""
+    """Return the shapes [out, in] of all matrices that are not experts."""
     shapes = {record.module: tuple(record.shape) for record in manifest.matrices if record.expert is None}
     for kept in manifest.kept:
         if kept.module is not None and len(kept.shape) == 2 and kept.kind != "expert":
@@ -52,7 +54,7 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def _stacks(manifest: Manifest) -> dict[str, list[MatrixRecord | KeptRecord]]:
-    """Parameter of experts → the matrices in it that got adapters."""
+    """Map parameters of experts to the matrices in them that have adapters."""
     stacks: dict[str, list[MatrixRecord | KeptRecord]] = defaultdict(list)
     records: list[MatrixRecord | KeptRecord] = [*manifest.matrices, *manifest.kept]
     for record in records:
@@ -62,12 +64,12 @@ def _stacks(manifest: Manifest) -> dict[str, list[MatrixRecord | KeptRecord]]:
 
 
 def parameter_of(record: MatrixRecord | KeptRecord) -> str:
-    """The stacked parameter of an expert's matrix."""
+    """Return the stacked parameter of an expert's matrix."""
     return record.parameter if isinstance(record, MatrixRecord) else record.module or ""
 
 
 def _only_near(path: str, names: Iterable[str]) -> str | None:
-    """The name that is `path`, or the only one of which either ends like the other."""
+    """Return `path` if it is one of the names, else the only name that is a suffix of `path` or has it as a suffix."""
     near = [name for name in names if name == path or name.endswith(f".{path}") or path.endswith(f".{name}")]
     return path if path in near else near[0] if len(near) == 1 else None
 
@@ -76,7 +78,7 @@ def _place(trained: TrainedAdapter, path: str, shape: tuple[int, ...]) -> Place:
     n_out, n_in = shape
     if not trained.rank(path) or trained.shape(path) != (n_out, n_in // trained.group):
         raise _misfit(path, trained.shape(path), (n_out, n_in))
-    # PEFT knows a matrix beside experts as a parameter too, and names it so in its patterns.
+    # PEFT also treats a matrix next to experts as a parameter, and names it so in its patterns.
     name = f"{path}.weight" if trained.targets(f"{path}.weight") else path
     return Place(path, name)
 
@@ -87,7 +89,7 @@ def _experts(
     stacks: dict[str, list[MatrixRecord | KeptRecord]],
     paths: list[str],
 ) -> dict[str, Place]:
-    """The places of all experts of one module. PEFT wraps it once for every parameter in the module's order, so the
+    """Return the places of all experts of one module. PEFT wraps it once per parameter in the module's order, so the
     last one is outermost and has the shortest path."""
     ordered = sorted((name for name in stacks if trained.targets(name)), key=lambda name: _depth(stacks[name]))
     if len(ordered) != len(paths):
@@ -111,7 +113,7 @@ def _experts(
 
 
 def expert_name(record: MatrixRecord | KeptRecord) -> str:
-    """The parameter with the expert's number, and the part's where there are several."""
+    """Return the parameter with the expert's number, and the part's number if there are several parts."""
     assert record.expert is not None
     part = f".{record.expert.part}" if record.expert.parts > 1 else ""
     return f"{parameter_of(record)}[{record.expert.index}]{part}"

@@ -1,4 +1,4 @@
-"""The small files of a merged model: config, manifest or record, and card."""
+"""Write the small files of a merged model: config, manifest or record, and card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
         way: `dense`, `zeros`, `gguf` or `requantize`.
@@ -48,17 +48,17 @@ class MergeReport:
 
 
 def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -> str:
-    """One hash of everything a merge is made from."""
+    """Hash everything that a merge depends on."""
     return hashlib.sha256(json.dumps([manifest.fingerprint, adapter_sha256, way, dtype]).encode()).hexdigest()
 
 
 def record_of(report: MergeReport) -> bytes:
-    """`loftq_merge.json`."""
+    """Render `loftq_merge.json`."""
     return (json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def config_of(source: Path, report: MergeReport) -> bytes:
-    """config.json: the source's, without its quantization where the result is dense."""
+    """Render config.json: the source's, without its quantization if the result is dense."""
     config = json.loads((source / "config.json").read_bytes())
     if report.way in ("dense", "gguf"):
         config.pop("quantization_config", None)
@@ -67,7 +67,7 @@ def config_of(source: Path, report: MergeReport) -> bytes:
 
 
 def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
-    """`loftq.json` of a merged model that is still quantized: no adapter, and residuals against what was merged."""
+    """Render `loftq.json` of a merged model that is still quantized: without adapter, with residuals against Q + ΔW."""
     matrices = tuple(
         dataclasses.replace(
             record,
@@ -96,7 +96,7 @@ def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, Fil
 
 
 def card_of(manifest: Manifest, report: MergeReport) -> bytes:
-    """README.md."""
+    """Render README.md."""
     how = {
         "dense": f"The adapter was added to the dequantized backbone; weights are {report.dtype}.",
         "zeros": "The QA-LoRA adapter was added to the groups' zeros; codes, scales and bits are the backbone's.",

@@ -1,4 +1,4 @@
-"""An adapter as PEFT's `save_pretrained` leaves it after training: which modules it changes, and by what."""
+"""Read a trained adapter as PEFT's `save_pretrained` writes it: the modules it changes, and their factors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loftq_cli.numerics.methods.qalora import peft_constant, widened
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
 
-# What changes the model in ways that are no B @ A on a weight.
+# Settings that change the model other than by adding B @ A to a weight.
 _OTHER = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "trained biases",
@@ -31,12 +31,12 @@ _OTHER = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter holds what it adds to one matrix.
+    """The place of one matrix's factors in an adapter.
 
     Attributes:
         path: of the factors in the file, a key of `TrainedAdapter.keys`.
-        name: PEFT's own name of the module or the parameter, which its patterns are matched with.
-        expert: which share of factors that all experts of a parameter have together.
+        name: PEFT's name of the module or parameter, which its patterns match.
+        expert: whose share it is of factors that all experts of a parameter have in common; None for a module.
     """
 
     path: str
@@ -46,11 +46,11 @@ class Place:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """A LoRA or QA-LoRA adapter on disk; factors are read when asked for.
+    """A LoRA or QA-LoRA adapter on disk; factors are read on demand.
 
     Attributes:
         modules: paths of the modules it changes, in the order of the file.
-        group: inputs that are pooled (QA-LoRA); 1 for none.
+        group: inputs that are pooled together (QA-LoRA); 1 for no pooling.
     """
 
     folder: Path
@@ -66,34 +66,34 @@ class TrainedAdapter:
         return int(self.config["qalora_group_size"]) if self.config.get("use_qalora") else 1
 
     def shape(self, module: str) -> tuple[int, int]:
-        """[out, in / group] of what is added."""
+        """Return the shape [out, in / group] of the update."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             a, b = (file.get_slice(self.keys[module][factor]).get_shape() for factor in "AB")
         return (a[1], b[0]) if "lora_embedding" in self.keys[module]["A"] else (b[0], a[1])
 
     def rank(self, path: str) -> int:
-        """What A and B meet in; of experts, of all together.
+        """Return the rank; for experts, of all together.
 
         Raises:
-            LoftqError: they do not.
+            LoftqError: A and B have different ranks.
         """
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             a, b = (file.get_slice(self.keys[path][factor]).get_shape() for factor in "AB")
         if a[0] != b[1]:
             raise LoftqError(
-                f"the adapter's factors for {path} have ranks {a[0]} and {b[1]}, and must have one: save it again."
+                f"the adapter's factors for {path} have ranks {a[0]} and {b[1]}, which must be equal: save it again."
             )
         return int(a[0])
 
     def targets(self, parameter: str) -> bool:
-        """Whether PEFT adapts a bare parameter; the config may name it by its end, or with more before it."""
+        """True if PEFT adapts a bare parameter; the config may name it by a suffix or with a prefix."""
         named = self.config.get("target_parameters") or ()
         return any(
             name == parameter or parameter.endswith(f".{name}") or name.endswith(f".{parameter}") for name in named
         )
 
     def compact(self, place: Place, in_features: int) -> Tensor:
-        """What is added to the weight, float32 [out, in / group]: constant within groups."""
+        """Return the update in float32 [out, in / group]: it is constant within groups."""
         a, b = self._factors(place)
         constant = self._scaling(place.name)
         if self.group > 1:
@@ -103,13 +103,16 @@ class TrainedAdapter:
         return product * constant
 
     def update(self, place: Place, in_features: int) -> Tensor:
-        """What is added to the weight, float32 [out, in]."""
+        """Return the update in float32 [out, in]."""
         compact = self.compact(place, in_features)
         return compact if self.group == 1 else widened(compact, self.group)
 
     def _factors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r], float32. Experts share A [experts * r, in] and B [outs, r * experts], in which the
-        expert counts fastest; a part of the outputs, gate or up, has its rows."""
+        """Return A [r, in] and B [out, r] in float32.
+
+        Experts share A [experts * r, in] and B [outs, r * experts], in which the expert index varies fastest; each part
+        of the outputs, gate or up, has its own rows.
+        """
         file, keys, expert = self.folder / WEIGHTS, self.keys[place.path], place.expert
         if expert is None:
             with safe_open(file, framework="pt") as opened:
@@ -124,7 +127,7 @@ class TrainedAdapter:
         return a, rows.unflatten(1, (rank, expert.count))[:, :, expert.index].float()
 
     def _scaling(self, name: str) -> float:
-        """lora_alpha / r, with PEFT's patterns: a key matches a path or the end of one."""
+        """Return lora_alpha / r with PEFT's patterns, whose keys match a path or its end."""
         rank = _matching(self.config.get("rank_pattern"), name, self.config["r"])
         alpha = _matching(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -132,7 +135,7 @@ class TrainedAdapter:
 
 @lru_cache(maxsize=2)  # a checkpoint has gate, down and up of one expert after the other
 def _shared(file: Path, changed: int, key: str) -> Tensor:
-    """A factor of all experts as the file was at one time, which each of them takes columns of."""
+    """Return a factor of all experts, of which each takes its columns; cached by the file's modification time."""
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(key)
 
@@ -141,7 +144,7 @@ def read_adapter(folder: Path) -> TrainedAdapter:
     """Open an adapter.
 
     Raises:
-        LoftqError: it is no adapter, damaged, or does more than add B @ A to weights.
+        LoftqError: it is not an adapter, damaged, or does more than add B @ A to weights.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise LoftqError(f"{folder} holds no {CONFIG} and {WEIGHTS}: give a folder that PEFT's save_pretrained wrote.")
@@ -158,22 +161,26 @@ def read_adapter(folder: Path) -> TrainedAdapter:
             continue
         match = _KEY.match(name)
         if match is None:
-            raise LoftqError(f"the adapter in {folder} holds {name}, which is no LoRA factor: loftq cannot merge it.")
+            raise LoftqError(
+                f"the adapter in {folder} holds {name}, which is not a LoRA factor: loftq cannot merge it."
+            )
         keys.setdefault(match["module"], {})[match["factor"]] = name
     if not keys or any(set(factors) != {"A", "B"} for factors in keys.values()):
-        raise LoftqError(f"the adapter in {folder} lacks factors: save it again.")
+        raise LoftqError(f"the adapter in {folder} has incomplete factors: save it again.")
     return TrainedAdapter(folder, config, keys)
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise LoftqError(f"the adapter in {folder} is of PEFT's type {kind}: loftq merges LORA.")
+        raise LoftqError(f"the adapter in {folder} is of PEFT's type {kind}: loftq merges only LORA.")
     found = next((what for name, what in _OTHER.items() if config.get(name)), None)
     if found is None and config.get("bias", "none") != "none":
         found = _OTHER["lora_bias"]
     if found:
-        raise LoftqError(f"the adapter in {folder} has {found}, which no weight can take up: loftq cannot merge it.")
+        raise LoftqError(
+            f"the adapter in {folder} has {found}, which cannot be added to a weight: loftq cannot merge it."
+        )
 
 
 def _matching(pattern: dict[str, Any] | None, module: str, default: float) -> float:

@@ -16,7 +16,7 @@ from loftq_cli.formats.base import DTYPE_NAMES, Request
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe, parse_size, write_yaml
-from loftq_cli.tensorfile.layout import lay_out, shard, shard_names
+from loftq_cli.tensorfile.layout import backbone_metadata, lay_out, lay_out_shards
 from loftq_cli.tensorfile.tensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
@@ -28,7 +28,7 @@ def lay_out_files(
 ) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
     """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
     shard)."""
-    metadata = {"format": "pt", "loftq_fingerprint": fingerprint}
+    metadata = backbone_metadata(fingerprint)
     matrices = [unit.matrix for unit in units if unit.matrix is not None]
     backbone = [tensor for unit in units for tensor in unit.backbone]
     container = get_format(recipe.format)
@@ -36,11 +36,8 @@ def lay_out_files(
     single = container.container(backbone, matrices, request, fingerprint)
     if single is not None:
         return (single, *adapter_files), scratch, {}
-    shards = shard((unit.backbone for unit in units), parse_size(recipe.max_shard_size))
-    names = shard_names(len(shards))
-    files = [lay_out(name, tensors, metadata) for name, tensors in zip(names, shards)]
-    index = {tensor.name: file.name for file in files for tensor in file.tensors}
-    return (*files, *adapter_files), scratch, index if len(shards) > 1 else {}
+    sharded = lay_out_shards((unit.backbone for unit in units), parse_size(recipe.max_shard_size), metadata)
+    return (*sharded.files, *adapter_files), scratch, dict(sharded.index)
 
 
 def _adapter_files(

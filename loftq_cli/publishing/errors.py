@@ -1,4 +1,4 @@
-"""What can go wrong while pushing, in one sentence each, and never with a token in it."""
+"""Turn failures of a push into one sentence each, without tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.hub.retry import CutShort, passes, reason
+from loftq_cli.hub.retry import CutShort, is_transient, reason
 
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
 _SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
@@ -26,7 +26,7 @@ _CONFLICTS = frozenset({409, 412})
 
 @contextmanager
 def push_errors(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence with the next step; no token survives in it or its causes."""
+    """Turn what huggingface_hub raises into one sentence with the next step, without tokens in it or its causes."""
     try:
         yield
     except LoftqError:
@@ -37,30 +37,30 @@ def push_errors(repo: str) -> Iterator[None]:
 
 
 def redact(text: str) -> str:
-    """The text without the user's token, anything that looks like one, or the signature of a link."""
+    """Return the text without the user's token, anything that looks like one, and signatures of links."""
     token = get_token()
     text = text.replace(token, "***") if token else text
     return _SIGNATURE.sub(r"\1?***", _TOKEN.sub("***", text))
 
 
 def nobody_logged_in() -> LoftqError:
-    """There is no token to push with."""
+    """Return the error for a missing token."""
     endpoint = HfApi().endpoint
     return LoftqError(
-        f"nobody is logged in to {endpoint}: make a token with write access at {endpoint}/settings/tokens, then run "
+        f"nobody is logged in to {endpoint}: create a token with write access at {endpoint}/settings/tokens, then run "
         "`hf auth login` or set HF_TOKEN."
     )
 
 
 def offline() -> LoftqError:
-    """The environment forbids what a push needs."""
+    """Return the error for HF_HUB_OFFLINE."""
     return LoftqError(
         "pushing needs the Hub, but HF_HUB_OFFLINE is set: unset it, then run the same command again to go on."
     )
 
 
 def network_cause(error: BaseException) -> BaseException | None:
-    """The failed request under an error that huggingface_hub wrapped; None where there is none."""
+    """Return the failed request that huggingface_hub wrapped in an error; None if there is none."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, HTTPError):
         found = found.__cause__
@@ -68,7 +68,7 @@ def network_cause(error: BaseException) -> BaseException | None:
 
 
 def _scrub(error: BaseException) -> None:
-    """Take tokens out of an error and all that led to it: `--debug` prints them."""
+    """Remove tokens from an error and all of its causes, because `--debug` prints them."""
     seen: set[int] = set()
     rest: list[BaseException | None] = [error]
     while rest:
@@ -95,7 +95,7 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
     if status == 403:
         return LoftqError(
             f"the token may not write to {repo}{said}: take one with write access from {tokens}, or give --create-pr "
-            "where the repository is not yours."
+            "if the repository is not yours."
         )
     if isinstance(error, RevisionNotFoundError):
         return LoftqError(f"{repo} has no such revision{said}: {endpoint}/{repo}/tree/main lists branches and tags.")
@@ -108,10 +108,10 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
             f"{repo} was changed by somebody else at the same time{said}: run the same command again.",
             exit_code=ExitCode.INCOMPLETE,
         )
-    if (isinstance(error, (HTTPError, CutShort)) and passes(error)) or _gave_up(error):
+    if (isinstance(error, (HTTPError, CutShort)) and is_transient(error)) or _gave_up(error):
         return LoftqError(
             f"{endpoint} does not answer ({redact(reason(error))}), so {repo} is incomplete: run the same command "
-            "again to go on, what is there is not sent again.",
+            "again to go on; files that are there are not sent again.",
             exit_code=ExitCode.INCOMPLETE,
         )
     if status:
@@ -120,7 +120,7 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
 
 
 def _status(error: Exception) -> int:
-    """The Hub's answer; hf_xet, which uploads large files, only tells it in words."""
+    """Return the HTTP status, 0 if unknown; hf_xet, which uploads large files, gives it only in its message."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code
     if isinstance(error, PermissionError) and type(error).__module__.startswith("hf_xet"):
@@ -130,12 +130,12 @@ def _status(error: Exception) -> int:
 
 
 def _gave_up(error: Exception) -> bool:
-    """Whether hf_xet lost its connection; it has tried for minutes by then."""
+    """True if hf_xet lost its connection; by then it has retried for minutes."""
     return isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _server_words(error: Exception) -> str:
-    """What the Hub says itself, in brackets: a full quota or a missing right is only named there."""
+    """Return the Hub's own message in brackets: only it names a full quota or a missing permission."""
     words = getattr(error, "server_message", None)
     if not words:
         return ""

@@ -1,4 +1,4 @@
-"""`loftq_cli.push`: a finished conversion becomes a repository on the Hub."""
+"""`loftq_cli.push`: upload a finished conversion to a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.hub.retry import CutShort, patiently
+from loftq_cli.hub.retry import CutShort, with_retries
 from loftq_cli.publishing.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.publishing.stage import Destination, stage
 from loftq_cli.verification import verify
 
-_ATTEMPTS = 4  # huggingface_hub tries every transfer six times by itself
+_ATTEMPTS = 4  # huggingface_hub already tries every transfer six times
 _LONGEST_TITLE = 200
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did, or with `dry_run` would do.
+    """The result of a push, or with `dry_run` what it would be.
 
     Attributes:
         url: of the repository, the branch or the pull request.
         commit: the newest commit there; None in a dry run.
         files: every file in the repository's own layout, with its size in bytes.
-        left_out: what lies in the directory but is not part of the conversion.
+        left_out: files in the directory that are not part of the conversion.
     """
 
     repo: str
@@ -51,7 +51,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class _Request:
-    """`revision` is the ref to push to; the destination's is the branch that readers must name."""
+    """One call of `push`; `revision` is the ref to push to, the destination's the branch that readers must name."""
 
     destination: Destination
     revision: str | None
@@ -85,26 +85,26 @@ def push(
     dry_run: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Pushed:
-    """Verify a finished conversion and upload it. After a failure the same call goes on: nothing is sent twice.
+    """Verify a finished conversion and upload it. After a failure the same call resumes and sends nothing twice.
 
     In the pushed copy the adapter's base model, the card's snippets and tags, the recipe and the manifest name the
     repository instead of the directory; the directory itself is not changed.
 
     Args:
         directory: a finished output of `quantize`.
-        repo: `ORG/NAME` on the Hub, created where it does not exist.
-        private: create it as a private one.
-        revision: a branch to push to, created where it does not exist, or a pull request's `refs/pr/N`.
-        create_pr: push to a pull request; a repeated call goes on with the one that it opened before.
+        repo: `ORG/NAME` on the Hub, created if it does not exist.
+        private: create it as a private repository.
+        revision: a branch to push to, created if it does not exist, or a pull request's `refs/pr/N`.
+        create_pr: push to a pull request; a repeated call uses the one that it opened before.
         message: the commit's message and the pull request's title.
-        base_model: `ORG/NAME` of the model that was converted, for the card; by default what the card says.
-        dry_run: verify and list the files, and ask the Hub for nothing.
-        progress: hears what is being done, in a few words.
+        base_model: `ORG/NAME` of the model that was converted, for the card; by default the one on the card.
+        dry_run: verify and list the files without contacting the Hub.
+        progress: called with what is being done, in a few words.
 
     Raises:
-        UsageError: an argument cannot be meant.
+        UsageError: an argument is invalid.
         LoftqError: the conversion is unfinished or damaged (exit code 3), the Hub refuses, or the upload broke off
-            (exit code 4: the same call goes on).
+            (exit code 4: the same call resumes).
     """
     path, tell = Path(directory).expanduser(), progress or (lambda step: None)
     request = _request(repo, private, revision, create_pr, message, base_model, path)
@@ -121,13 +121,13 @@ def push(
         with push_errors(repo):
             number = _prepare(request, path, tell)
             tell(f"uploading {len(files)} files")
-            commit = patiently(lambda: _upload(request, Path(folder), number), _ATTEMPTS)
+            commit = with_retries(lambda: _upload(request, Path(folder), number), _ATTEMPTS)
     url = _page(request, number)
     return Pushed(repo, revision, url, commit, number, files, left_out, dry_run=False)
 
 
 def check_repo(repo: str) -> None:
-    """Whether `repo` can be pushed to by name.
+    """Check that `repo` is a valid name to push to.
 
     Raises:
         UsageError: it is not `ORG/NAME`.
@@ -136,17 +136,17 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError:
         raise UsageError(
-            f"'{repo}' is no repository: write ORG/NAME, with letters, digits, '-', '_' and '.'."
+            f"'{repo}' is not a repository: write ORG/NAME, with letters, digits, '-', '_' and '.'."
         ) from None
     if repo.count("/") != 1:
-        raise UsageError(f"'{repo}' is no repository: write ORG/NAME, with your own user name or an organization's.")
+        raise UsageError(f"'{repo}' is not a repository: write ORG/NAME, with your own user name or an organization's.")
 
 
 def require_login() -> None:
-    """Whether there is a token, and a Hub to use it with.
+    """Check that there is a token and that the Hub may be used.
 
     Raises:
-        LoftqError: there is none.
+        LoftqError: there is no token, or HF_HUB_OFFLINE is set.
     """
     if is_offline_mode():
         raise offline()
@@ -169,7 +169,7 @@ def _request(
     if create_pr and revision is not None:
         raise UsageError("--create-pr opens a pull request against the default branch: leave --revision out.")
     if message is not None and len(message.strip()) < 3:
-        raise UsageError("--message is too short: the Hub wants three letters or more.")
+        raise UsageError("--message is too short: the Hub requires at least three characters.")
     if revision is not None and (not revision.strip() or any(c.isspace() for c in revision)):
         raise UsageError(f"--revision cannot be {revision!r}: give a branch.")
     branch = None if revision is None or revision == "main" or _PULL_REQUEST.fullmatch(revision) else revision
@@ -179,7 +179,7 @@ def _request(
 
 
 def _verify(directory: Path, manifest: Manifest) -> None:
-    """Every file that would be pushed is, to the last bit, what was written."""
+    """Check that every file to push is, to the last bit, what was written."""
     ours = {MANIFEST, *manifest.files}
     problems = [problem for problem in verify(directory).problems if problem.name in ours]
     if problems:
@@ -197,29 +197,29 @@ def _left_out(directory: Path, files: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _prepare(request: _Request, directory: Path, tell: Callable[[str], None]) -> int | None:
-    """Repository, branch and pull request are there; gives the pull request's number."""
+    """Create the repository, branch and pull request that are missing; return the pull request's number."""
     api, repo = request.api, request.repo
     tell(f"opening {api.endpoint}/{repo}")
-    patiently(lambda: api.create_repo(repo, private=request.private or None, exist_ok=True), _ATTEMPTS)
-    if request.private and not patiently(lambda: api.model_info(repo), _ATTEMPTS).private:
+    with_retries(lambda: api.create_repo(repo, private=request.private or None, exist_ok=True), _ATTEMPTS)
+    if request.private and not with_retries(lambda: api.model_info(repo), _ATTEMPTS).private:
         raise LoftqError(
             f"{repo} exists already and is public, so nothing was pushed: make it private at {api.endpoint}/{repo}/"
             "settings, or leave --private out."
         )
     branch = request.destination.revision
     if branch is not None:
-        patiently(lambda: api.create_branch(repo, branch=branch, exist_ok=True), _ATTEMPTS)
+        with_retries(lambda: api.create_branch(repo, branch=branch, exist_ok=True), _ATTEMPTS)
     if not request.create_pr:
         return None
-    kept = _Kept(directory)
-    number = patiently(lambda: _pull_request(request, kept.number(repo)), _ATTEMPTS)
-    kept.keep(repo, number)
+    saved = _SavedNumbers(directory)
+    number = with_retries(lambda: _pull_request(request, saved.number(repo)), _ATTEMPTS)
+    saved.save(repo, number)
     return number
 
 
 def _pull_request(request: _Request, kept: int | None) -> int:
-    """The open pull request of an earlier push, or a new one. One whose number was lost, because the answer broke off
-    or the directory is a fresh one, is found by author and title."""
+    """Return the open pull request of an earlier push, or open one. If the earlier number was lost, because the
+    response was cut off or the directory is new, it is found by author and title."""
     api, repo = request.api, request.repo
     me = api.whoami()["name"]
     for found in api.get_repo_discussions(repo, discussion_type="pull_request"):
@@ -230,7 +230,7 @@ def _pull_request(request: _Request, kept: int | None) -> int:
 
 
 def _upload(request: _Request, folder: Path, pull_request: int | None) -> str:
-    """The commit that holds all files. Files that are there already are not sent, and no empty commit is made."""
+    """Upload all files that are missing and return the commit that holds them; no empty commit is made."""
     ref = request.revision if pull_request is None else f"refs/pr/{pull_request}"
     try:
         commit = request.api.upload_folder(
@@ -240,7 +240,7 @@ def _upload(request: _Request, folder: Path, pull_request: int | None) -> str:
             commit_description=request.description,
             revision=ref,
         )
-    except RuntimeError as error:  # how a failed file is reported, by huggingface_hub and by hf_xet
+    except RuntimeError as error:  # raised by huggingface_hub and hf_xet for a failed file
         raise network_cause(error) or CutShort(f"the upload broke off: {error}") from error
     return commit.oid
 
@@ -252,8 +252,8 @@ def _page(request: _Request, pull_request: int | None) -> str:
     return page if request.destination.revision is None else f"{page}/tree/{request.destination.revision}"
 
 
-class _Kept:
-    """Numbers of pull requests by repository, in the directory's own state."""
+class _SavedNumbers:
+    """Numbers of pull requests by repository, kept in the directory's state."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / STATE / "push.json"
@@ -262,8 +262,8 @@ class _Kept:
         found = self._read().get(repo)
         return found if isinstance(found, int) else None
 
-    def keep(self, repo: str, number: int) -> None:
-        """A directory that cannot be written is no reason to fail: the number can be found again."""
+    def save(self, repo: str, number: int) -> None:
+        """Save the number; failing to is harmless, because it can be found again."""
         content = json.dumps({**self._read(), repo: number})
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The copy of a conversion that goes to the Hub.
+"""Make the copy of a conversion that is pushed to the Hub.
 
 Four small files say where the conversion lies: the adapter's config, the card, the recipe and the manifest. They are
 rewritten beside links to all the others, so that the directory itself stays as it was and the pushed manifest's hashes
@@ -31,7 +31,7 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a conversion will be found.
+    """Where readers will find a conversion.
 
     Attributes:
         revision: a branch, where it is not the default one.
@@ -48,7 +48,7 @@ class Destination:
 
 
 def stage(directory: Path, manifest: Manifest, destination: Destination, folder: Path) -> dict[str, int]:
-    """Fill the empty `folder` with what is to be pushed; gives every file's size in bytes.
+    """Fill the empty `folder` with the files to push, and return the size in bytes of each.
 
     Weights are symbolic links into `directory`, which is not changed.
     """
@@ -64,7 +64,7 @@ def stage(directory: Path, manifest: Manifest, destination: Destination, folder:
 
 
 def published_texts(directory: Path, manifest: Manifest, destination: Destination) -> dict[str, bytes]:
-    """The files that read differently on the Hub, the manifest with their hashes among them."""
+    """Return the files whose content differs on the Hub, including the manifest with their hashes."""
     card = (directory / CARD).read_text(encoding="utf-8")
     base = destination.base_model or _front_matter(card).get("base_model")
     source = _published_source(manifest, base if isinstance(base, str) else None)
@@ -86,7 +86,7 @@ def published_texts(directory: Path, manifest: Manifest, destination: Destinatio
 
 
 def _published_source(manifest: Manifest, base_model: str | None) -> str:
-    """What MODEL was, without the directories of the machine it was converted on."""
+    """Return what MODEL was, without directories of the machine it was converted on."""
     if manifest.source_revision is not None:
         return manifest.source
     source = Path(manifest.source)
@@ -108,7 +108,7 @@ def _recipe(text: str, source: str) -> str:
 
 
 def _card(text: str, manifest: Manifest, destination: Destination, source: str) -> str:
-    """The card with the repository's id for the directory, in the snippets, the title, the command and the tags."""
+    """Replace the directory by the repository's id in the card's snippets, title, command and tags."""
     old, new = json.dumps(manifest.output, ensure_ascii=False), json.dumps(destination.repo)
     body = text[match.end() :] if (match := _FRONT_MATTER.match(text)) else text
     body = body.replace(old, new)
@@ -121,7 +121,7 @@ def _card(text: str, manifest: Manifest, destination: Destination, source: str) 
 
 
 def _with_revision(body: str, revision: str) -> str:
-    """Every loading call of the card gets the branch."""
+    """Add the branch to every loading call of the card."""
     body = re.sub(r"(\.from_pretrained\((?:backbone, )?path)", rf"\1, revision={revision}", body)
     return re.sub(r'(loftq_cli\.load\("[^"]*")', rf"\1, revision={revision}", body)
 

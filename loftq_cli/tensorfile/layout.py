@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
@@ -35,6 +36,33 @@ def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, s
         position += tensor.nbytes
     starts |= {piece.name: starts[piece.whole.name] + piece.offset for piece in pieces if piece.whole}
     return TensorFile(name, header, ordered, starts, pieces)
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of a backbone, laid out.
+
+    Attributes:
+        index: file of every tensor by its name; empty for a single file, which needs no index.
+    """
+
+    files: tuple[TensorFile, ...]
+    index: Mapping[str, str]
+
+
+def lay_out_shards(
+    groups: Iterable[tuple[OutputTensor, ...]], max_bytes: int, metadata: Mapping[str, str]
+) -> WeightFiles:
+    """Distribute tensors over safetensors files of at most `max_bytes` with Hugging Face's names, as `shard` does."""
+    shards = shard(groups, max_bytes)
+    files = tuple(lay_out(name, tensors, metadata) for name, tensors in zip(shard_names(len(shards)), shards))
+    index = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return WeightFiles(files, index if len(files) > 1 else {})
+
+
+def backbone_metadata(fingerprint: str) -> dict[str, str]:
+    """Return the metadata of a weight file: what transformers requires, and what the file was made from."""
+    return {"format": "pt", "loftq_fingerprint": fingerprint}
 
 
 def wholes(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:

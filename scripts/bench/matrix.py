@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.machine.memory import shared_memory
-from loftq_cli.machine.openmp import brief_spins
+from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import Codebook, codebook
 from loftq_cli.numerics.methods.loftq import fast_step, loftq
@@ -133,7 +133,8 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="run the full-SVD baseline on any size")
     asked = parser.parse_args()
-    if missing := brief_spins(os.environ):  # the command line's environment, for both; torch has read this one already
+    # Both sides get the command line's environment; torch has already read this one.
+    if missing := openmp_spin_env(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     results = {}
     for size in asked.sizes:

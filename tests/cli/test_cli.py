@@ -13,7 +13,7 @@ from support.commands import loftq, runner, sentence
 
 from loftq_cli.cli import app
 from loftq_cli.cli.terminal import duration, gigabytes
-from loftq_cli.machine.openmp import brief_spins
+from loftq_cli.machine.openmp import openmp_spin_env
 
 
 def test_quantize_prints_a_summary_people_can_use(random_llama: Path, tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_numbers_for_people() -> None:
 
 
 def test_idle_threads_sleep_soon_unless_the_user_decides() -> None:
-    assert brief_spins({"HOME": "/root"}) == {"GOMP_SPINCOUNT": "3000"}
-    assert brief_spins({"GOMP_SPINCOUNT": "7"}) == {} == brief_spins({"OMP_WAIT_POLICY": "active"})
+    assert openmp_spin_env({"HOME": "/root"}) == {"GOMP_SPINCOUNT": "3000"}
+    assert openmp_spin_env({"GOMP_SPINCOUNT": "7"}) == {} == openmp_spin_env({"OMP_WAIT_POLICY": "active"})
     code = "import os, sys; sys.argv = ['loftq', '--help']\nfrom loftq_cli.cli import main\ntry: main()\n"
     code += "finally: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

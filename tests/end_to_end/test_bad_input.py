@@ -461,7 +461,7 @@ def test_full_disk(where: str, source: Path, tmp_path: Path, monkeypatch: pytest
         if where == "weights":
             patch.setattr("loftq_cli.tensorfile.writer._write_all", full)
         elif where == "texts":
-            patch.setattr("loftq_cli.engine.run.write_file", full)
+            patch.setattr("loftq_cli.engine.output.directory.write_file", full)
         else:
             patch.setattr("loftq_cli.engine.output.journal.Journal.add", full)
         assert "failed (No space left on device): make room" in refused(source, code=4, out=tmp_path / "out")

@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in sentence(loftq("merge", backbone, adapter, "-o", tmp_path / "full", code=2))
-    assert "overlaps" in sentence(loftq("merge", backbone, adapter, "-o", backbone / "x", code=2))
+    assert "overlap: choose another -o" in sentence(loftq("merge", backbone, adapter, "-o", backbone / "x", code=2))
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 

@@ -312,7 +312,7 @@ def talking_to(hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> I
     pause between its attempts."""
     from huggingface_hub import close_session, constants, hf_api
 
-    from loftq_cli.hub import read_errors as hub_errors
+    from loftq_cli.hub import retry
 
     for name, value in environment(hub, home).items():
         monkeypatch.setenv(name, value)
@@ -329,7 +329,7 @@ def talking_to(hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> I
     for name, value in changes.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # behind the module's functions, which PEFT calls
-    monkeypatch.setattr(hub_errors, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
     close_session()
     try:
         yield

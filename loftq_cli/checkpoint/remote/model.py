@@ -27,7 +27,7 @@ from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, passes, patiently
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, is_transient, with_retries
 
 _BESIDE = ("config.json", "README.md")  # the card tells the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
@@ -89,7 +89,7 @@ def open_hub(
         try:
             commit, names = _list(model)
         except HTTPError as error:
-            if stream or not passes(error):
+            if stream or not is_transient(error):
                 raise
             folder = _cached(model, error)
             return opened(folder), _commit(model, folder)
@@ -168,7 +168,9 @@ def _no_weights(model: HubModel, top: Sequence[str]) -> str:
 
 def _list(model: HubModel) -> tuple[str, list[str]]:
     """The commit and its files."""
-    found = patiently(lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), OPENING_ATTEMPTS)
+    found = with_retries(
+        lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), OPENING_ATTEMPTS
+    )
     if found.sha is None:
         raise LoftqError(f"the Hub names no commit of {model}: give one with --revision.")
     return found.sha, [file.rfilename for file in found.siblings or ()]
@@ -208,7 +210,7 @@ def _snapshot(model: HubModel, names: Sequence[str]) -> Path:
             raise CutShort(f"the download of {model} broke off")
         return folder
 
-    return patiently(fetch)
+    return with_retries(fetch)
 
 
 def _cached(model: HubModel, error: Exception | None = None) -> Path:

@@ -25,7 +25,7 @@ from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import ATTEMPTS, CutShort, HubModel, passes, patiently, wait
+from loftq_cli.hub.retry import ATTEMPTS, CutShort, HubModel, is_transient, wait, with_retries
 
 _CHUNK = 16 << 20
 _CONNECTIONS = 4  # one connection seldom fills the line
@@ -60,7 +60,7 @@ class RemoteFile:
     @property
     def size(self) -> int:
         with hub_errors(self.model, stream=True):
-            return patiently(self._locate, stop=self.stop).size
+            return with_retries(self._locate, stop=self.stop).size
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """`count` bytes from `start`.
@@ -94,7 +94,7 @@ class RemoteFile:
                     raise CutShort(f"{self.where} broke off")
             except Exception as error:
                 failures += 1
-                if not passes(error) or failures >= ATTEMPTS:
+                if not is_transient(error) or failures >= ATTEMPTS:
                     raise
                 wait(error, failures, self.stop)
 

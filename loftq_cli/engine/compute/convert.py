@@ -1,4 +1,4 @@
-"""One unit of work: a tensor in, its output tensors and its record out. No files."""
+"""Convert one unit: a tensor in, its output tensors and its record out. No files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import encode_adapter
 from loftq_cli.kernels import block_quantizer
-from loftq_cli.machine.memory import Room
+from loftq_cli.machine.memory import Float32Buffer
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.numerics.lowrank.truncate import SAFE_NORM, frobenius
@@ -28,7 +28,7 @@ from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_ste
 from loftq_cli.numerics.methods.qalora import PooledStep
 from loftq_cli.numerics.methods.refined import Init, refined
 from loftq_cli.numerics.methods.refined_steps import LowRankSteps, shallow_steps
-from loftq_cli.numerics.methods.stacked import batched_loftq
+from loftq_cli.numerics.methods.stacked import stacked_loftq
 from loftq_cli.numerics.methods.weighted import (
     WeightedResult,
     WeightedStep,
@@ -47,7 +47,7 @@ from loftq_cli.recipe.model import Recipe
 class Converted:
     """Output tensors by name, split by file kind; `record` is None for a copied tensor.
 
-    Tensors are computed, but where that was done: `engine.transfers` brings them to the CPU.
+    Tensors stay on the device that computed them: `engine.compute.transfers` copies them to the CPU.
     """
 
     backbone: dict[str, Tensor]
@@ -61,14 +61,14 @@ def convert(
     recipe: Recipe,
     device: torch.device,
     moment: Tensor | None = None,
-    room: Room | None = None,
+    buffer: Float32Buffer | None = None,
 ) -> Converted:
     """Quantize or copy one tensor.
 
     Args:
-        tensor: as it is on disk, on the CPU or already on the device.
-        moment: second moment of the layer's inputs, [in] or [in, in], which errors are weighted by.
-        room: where W may lie.
+        tensor: as stored on disk, on the CPU or already on the device.
+        moment: second moment of the layer's inputs, [in] or [in, in], which weights the errors.
+        buffer: memory that W may use.
 
     Raises:
         LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
@@ -77,7 +77,7 @@ def convert(
     if unit.matrix is None:
         return _copy(unit, tensor, recipe, generator)
     started = time.perf_counter()
-    quantize = partial(_quantize, unit, tensor, recipe, device, generator, moment, room)
+    quantize = partial(_quantize, unit, tensor, recipe, device, generator, moment, buffer)
     result, weighted = _finite_result(unit, tensor, quantize)
     return _converted(unit, result, weighted, recipe, started)
 
@@ -85,7 +85,7 @@ def convert(
 def convert_together(
     units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
 ) -> list[Converted]:
-    """`convert` of each unit of an `engine.batches.Batch`, at once as far as that goes.
+    """Convert all units of an `engine.compute.stacks.Stack`, together as far as possible.
 
     Raises:
         LoftqError: as `convert`.
@@ -105,10 +105,10 @@ def convert_together(
 def _quantize_together(
     units: Sequence[Unit], tensors: Sequence[Tensor], recipe: Recipe, device: torch.device
 ) -> list[LoftQResult | None]:
-    """As `numerics.batched.batched_loftq`."""
+    """Call `numerics.methods.stacked.stacked_loftq`."""
     matrix, target = units[0].matrix, units[0].target
-    assert matrix is not None and target is not None, "batches are of matrices with adapters"
-    return batched_loftq(
+    assert matrix is not None and target is not None, "stacks are of matrices with adapters"
+    return stacked_loftq(
         torch.stack([_weight(unit, tensor, device) for unit, tensor in zip(units, tensors)]),
         block_quantizer(matrix.grid, device),
         rank=target.rank,
@@ -121,16 +121,16 @@ def _quantize_together(
 def _converted(
     unit: Unit, result: LoftQResult, weighted: WeightedResult | None, recipe: Recipe, started: float
 ) -> Converted:
-    """The outputs of a matrix, computed, with its record.
+    """Return the encoded outputs of a matrix and its record.
 
     Args:
-        started: when work on it began, on the clock `time.perf_counter`.
+        started: `time.perf_counter()` when work on it began.
     """
     assert unit.matrix is not None
     backbone, adapter = get_format(recipe.format).encode(unit.matrix, result.quantized), {}
     if unit.target is not None:
         adapter = encode_adapter(unit.target, result.lora_a, result.lora_b, recipe.scaling)
-        # Their one alpha is the recipe's rank, which readers divide by each adapter's own.
+        # Copies share one alpha, the recipe's rank, which readers divide by each adapter's own rank.
         share = unit.target.rank / recipe.rank
         adapter |= get_format(recipe.format).encode_copies(unit.matrix, result.lora_a, result.lora_b * share)
     device = result.quantized.codes.device
@@ -152,9 +152,10 @@ def _converted(
 def _finite_result(
     unit: Unit, tensor: Tensor, quantize: Callable[[], tuple[LoftQResult, WeightedResult | None]]
 ) -> tuple[LoftQResult, WeightedResult | None]:
-    """
+    """Call `quantize` and check that its residuals are finite.
+
     Raises:
-        LoftqError: float32 overflowed on the way, as the numbers are so large or the steps diverged.
+        LoftqError: float32 overflowed, because the weights are too large or the iteration diverged.
     """
     cause: Exception | None = None
     try:
@@ -183,11 +184,11 @@ def _quantize(
     device: torch.device,
     generator: torch.Generator,
     moment: Tensor | None,
-    room: Room | None,
+    buffer: Float32Buffer | None,
 ) -> tuple[LoftQResult, WeightedResult | None]:
-    """LoftQ on one matrix; the float32 weight lives no longer than this call."""
+    """Run LoftQ on one matrix; the float32 weight is freed when this returns."""
     assert unit.matrix is not None
-    weight = _weight(unit, tensor, device, room)
+    weight = _weight(unit, tensor, device, buffer)
     _check_finite(unit, weight.T if unit.matrix.transposed else weight)
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
@@ -213,11 +214,11 @@ def _quantize(
     return weighted.result, weighted
 
 
-def _weight(unit: Unit, tensor: Tensor, device: torch.device, room: Room | None = None) -> Tensor:
-    """float32 [out, in] on the device, not always contiguous."""
+def _weight(unit: Unit, tensor: Tensor, device: torch.device, buffer: Float32Buffer | None = None) -> Tensor:
+    """Return the weight in float32 [out, in] on the device, not always contiguous."""
     assert unit.matrix is not None
     there = tensor.to(device)
-    weight = there.float() if room is None or device.type != "cpu" else room.float32(there)
+    weight = there.float() if buffer is None or device.type != "cpu" else buffer.float32(there)
     return weight.T if unit.matrix.transposed else weight
 
 
@@ -230,7 +231,7 @@ def _refine(
     generator: torch.Generator,
     whitening: Whitening | None,
 ) -> tuple[LoftQResult, WeightedResult | None]:
-    """The refined method; without an adapter only the scales (and levels) are fitted."""
+    """Run the refined method; without an adapter it only fits the scales (and levels)."""
     assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
     exact = LowRankSteps(exact_step(rank), exact_step(rank))
     steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
@@ -264,7 +265,7 @@ def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator
 
 
 def _seed(seed: int, name: str) -> int:
-    """A seed of its own for every matrix, whatever the order of work."""
+    """Return a seed for one matrix that does not depend on the order of work."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
 
 
@@ -278,5 +279,5 @@ def _check_finite(unit: Unit, tensor: Tensor) -> None:
 
 
 def _rounded(value: float) -> float:
-    """Eight significant digits: what float32 arithmetic can vouch for, and of bounded length in the manifest."""
+    """Round to eight significant digits, the precision of float32 arithmetic and a bounded length in the manifest."""
     return float(f"{value:.8g}")

@@ -1,4 +1,4 @@
-"""Which matrices hold NaN or infinity: nothing can be quantized to them, and one spoils its block's scale."""
+"""Find matrices that hold NaN or infinity, which cannot be quantized and would spoil their block's scale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loftq_cli.progress import Reporter
 
 @dataclass(frozen=True)
 class Nonfinite:
-    """The first such number of a matrix, at `index` ([row, column] as it lies on the disk)."""
+    """The first non-finite number of a matrix, at `index` ([row, column] as stored on disk)."""
 
     value: float
     index: tuple[int, ...]
@@ -24,9 +24,9 @@ class Nonfinite:
 
 
 def first_nonfinite(weight: Tensor) -> Nonfinite | None:
-    """The first NaN or infinity of a float tensor, row by row; None where there is none."""
-    weight = weight.float() if weight.dtype is torch.float64 else weight  # what it is quantized from
-    # A sum is finite only if every element is, and costs one pass without a mask; overflow is told apart below.
+    """Return the first NaN or infinity of a float tensor, row by row, or None."""
+    weight = weight.float() if weight.dtype is torch.float64 else weight  # matrices are quantized from float32
+    # A finite sum proves that every element is finite, in one pass without a mask; overflow is ruled out below.
     if bool(torch.isfinite(weight.sum(dtype=torch.float32))):
         return None
     finite = torch.isfinite(weight)
@@ -37,7 +37,7 @@ def first_nonfinite(weight: Tensor) -> Nonfinite | None:
 
 
 def find_nonfinite(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> dict[str, str]:
-    """The plan's matrices that hold NaN or infinity, by tensor, with where; reads every matrix once."""
+    """Return the plan's matrices that hold NaN or infinity: where, by tensor name. Reads every matrix once."""
     reporter.checking(plan)
     found = {}
     for unit in sorted(plan.matrices, key=lambda unit: (unit.source.file, unit.source.start)):

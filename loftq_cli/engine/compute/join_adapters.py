@@ -1,8 +1,8 @@
-"""The last step before files are hashed: adapters that several experts share are put together.
+"""Join the adapters that several experts share, the last step before files are read back.
 
-PEFT counts experts fastest in a shared lora_B, so every number of an expert stands apart from its neighbours. Units
-therefore write their own lora_b in one piece to a scratch file, and here it is spread, some rows at a time. The same
-pieces give the same bytes, so a run that is interrupted here simply does it again.
+In a shared lora_B PEFT's expert index varies fastest, so the values of one expert are not contiguous. Units therefore
+write their own lora_b contiguously to a scratch file, and this step scatters it, some rows at a time. The same pieces
+give the same bytes, so an interrupted run simply repeats the step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ROWS_BYTES = 64 << 20  # of the joint tensor, in memory at one time
 
 
 def join_adapters(plan: Plan, writer: ShardWriter) -> dict[str, str]:
-    """Fill the lora_B of all experts from what their units wrote; zeros stay where a part has no share.
+    """Fill the lora_B of all experts from what their units wrote; parts without an adapter stay zero.
 
     Returns:
-        The sha256 of each tensor so filled, of the bytes that were given to the disk.
+        The sha256 of the bytes written for each joined tensor.
     """
     hashes = {}
     for joint, targets in plan.joint_adapters.items():
@@ -44,7 +44,7 @@ def join_adapters(plan: Plan, writer: ShardWriter) -> dict[str, str]:
 
 
 def _join_part(joint: OutputTensor, targets: list[AdapterTarget], writer: ShardWriter, digest: Any) -> int:
-    """The rows of one part (gate, or up), for all experts; gives their bytes."""
+    """Write the rows of one part (gate, or up) of all experts; return their number of bytes."""
     step = max(1, _ROWS_BYTES // joint.row_bytes)
     assert targets[0].expert is not None
     height = targets[0].out_features

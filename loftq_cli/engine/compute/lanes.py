@@ -1,5 +1,5 @@
-"""Several matrices at a time on one CPU: small ones on a thread or two each are done sooner than one after the other on
-all of them, because what surrounds the products, LAPACK first of all, hardly gains from threads."""
+"""Convert several matrices at a time on one CPU: small ones finish sooner on a thread or two each than one after the
+other on all threads, because everything but the products, LAPACK above all, hardly gains from threads."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ import torch
 T = TypeVar("T")
 
 MOST_LANES = 4
-LANE_BYTES = 512 << 20  # working set up to which a unit shares the machine; larger ones keep all threads busy alone
-KEPT_BYTES = 256 << 20  # up to which freed memory is kept; the gaps that larger ones leave cost more than fresh pages
+LANE_BYTES = 512 << 20  # largest working set of a unit that shares the machine; larger ones use all threads
+KEPT_BYTES = 256 << 20  # largest working set whose freed memory is kept; beyond it fragmentation costs more
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How the units of a run are worked off.
+class Schedule:
+    """How many units of a run are converted at a time, and with what resources.
 
     Attributes:
-        read_ahead: the next tensor is read while others are converted.
-        lanes: units converted at the same time; those above LANE_BYTES are alone all the same.
+        read_ahead: read the next tensor while others are converted.
+        lanes: units converted at the same time; those above LANE_BYTES are always converted alone.
         threads: torch's threads in each lane.
-        keeps_memory: memory that units up to KEPT_BYTES free is kept for the next ones.
-        batch: matrices converted at once at most, where they are small and equal (`engine.batches`).
+        keeps_memory: keep memory freed by units of up to KEPT_BYTES for the next ones.
+        stack: most small matrices of equal shape that are converted at once (`engine.compute.stacks`).
     """
 
     read_ahead: bool = True
     lanes: int = 1
     threads: int = 1
     keeps_memory: bool = False
-    batch: int = 1
+    stack: int = 1
 
 
-def lane_pool(pace: Pace) -> ThreadPoolExecutor:
-    """One thread a lane, each with its share of torch's threads."""
-    return ThreadPoolExecutor(pace.lanes, "loftq-lane", initializer=torch.set_num_threads, initargs=(pace.threads,))
+def lane_pool(schedule: Schedule) -> ThreadPoolExecutor:
+    """Return an executor with one thread per lane, each with its share of torch's threads."""
+    return ThreadPoolExecutor(
+        schedule.lanes, "loftq-lane", initializer=torch.set_num_threads, initargs=(schedule.threads,)
+    )
 
 
-def in_lanes(pace: Pace, items: Iterator[T], work: Callable[[T], None]) -> None:
-    """Do `work` on every item, `pace.lanes` of them at a time.
+def in_lanes(schedule: Schedule, items: Iterator[T], work: Callable[[T], None]) -> None:
+    """Call `work` with every item, `schedule.lanes` of them at a time.
 
-    Items are drawn by one lane at a time, in order. Once a lane has failed, or the caller is interrupted, no lane takes
-    up another item.
+    Lanes take items in order, one lane at a time. After a lane has failed or the caller was interrupted, no lane takes
+    another item.
 
     Raises:
-        Exception: what the first failing call raised, once the other lanes have finished their item.
+        Exception: whatever the first failing call raised, after the other lanes have finished their items.
     """
-    if pace.lanes == 1:
+    if schedule.lanes == 1:
         for item in items:
             work(item)
         return
@@ -65,8 +67,8 @@ def in_lanes(pace: Pace, items: Iterator[T], work: Callable[[T], None]) -> None:
             stopped.set()
             raise
 
-    with lane_pool(pace) as pool:
-        lanes = [pool.submit(lane) for _ in range(pace.lanes)]
+    with lane_pool(schedule) as pool:
+        lanes = [pool.submit(lane) for _ in range(schedule.lanes)]
         try:
             wait(lanes, return_when=FIRST_EXCEPTION)
         finally:

@@ -1,8 +1,8 @@
-"""Which units are converted together: small matrices of equal shape, of which a GPU computes one faster than it is told
-what to do.
+"""Group units into stacks that are converted together: small matrices of equal shape, for which a GPU spends more time
+on kernel launches than on computing.
 
-Sums over a stack may differ in the last bits from those over a matrix alone. So what is put together follows from the
-plan alone, and a batch is always computed whole: a run that goes on gives the same bytes.
+Sums over a stack may differ in the last bits from those over a single matrix. Therefore stacks depend on the plan
+alone, and a stack is always computed as a whole: a resumed run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,57 +14,59 @@ from loftq_cli.numerics.methods.stacked import may_stack
 from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
-MOST_BATCHED = 32  # launching a matrix's kernels once for this many leaves them a share that no longer shows
-_SMALL_WEIGHTS = 1 << 23  # above, a product takes a GPU longer than its launch
-_BATCH_WEIGHTS = 1 << 26  # together: some 2 GB of device memory, which is little for a GPU that holds an LLM
+MOST_STACKED = 32  # one launch for this many matrices makes its cost negligible
+_SMALL_WEIGHTS = 1 << 23  # above this, a product takes a GPU longer than its launch
+_STACK_WEIGHTS = 1 << 26  # of all its matrices: about 2 GB of device memory, little for a GPU that holds an LLM
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Units that are read and converted together; most have one.
+class Stack:
+    """Units that are read and converted together; often a single one.
 
     Attributes:
-        todo: those of them that are written; an earlier run has finished the others.
+        todo: those whose outputs are written; an earlier run has finished the others.
     """
 
     units: tuple[Unit, ...]
     todo: tuple[Unit, ...]
 
     @staticmethod
-    def of(*units: Unit) -> Batch:
-        """With nothing finished yet."""
-        return Batch(units, units)
+    def of(*units: Unit) -> Stack:
+        """Return a stack of which nothing is finished yet."""
+        return Stack(units, units)
 
 
-def form_batches(
+def form_stacks(
     units: Iterable[Unit], recipe: Recipe, most: int, finished: Collection[str] = frozenset()
-) -> list[Batch]:
-    """All units of a plan in batches of at most `most`, in the order of the source's files; without those batches whose
-    units, by tensor name, are all `finished`."""
+) -> list[Stack]:
+    """Group all units of a plan into stacks of at most `most`, in the order of the source's files.
+
+    Stacks whose units are all `finished` (tensor names) are left out.
+    """
     full: list[list[Unit]] = []
     growing: dict[tuple, list[Unit]] = {}
     for unit in sorted(units, key=lambda unit: (unit.source.file, unit.source.start)):
-        size = batch_size(unit, recipe, most)
+        size = stack_size(unit, recipe, most)
         kind = _kind(unit) if size > 1 else (unit.tensor,)
-        batch = growing.setdefault(kind, [])
-        batch.append(unit)
-        if len(batch) >= size:
+        stack = growing.setdefault(kind, [])
+        stack.append(unit)
+        if len(stack) >= size:
             full.append(growing.pop(kind))
-    batches = [Batch.of(*batch) for batch in (*full, *growing.values())]
-    left = [_less(batch, finished) for batch in batches]
-    return [batch for batch in left if batch.todo]
+    stacks = [Stack.of(*stack) for stack in (*full, *growing.values())]
+    left = [_less(stack, finished) for stack in stacks]
+    return [stack for stack in left if stack.todo]
 
 
-def batch_size(unit: Unit, recipe: Recipe, most: int) -> int:
-    """How many units like this one are converted together, where there are as many."""
-    if most == 1 or not _may_batch(unit, recipe):
+def stack_size(unit: Unit, recipe: Recipe, most: int) -> int:
+    """Return how many units like this one are converted together at most."""
+    if most == 1 or not _is_stackable(unit, recipe):
         return 1
     assert unit.matrix is not None
-    return max(1, min(most, _BATCH_WEIGHTS // unit.matrix.weights))
+    return max(1, min(most, _STACK_WEIGHTS // unit.matrix.weights))
 
 
-def _may_batch(unit: Unit, recipe: Recipe) -> bool:
-    """Whether it takes the course of `numerics.batched`: plain LoftQ with the fast step, all errors weighing alike."""
+def _is_stackable(unit: Unit, recipe: Recipe) -> bool:
+    """True if `numerics.methods.stacked` applies: plain LoftQ with the fast step and unweighted errors."""
     matrix = unit.matrix
     if matrix is None or unit.target is None or matrix.weights > _SMALL_WEIGHTS:
         return False
@@ -75,10 +77,10 @@ def _may_batch(unit: Unit, recipe: Recipe) -> bool:
 
 
 def _kind(unit: Unit) -> tuple:
-    """Equal for units that may be in one batch."""
+    """Return a key that is equal for units that may share a stack."""
     assert unit.matrix is not None and unit.target is not None
     return unit.matrix.shape, unit.matrix.grid, unit.target.rank
 
 
-def _less(batch: Batch, finished: Collection[str]) -> Batch:
-    return Batch(batch.units, tuple(unit for unit in batch.units if unit.tensor not in finished))
+def _less(stack: Stack, finished: Collection[str]) -> Stack:
+    return Stack(stack.units, tuple(unit for unit in stack.units if unit.tensor not in finished))

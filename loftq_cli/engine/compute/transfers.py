@@ -1,7 +1,7 @@
-"""Tensors on their way to the device and back, beside the computing.
+"""Copies of tensors to the device and back, overlapped with computing.
 
-On CUDA three threads have a stream each: the reading thread copies in on one, the caller computes on its current one,
-the writing thread copies out on another. Events order them; only the writing thread waits for its copy.
+On CUDA three threads use a stream each: the reading thread uploads on one, the caller computes on its current one, the
+writing thread downloads on another. Events order them; only the writing thread waits for its copy.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# torch keeps page-locked memory for the next time, in sizes of powers of two; larger tensors are few and go without.
+# torch caches page-locked memory in sizes of powers of two; larger tensors are few and are copied without it.
 _MOST_PINNED = 1 << 30
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A source tensor where it is computed from, or on its way there.
+class Upload:
+    """A source tensor that is on the device, or being copied there.
 
     Attributes:
-        ready: when the copy is done; None where there is none under way.
-        source: what is copied from, which has to stay until then.
+        ready: recorded when the copy is done; None if nothing is being copied.
+        source: the memory being copied from, kept alive until then.
     """
 
     tensor: Tensor
@@ -32,124 +32,128 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """Output tensors by name, contiguous, and when they are computed; None: they are."""
+class PendingDownload:
+    """Contiguous output tensors by name.
+
+    Attributes:
+        computed: recorded when they have been computed; None if they have been already.
+    """
 
     tensors: Mapping[str, Tensor]
     computed: torch.cuda.Event | None = None
 
 
 class Transfers(Protocol):
-    """The ways between host and device; each method belongs to one thread."""
+    """Copies between host and device; each method is called by one thread only."""
 
-    def stage(self, tensor: Tensor) -> Staged:
-        """Reading thread: send a CPU tensor on its way. Where the device has no room for it now it stays here."""
+    def start_upload(self, tensor: Tensor) -> Upload:
+        """Reading thread: start copying a CPU tensor to the device; it stays on the CPU if the device is full."""
 
-    def arrive(self, staged: Staged) -> Tensor:
-        """Computing thread: the tensor, for work on the current stream."""
+    def finish_upload(self, upload: Upload) -> Tensor:
+        """Computing thread: return the tensor for work on the current stream."""
 
-    def leave(self, tensors: Mapping[str, Tensor]) -> Leaving:
-        """Computing thread: outputs, some of which may be on the CPU, of work on the current stream.
+    def prepare_download(self, tensors: Mapping[str, Tensor]) -> PendingDownload:
+        """Computing thread: mark outputs of the current stream, some of which may be on the CPU, for download.
 
         Raises:
-            torch.OutOfMemoryError: a tensor has to be made contiguous, and there is no room.
+            torch.OutOfMemoryError: a tensor must be made contiguous, and there is too little memory.
         """
 
-    def land(self, leaving: Leaving) -> dict[str, Tensor]:
-        """Writing thread: the outputs on the CPU, complete."""
+    def download(self, pending: PendingDownload) -> dict[str, Tensor]:
+        """Writing thread: return the outputs on the CPU, complete."""
 
 
 def transfers_of(device: torch.device) -> Transfers:
-    """For work on this device."""
+    """Return the transfers for a device."""
     return CudaTransfers(device) if device.type == "cuda" else DirectTransfers()
 
 
 class DirectTransfers:
-    """No ways, or none that overlap. A `Transfers`."""
+    """Implements `Transfers` for the CPU, and for devices whose copies are not overlapped."""
 
-    def stage(self, tensor: Tensor) -> Staged:
-        return Staged(tensor)
+    def start_upload(self, tensor: Tensor) -> Upload:
+        return Upload(tensor)
 
-    def arrive(self, staged: Staged) -> Tensor:
-        return staged.tensor
+    def finish_upload(self, upload: Upload) -> Tensor:
+        return upload.tensor
 
-    def leave(self, tensors: Mapping[str, Tensor]) -> Leaving:
-        return Leaving(tensors)
+    def prepare_download(self, tensors: Mapping[str, Tensor]) -> PendingDownload:
+        return PendingDownload(tensors)
 
-    def land(self, leaving: Leaving) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in leaving.tensors.items()}
+    def download(self, pending: PendingDownload) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in pending.tensors.items()}
 
 
 class CudaTransfers:
-    """Page-locked memory and a stream for each direction. A `Transfers`."""
+    """Implements `Transfers` with page-locked memory and a stream for each direction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._inward = torch.cuda.Stream(self._device)
         self._outward = torch.cuda.Stream(self._device)
-        self._pins = True  # until the system refuses
+        self._pins = True  # until page-locking fails
 
-    def stage(self, tensor: Tensor) -> Staged:
+    def start_upload(self, tensor: Tensor) -> Upload:
         with self._current(self._inward):
-            room = self._page_locked(tensor)
-            source = tensor if room is None else room.copy_(tensor)
+            pinned = self._page_locked(tensor)
+            source = tensor if pinned is None else pinned.copy_(tensor)
             try:
                 copy = source.to(self._device, non_blocking=True)
             except torch.OutOfMemoryError:
-                return Staged(tensor)  # what is computed now may need the room; then it is this one's turn
+                return Upload(tensor)  # retried by the caller when the current work has freed its memory
             ready = torch.cuda.Event()
             ready.record(self._inward)
-        return Staged(copy, ready, source)
+        return Upload(copy, ready, source)
 
-    def arrive(self, staged: Staged) -> Tensor:
-        if staged.ready is None:
-            return staged.tensor
+    def finish_upload(self, upload: Upload) -> Tensor:
+        if upload.ready is None:
+            return upload.tensor
         computing = torch.cuda.current_stream(self._device)
-        computing.wait_event(staged.ready)
-        # It was allocated on the other stream, where its memory would be reused as soon as Python lets go of it.
-        staged.tensor.record_stream(computing)
-        return staged.tensor
+        computing.wait_event(upload.ready)
+        # It was allocated on the upload stream, which would reuse its memory as soon as Python frees it.
+        upload.tensor.record_stream(computing)
+        return upload.tensor
 
-    def leave(self, tensors: Mapping[str, Tensor]) -> Leaving:
+    def prepare_download(self, tensors: Mapping[str, Tensor]) -> PendingDownload:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self._device))
-        return Leaving(whole, computed)
+        return PendingDownload(whole, computed)
 
-    def land(self, leaving: Leaving) -> dict[str, Tensor]:
+    def download(self, pending: PendingDownload) -> dict[str, Tensor]:
         with self._current(self._outward):
-            if leaving.computed is not None:
-                self._outward.wait_event(leaving.computed)
-            landed = {name: self._fetch(tensor) for name, tensor in leaving.tensors.items()}
+            if pending.computed is not None:
+                self._outward.wait_event(pending.computed)
+            outputs = {name: self._fetch(tensor) for name, tensor in pending.tensors.items()}
             copied = torch.cuda.Event(blocking=True)  # sleeps; a spinning thread would take a core from the others
             copied.record(self._outward)
         copied.synchronize()
-        return landed
+        return outputs
 
     def _current(self, stream: torch.cuda.Stream) -> torch.cuda.StreamContext:
-        """A context in which work of this thread, of no other, goes to `stream`.
+        """Return a context in which this thread's work goes to `stream`.
 
-        The device stays the thread's current one: going back to GPU 0 would take memory there in every worker.
+        The device stays current for the thread: switching back to GPU 0 would allocate memory there in every worker.
         """
         torch.cuda.set_device(self._device)
         return torch.cuda.stream(stream)
 
     def _fetch(self, tensor: Tensor) -> Tensor:
-        """On the CPU once `_outward` gets there."""
+        """Copy a tensor to the CPU; complete when `_outward` has reached this point."""
         if not tensor.is_cuda:
             return tensor
-        tensor.record_stream(self._outward)  # should the caller give up halfway
-        room = self._page_locked(tensor)
-        return tensor.cpu() if room is None else room.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._outward)  # in case the caller stops before the copy is done
+        pinned = self._page_locked(tensor)
+        return tensor.cpu() if pinned is None else pinned.copy_(tensor, non_blocking=True)
 
     def _page_locked(self, tensor: Tensor) -> Tensor | None:
-        """Room for it that the device copies from and to by itself, or None where there is none.
+        """Return page-locked memory of the tensor's size, or None if there is none.
 
-        torch does not hand out the memory again before the copies on record for it are done.
+        torch does not reuse the memory before the copies recorded for it are done.
         """
         if self._pins and 0 < tensor.nbytes <= _MOST_PINNED:
             try:
                 return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            except RuntimeError:  # a limit on locked memory, or none left
+            except RuntimeError:  # the limit on locked memory is reached, or none is left
                 self._pins = False
         return None

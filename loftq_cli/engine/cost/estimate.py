@@ -1,7 +1,7 @@
-"""How long a plan will take here and how much memory: from a short trial of this machine, kept for the next time.
+"""Estimate the time and memory of a plan from a short trial on this machine, whose results are cached.
 
-The trial converts one random matrix of every distinct shape (large ones by a smaller matrix of the same proportions,
-since the work grows with the number of weights) and writes some megabytes beside the output.
+The trial converts one random matrix of every distinct shape (for large ones a smaller matrix of the same proportions,
+since the work is proportional to the number of weights) and writes some megabytes next to the output.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from loftq_cli.engine.compute.convert import convert, convert_together
-from loftq_cli.engine.compute.lanes import Pace, lane_pool
-from loftq_cli.engine.compute.stacks import batch_size
+from loftq_cli.engine.compute.lanes import Schedule, lane_pool
+from loftq_cli.engine.compute.stacks import stack_size
 from loftq_cli.engine.cost.memory import fits_a_lane, peak_memory
-from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.machine.cache import cache_folder, keep, read_cached
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import versions
@@ -32,9 +32,8 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe
 
-_TRIAL_WEIGHTS = 16_000_000  # large enough that the work is in proportion to it, small enough for a second or two
+_TRIAL_WEIGHTS = 16_000_000  # large enough for the time to be proportional to it, small enough for a second or two
 _DISK_TRIAL = 64 << 20
-
 
 
 @dataclass(frozen=True)
@@ -47,43 +46,19 @@ class Estimate:
 
 @full_precision()
 def estimate(plan: Plan, device: torch.device) -> Estimate:
-    """Estimate a plan's cost on `device`; takes seconds the first time and nothing from then on."""
-    pace = choose_pace(plan, device, None)
-    peak = peak_memory(plan, device, pace)  # before the trials leave their own memory behind
+    """Estimate a plan's cost on `device`; takes seconds the first time and almost none after that."""
+    schedule = choose_schedule(plan, device, None)
+    peak = peak_memory(plan, device, schedule)  # before the trials add their own memory
     known = _Trials(device)
-    seconds = sum(known.seconds(unit, plan.recipe, pace) * count for unit, count in _distinct(plan.matrices))
+    seconds = sum(known.seconds(unit, plan.recipe, schedule) * count for unit, count in _distinct(plan.matrices))
     copied = sum(unit.backbone_bytes for unit in plan.kept)
     seconds += (copied + plan.backbone_bytes + plan.adapter_bytes) * known.seconds_per_byte(plan.output)
     known.save()
     return Estimate(seconds, peak)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 class _Trials:
-    """Measured seconds, kept in the user's cache folder under what they depend on."""
+    """Measured seconds, cached in the user's cache folder under a hash of what they depend on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,10 +68,10 @@ class _Trials:
         self._known = read_cached(self._path, float)
         self._new = False
 
-    def seconds(self, unit: Unit, recipe: Recipe, pace: Pace) -> float:
-        """Converting one matrix; of those that share the machine, its share of the time."""
+    def seconds(self, unit: Unit, recipe: Recipe, schedule: Schedule) -> float:
+        """Return the seconds to convert one matrix; for matrices that share the machine, its share."""
         assert unit.matrix is not None
-        pace = pace if fits_a_lane(unit, recipe.method) else Pace(threads=torch.get_num_threads())
+        schedule = schedule if fits_a_lane(unit, recipe.method) else Schedule(threads=torch.get_num_threads())
         trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
         rank = unit.target.rank if unit.target else 0
         work = [
@@ -109,21 +84,21 @@ class _Trials:
             str(unit.matrix.grid),
             trial,
             unit.kind,
-            pace.lanes,
-            pace.threads,
+            schedule.lanes,
+            schedule.threads,
         ]
-        together = batch_size(unit, recipe, pace.batch)
+        together = stack_size(unit, recipe, schedule.stack)
         work += [together] if together > 1 else []
-        measured = self._once(work, lambda: self._convert(unit, recipe, trial, pace, together))
+        measured = self._once(work, lambda: self._convert(unit, recipe, trial, schedule, together))
         return measured * unit.matrix.weights / (trial[0] * trial[1])
 
     def seconds_per_byte(self, output: Path) -> float:
-        """Writing, flushing and hashing one byte."""
+        """Return the seconds to write, flush and hash one byte."""
         folder = next(parent for parent in output.parents if parent.is_dir())
         return self._once(["disk", os.stat(folder).st_dev], lambda: _write_trial(folder)) / _DISK_TRIAL
 
     def save(self) -> None:
-        """Keep what was measured."""
+        """Save new measurements."""
         if self._new:
             keep(self._path, self._known)
 
@@ -133,7 +108,7 @@ class _Trials:
             self._known[key], self._new = measure(), True
         return self._known[key]
 
-    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], pace: Pace, together: int) -> float:
+    def _convert(self, unit: Unit, recipe: Recipe, shape: tuple[int, int], schedule: Schedule, together: int) -> float:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
@@ -148,19 +123,19 @@ class _Trials:
                 convert(trial, weight, recipe, self._device)
 
         best = float("inf")
-        with lane_pool(pace) as pool:
+        with lane_pool(schedule) as pool:
             for _ in range(3):  # the first run may compile kernels
                 started = time.perf_counter()
-                runs = [pool.submit(work) for _ in range(pace.lanes)]
+                runs = [pool.submit(work) for _ in range(schedule.lanes)]
                 wait(runs)
                 best = min(best, time.perf_counter() - started)
         for run in runs:
             run.result()
-        return best / (pace.lanes * together)
+        return best / (schedule.lanes * together)
 
 
 def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
-    """One unit of every kind of work, and how often it comes."""
+    """Return one unit of every kind of work, and how many there are."""
     counts: Counter[tuple] = Counter()
     first: dict[tuple, Unit] = {}
     for unit in units:
@@ -172,7 +147,7 @@ def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
 
 
 def _trial_shape(n_out: int, n_in: int, multiple: int = 64) -> tuple[int, int]:
-    """The matrix itself, or one of the same proportions with about `_TRIAL_WEIGHTS` weights in multiples."""
+    """Return the shape itself, or a smaller one of the same proportions, about `_TRIAL_WEIGHTS` in multiples."""
     shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
     if shrink <= 1:
         return n_out, n_in
@@ -191,4 +166,4 @@ def _write_trial(folder: Path) -> float:
             hashlib.sha256(content)
             return time.perf_counter() - started
     except OSError:
-        return 0.2  # nothing may be written there now: an ordinary disk
+        return 0.2  # not writable now: assume an ordinary disk

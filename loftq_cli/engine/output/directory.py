@@ -1,7 +1,7 @@
-"""The output directory: who may write there, how a conversion goes on in it, and how it becomes complete.
+"""The output directory of a conversion or a merge: claiming it, writing its files, publishing them.
 
-While work is under way everything lies in `.loftq/`; `config.json` is the last file to appear, so that no loader takes
-half a model for a whole one.
+While work is under way everything lies in `.loftq/`. `config.json` is the last file to appear, so that no loader
+mistakes half a model for a whole one.
 """
 
 from __future__ import annotations
@@ -11,59 +11,69 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import read_manifest
-from loftq_cli.checkpoint import Checkpoint
-from loftq_cli.engine.output.journal import Header, Journal
+from loftq_cli.checkpoint import SideFile
+from loftq_cli.engine.output.journal import Journal
 from loftq_cli.engine.output.lock import Lock, is_lock, take
-from loftq_cli.engine.output.source_sample import changed_files, sample_source
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.planning.plan import Plan
-from loftq_cli.tensorfile.hashing import FileRecord, hash_file
+from loftq_cli.tensorfile.hashing import FileRecord, check_file, hash_file
+from loftq_cli.tensorfile.tensors import TensorFile
+from loftq_cli.tensorfile.writer import ShardWriter
 
 STATE = ".loftq"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
-_LONG_LIST = 6
 
 
 def partial_folder(output: Path) -> Path:
-    """Where files lie until they are complete."""
+    """Return the folder that holds files until they are complete."""
     return output / STATE / "partial"
 
 
 def journal_of(output: Path) -> Journal:
-    """The journal of an unfinished conversion."""
+    """Return the journal of an unfinished conversion."""
     return Journal(output / STATE / "journal")
 
 
-def claim(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> Lock:
-    """Make the output directory ours, or find that it is already and holds finished units of the same conversion.
+@contextmanager
+def claim(output: Path, inputs: Mapping[str, Path], prepare: Callable[[], None]) -> Iterator[Lock]:
+    """Hold the lock of an output directory while the `with` block runs.
 
-    Returns:
-        The lock that keeps other runs out; it is the caller's to release.
+    Args:
+        inputs: directories that are read, by what to call them in a message; the output must not overlap with them.
+        prepare: called with the lock held, to inspect what is in the directory and make it ready for writing.
 
     Raises:
-        UsageError: it is the source, a file, somebody else's, finished, being written by another run, or the state of
-            another conversion or of a source that has changed since.
-        LoftqError: it cannot be written.
+        UsageError: the output overlaps with an input, is a file, or is being written by another run; and whatever
+            `prepare` raises.
+        LoftqError: the directory cannot be written.
     """
-    output = plan.output
-    if output == plan.source or plan.source in output.parents or output in plan.source.parents:
-        raise UsageError(f"the output {output} and the model {plan.source} overlap: choose another -o.")
+    _refuse_overlap(output, inputs)
     if output.exists() and not output.is_dir():
         raise UsageError(f"the output {output} is a file: choose another -o.")
+    lock = _lock(output, prepare)
+    try:
+        yield lock
+    finally:
+        _abandon(output, lock)
+
+
+def _refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
+    for name, path in inputs.items():
+        if output == path or path in output.parents or output in path.parents:
+            raise UsageError(f"the output {output} and {name} {path} overlap: choose another -o.")
+
+
+def _lock(output: Path, prepare: Callable[[], None]) -> Lock:
     try:
         (output / STATE).mkdir(parents=True, exist_ok=True)
         lock = take(output / STATE)
         try:
-            _take_over(plan, checkpoint, overwrite)
+            prepare()
         except BaseException:
-            abandon(output, lock)
+            _abandon(output, lock)
             raise
         return lock
     except OSError as error:
@@ -72,103 +82,87 @@ def claim(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> Lock:
         raise LoftqError(f"the output {output} cannot be written ({error.strerror}): choose another -o.") from error
 
 
-def abandon(output: Path, lock: Lock) -> None:
-    """Give the lock back, and the state's folder where it holds nothing else."""
+def _abandon(output: Path, lock: Lock) -> None:
+    """Release the lock, and remove the state's folder if nothing else is in it."""
     lock.release()
     with contextlib.suppress(OSError):
         (output / STATE).rmdir()
 
 
-def _take_over(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
-    """Go on with the state there is, or begin a new one."""
-    output, files = plan.output, sample_source(checkpoint)
-    header = journal_of(output).read_header()
-    same = header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
-    if same and header is not None and not changed_files(header.files, files):
-        return
-    if header is not None:
-        if not overwrite:
-            raise UsageError(_why_not_resumed(header, plan, checkpoint, files))
-    elif (output / MANIFEST).exists():
-        _replace_finished(plan, overwrite)
-    elif any(path.name != STATE for path in output.iterdir()):
-        raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
-    _clear_state(output)
-    partial_folder(output).mkdir(parents=True, exist_ok=True)
-    journal_of(output).begin(Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files))
-
-
-def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: Mapping[str, str]) -> str:
-    output, different = plan.output, _difference(header.recipe, plan)
-    if different:
-        return (
-            f"{output} holds an unfinished conversion with {different}: repeat that command to finish it, choose "
-            "another -o, or give --overwrite to drop it."
-        )
-    changed = changed_files(header.files, files)
-    if changed:
-        what = f"{plan.source / changed[0]} is not the file"
-    elif header.source != checkpoint.fingerprint:
-        what = f"the config or the tensors' names, types or shapes in {plan.source} are not those"
-    else:
-        what = "this version of loftq is not the one"
-    return (
-        f"{what} that the unfinished conversion in {output} began with: put that one back to go on, or give "
-        "--overwrite to start again."
-    )
-
-
-def _clear_state(output: Path) -> None:
-    """Everything of the state but the lock; the journal goes first, so that what is left means nothing."""
+def clear_state(output: Path, keep: str = "") -> None:
+    """Remove everything of the state but the lock and the file `keep`; the journal first, because the rest means
+    nothing without it."""
     for path in sorted((output / STATE).iterdir(), key=lambda path: not path.name.startswith("journal")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif not is_lock(path):
+        elif path.name != keep and not is_lock(path):
             path.unlink(missing_ok=True)
 
 
-def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
-    """Another commit may hold other weights under the same names."""
-    return recipe.get("revision") == plan.recipe.revision
-
-
-def _replace_finished(plan: Plan, overwrite: bool) -> None:
-    manifest = read_manifest(plan.output)
-    if not overwrite:
-        if manifest.fingerprint == plan.fingerprint:
-            raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
-        different = _difference(manifest.recipe, plan) or "another source"
-        raise UsageError(
-            f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
-            "replace it."
-        )
-    # config.json goes first: from then on the directory no longer looks like a model.
-    for name in ["config.json", *manifest.files, MANIFEST]:
-        (plan.output / name).unlink(missing_ok=True)
-
-
-def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
-    """`bits 4 (now 2), rank 16 (now 64)`: what another conversion was asked that this one is not."""
-    now = plan.recipe.as_dict()
-    fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
-    return ", ".join(
-        f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields
-    )
-
-
-def _short(value: object) -> str:
-    """Allocated bits are a rule for every matrix, too many for a sentence."""
-    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
+def remove_files(output: Path, names: Iterable[str]) -> None:
+    """Remove published files, `config.json` first: from then on the directory no longer looks like a model."""
+    for name in sorted(names, key=lambda name: (name != "config.json", name)):
+        (output / name).unlink(missing_ok=True)
 
 
 def locate(output: Path, name: str) -> Path:
-    """A planned file: in `.loftq/partial`, or already at its final place if a stop came between renames."""
+    """Return the path of a planned file: in `.loftq/partial`, or its final place if a run stopped between two moves."""
     partial = partial_folder(output) / name
     return partial if partial.exists() or not (output / name).exists() else output / name
 
 
+@contextmanager
+def open_writer(output: Path, files: tuple[TensorFile, ...], *, create: bool = False) -> Iterator[ShardWriter]:
+    """Open the weight files of an output for writing.
+
+    Args:
+        create: create the files that are missing and write their headers, instead of expecting all to be there.
+    """
+    writer = ShardWriter(lambda name: locate(output, name), files)
+    try:
+        if create:
+            writer.prepare()
+        else:
+            writer.open()
+        yield writer
+    finally:
+        writer.close()
+
+
+def read_back(output: Path, files: Iterable[TensorFile], hashes: Mapping[str, str]) -> dict[str, FileRecord]:
+    """Read the weight files back from the disk and return size and sha256 of each by name.
+
+    Args:
+        hashes: sha256 of every tensor that was written.
+
+    Raises:
+        LoftqError: a file differs from what was written (exit code 4).
+    """
+    records = {}
+    for file in files:
+        path = locate(output, file.name)
+        records[file.name], damaged = check_file(path, file, hashes)
+        if damaged:
+            raise LoftqError(
+                f"{path} does not hold what was written to it ({damaged[0]} differs): check the disk, then run the "
+                "same command again to repeat that part.",
+                exit_code=ExitCode.INCOMPLETE,
+            )
+    return records
+
+
+def write_files(output: Path, texts: Mapping[str, bytes], side_files: Iterable[SideFile] = ()) -> dict[str, FileRecord]:
+    """Write small files to `.loftq/partial` and return size and sha256 of each by name.
+
+    Raises:
+        OSError: a file does not read back as it was written.
+    """
+    records = {name: write_file(output, name, content) for name, content in texts.items()}
+    return records | {side.name: write_file(output, side.name, side.read()) for side in side_files}
+
+
 def write_file(output: Path, name: str, content: bytes) -> FileRecord:
-    """Put a small file into `.loftq/partial`, flush it and read it back.
+    """Write one small file to `.loftq/partial`, flush it and read it back.
 
     Raises:
         OSError: it does not read back as it was written.
@@ -185,21 +179,15 @@ def write_file(output: Path, name: str, content: bytes) -> FileRecord:
     return record
 
 
-
-
-
-
-
-
-def publish(output: Path, names: list[str]) -> None:
-    """Move complete files to their places, `config.json` last, and drop the state but for the lock."""
+def publish(output: Path, names: Iterable[str]) -> None:
+    """Move complete files to their final places, `config.json` last, and remove the state but for the lock."""
     for name in sorted(names, key=lambda name: (name == "config.json", name)):
         partial = partial_folder(output) / name
         if partial.exists():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial, output / name)
             _sync_folder((output / name).parent)
-    _clear_state(output)
+    clear_state(output)
     _sync_folder(output)
 
 
@@ -213,9 +201,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def on_full_disk(output: Path) -> Iterator[None]:
-    """
+    """Turn an error of the disk into a sentence.
+
     Raises:
-        LoftqError: for an error of the disk, with exit code 4.
+        LoftqError: the disk is full or failing (exit code 4).
     """
     try:
         yield
@@ -223,6 +212,6 @@ def on_full_disk(output: Path) -> Iterator[None]:
         if error.errno not in FULL_DISK:
             raise
         raise LoftqError(
-            f"writing to {output} failed ({error.strerror}): make room, then run the same command again to go on.",
+            f"writing to {output} failed ({error.strerror}): make room, then run the same command again.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error

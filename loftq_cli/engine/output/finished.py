@@ -1,4 +1,4 @@
-"""Whether a plan has been carried out already."""
+"""Find out if a plan has been carried out already."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from loftq_cli.planning.plan import Plan
 
 
 def find_finished(plan: Plan) -> Manifest | None:
-    """The manifest of a finished conversion with this very recipe and source, every file of which is there in its full
-    size; None where there is none. Contents are not read: that is what `verify` does.
+    """Return the manifest of a finished conversion with this recipe and source, or None if there is none.
+
+    Every file must be there in its full size. Contents are not read: `verify` does that.
 
     Raises:
         LoftqError: there is a manifest, but it is damaged.

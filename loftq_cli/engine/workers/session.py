@@ -1,7 +1,7 @@
 """The folder that the workers of one run share, in the output's state on a file system that all of them see.
 
-.loftq/run-ID/units        the batches of units to convert, largest first (`WorkList`)
-.loftq/run-ID/claims/N     a worker has taken the batch that starts with unit N: created exclusively, which is atomic on
+.loftq/run-ID/units        the stacks of units to convert, largest first (`WorkList`)
+.loftq/run-ID/claims/N     a worker has taken the stack that starts with unit N: created exclusively, which is atomic on
                            every shared file system
 .loftq/run-ID/status.R     the status of worker R, rewritten in place every second, which also works on a full disk
 .loftq/run-ID/stop         the run has failed; workers exit
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.engine.compute.stacks import Batch
+from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.engine.output.lock import Holder, ProcessId
 from loftq_cli.errors import ExitCode, LoftqError
@@ -43,8 +43,8 @@ class WorkList:
 
     Attributes:
         fingerprint: of the main process's plan.
-        units: batches, as positions in the plan's units.
-        finished: units of these batches that need no work.
+        units: stacks, as positions in the plan's units.
+        finished: units of these stacks that need no work.
         nonfinite: weights with NaN or infinity by tensor name, which no header shows.
     """
 
@@ -88,20 +88,20 @@ class Session:
         self.run_id = run_id
         self.path = output / STATE / f"run-{run_id}"
 
-    def begin(self, plan: Plan, todo: Sequence[Batch]) -> None:
+    def begin(self, plan: Plan, todo: Sequence[Stack]) -> None:
         """Create the folder and remove those of earlier runs. Only the main process does this, under the lock."""
         for old in self.path.parent.glob("run-*"):
             shutil.rmtree(old, ignore_errors=True)
         draft = self.path.with_name(f"draft-{self.run_id}")
         (draft / "claims").mkdir(parents=True)
         positions = {unit.tensor: i for i, unit in enumerate(plan.units)}
-        batches = [[positions[unit.tensor] for unit in batch.units] for batch in todo]
-        batches.sort(key=lambda batch: (-sum(work_of(plan.units[number]) for number in batch), batch))
-        left = {unit.tensor for batch in todo for unit in batch.todo}
+        stacks = [[positions[unit.tensor] for unit in stack.units] for stack in todo]
+        stacks.sort(key=lambda stack: (-sum(work_of(plan.units[number]) for number in stack), stack))
+        left = {unit.tensor for stack in todo for unit in stack.todo}
         content = WorkList(
             fingerprint=plan.fingerprint,
-            units=tuple(map(tuple, batches)),
-            finished=tuple(n for batch in batches for n in batch if plan.units[n].tensor not in left),
+            units=tuple(map(tuple, stacks)),
+            finished=tuple(n for stack in stacks for n in stack if plan.units[n].tensor not in left),
             nonfinite=dict(plan.nonfinite),
         )
         (draft / "units").write_text(json.dumps(dataclasses.asdict(content)))
@@ -123,31 +123,31 @@ class Session:
         except InvalidRecord as error:
             raise _damaged(path, error) from error
 
-    def batches(self, plan: Plan) -> list[Batch]:
-        """Return the work to do, largest batches first."""
+    def stacks(self, plan: Plan) -> list[Stack]:
+        """Return the work to do, largest stacks first."""
         content = self.work_list()
         finished = set(content.finished)
         return [
-            Batch(
-                tuple(plan.units[number] for number in batch),
-                tuple(plan.units[number] for number in batch if number not in finished),
+            Stack(
+                tuple(plan.units[number] for number in stack),
+                tuple(plan.units[number] for number in stack if number not in finished),
             )
-            for batch in content.units
+            for stack in content.units
         ]
 
-    def claimed(self, plan: Plan) -> Iterator[Batch]:
-        """Take batches that no other worker has taken, one by one, largest first; none once the run has failed."""
+    def claimed(self, plan: Plan) -> Iterator[Stack]:
+        """Take stacks that no other worker has taken, one by one, largest first; none once the run has failed."""
         liveness = LivenessMonitor()
         numbers = {unit.tensor: number for number, unit in enumerate(plan.units)}
-        for batch in self.batches(plan):
+        for stack in self.stacks(plan):
             if self.stopped() or liveness.why_dead(MAIN, self.statuses().get(MAIN)):
                 return
-            claim = self.path / "claims" / str(numbers[batch.units[0].tensor])
+            claim = self.path / "claims" / str(numbers[stack.units[0].tensor])
             try:
                 os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
-            yield batch
+            yield stack
 
     def stop(self) -> None:
         """Tell every worker that the run has failed."""

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from loftq_cli.artifacts.manifest import MatrixRecord
-from loftq_cli.engine.compute.stacks import Batch
+from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.output.directory import STATE, journal_of
 from loftq_cli.engine.output.journal import Journal
 from loftq_cli.engine.output.lock import Lock
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.engine.workers.session import MAIN, Heartbeat, LivenessMonitor, Session, WorkerStatus
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.machine.openmp import brief_spins
+from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.usage import Cost
 from loftq_cli.planning.plan import Plan
 from loftq_cli.progress import Reporter
@@ -52,7 +52,7 @@ class Team:
         self._session: Session | None = None
         self._heartbeat: Heartbeat | None = None
 
-    def begin(self, plan: Plan, todo: Sequence[Batch]) -> Session:
+    def begin(self, plan: Plan, todo: Sequence[Stack]) -> Session:
         """Lay out the session, show that the main process is there, and let others join."""
         self._session = Session(plan.output, uuid.uuid4().hex[:12])
         self._session.begin(plan, todo)
@@ -80,7 +80,7 @@ class Child:
 
 
 def supervise(
-    plan: Plan, team: Team, todo: Sequence[Batch], reporter: Reporter, lock: Lock
+    plan: Plan, team: Team, todo: Sequence[Stack], reporter: Reporter, lock: Lock
 ) -> tuple[dict[str, MatrixRecord], Cost]:
     """Have `todo` done: by own workers, and by whoever else joins the session.
 
@@ -121,7 +121,7 @@ class _Watch:
         self._journal, self._reporter = journal, reporter
         self._units = {unit.tensor: unit for unit in plan.units}
         self._liveness, self._taken_up = LivenessMonitor(), set[str]()
-        self.left = {unit.tensor for batch in session.batches(plan) for unit in batch.todo}
+        self.left = {unit.tensor for stack in session.stacks(plan) for unit in stack.todo}
         self.records: dict[str, MatrixRecord] = {}
 
     def look(self) -> None:
@@ -179,7 +179,7 @@ def _start(order: Order, state: Path) -> Child:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # What a launcher told this process does not hold for its workers.
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"PYTHONPATH": os.pathsep.join(paths), **brief_spins(env)}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), **openmp_spin_env(env)}
     if order.threads is not None:
         env["OMP_NUM_THREADS"] = str(order.threads)
     log = open(state / f"worker.{order.rank}.log", "w+b")  # noqa: SIM115

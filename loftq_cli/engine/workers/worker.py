@@ -95,17 +95,16 @@ def _work(order: Order, update: Callable[..., None]) -> Cost:
     from loftq_cli._version import __version__
     from loftq_cli.calibration.calibrate import known_moments, pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.compute.pipeline import Run, work_off
+    from loftq_cli.engine.compute.pipeline import Run, run_stacks
     from loftq_cli.engine.cost.memory import keeps_little
-    from loftq_cli.engine.cost.pace import choose_pace
-    from loftq_cli.engine.output.directory import STATE, journal_of, locate, on_full_disk
+    from loftq_cli.engine.cost.schedule import choose_schedule
+    from loftq_cli.engine.output.directory import STATE, journal_of, on_full_disk, open_writer
     from loftq_cli.engine.workers.session import Session
     from loftq_cli.kernels import load_kernels
     from loftq_cli.machine.memory import shared_memory
     from loftq_cli.machine.usage import own_cost
     from loftq_cli.planning.plan import make_plan
     from loftq_cli.recipe.model import Recipe
-    from loftq_cli.tensorfile.writer import ShardWriter
 
     if order.threads is not None:
         torch.set_num_threads(order.threads)
@@ -125,19 +124,14 @@ def _work(order: Order, update: Callable[..., None]) -> Cost:
             )
         plan = known_moments(plan, checkpoint)
         load_kernels(plan.grids, device)
-        pace = choose_pace(plan, device, order.max_memory)
-        keeps = pace.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
+        schedule = choose_schedule(plan, device, order.max_memory)
+        keeps = schedule.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
         # One lane: the other workers fill the machine already.
-        pace = dataclasses.replace(pace, lanes=1, keeps_memory=keeps)
-        run = Run(plan, checkpoint, device, _status_reporter(update), pace)
-        writer = ShardWriter(lambda name: locate(output, name), plan.written_files)
-        writer.open()
-        try:
+        schedule = dataclasses.replace(schedule, lanes=1, keeps_memory=keeps)
+        run = Run(plan, checkpoint, device, _status_reporter(update), schedule)
+        with open_writer(output, plan.written_files) as writer, shared_memory(keeps=keeps):
             journal = journal_of(output).of_worker(f"{order.run_id}.{order.rank}")
-            with shared_memory(keeps=keeps):
-                work_off(run, session.claimed(plan), writer, journal)
-        finally:
-            writer.close()
+            run_stacks(run, session.claimed(plan), writer, journal)
     return own_cost(device)
 
 

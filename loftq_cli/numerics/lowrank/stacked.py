@@ -105,8 +105,8 @@ def low_ranks(
     return Found(found.ranks, sound)
 
 
-def refined(residuals: Tensor, ranks: LowRanks) -> Found:
-    """`lowrank.refine` of each: the exact projections of float32 `residuals` on the directions of `ranks`."""
+def refine_stack(residuals: Tensor, ranks: LowRanks) -> Found:
+    """Apply `lowrank.truncate.refine` to each: project float32 `residuals` exactly onto the directions of `ranks`."""
     every = torch.ones(len(residuals), dtype=torch.bool, device=residuals.device)
     basis = _orthonormal(Flagged(ranks.v, every), ranks.v[..., :0], careful=True)
     return _decomposed((residuals @ basis.values).double(), basis.values.double(), basis.sound)

@@ -16,7 +16,7 @@ from torch import Tensor
 from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids.grid import Grid, Quantized
-from loftq_cli.numerics.lowrank.stacked import LowRanks, in_range, low_ranks, norms_of, refined
+from loftq_cli.numerics.lowrank.stacked import LowRanks, in_range, low_ranks, norms_of, refine_stack
 from loftq_cli.numerics.lowrank.truncate import half_is_faster
 from loftq_cli.numerics.methods.loftq import CANCELLING, SHOWS, LoftQResult
 from loftq_cli.numerics.quantizers.protocols import FusedQuantizer, Quantizer
@@ -32,7 +32,7 @@ def may_stack(grid: Grid, out_features: int, in_features: int) -> bool:
     return grid.layout == "rows" or out_features * in_features % grid.block_size == 0
 
 
-def batched_loftq(
+def stacked_loftq(
     weights: Tensor, quantizer: Quantizer, *, rank: int, iters: int, seeds: Sequence[int], keep_last: bool = False
 ) -> list[LoftQResult | None]:
     """`loftq` with its fast step on every matrix of a stack, up to the last bits of sums.
@@ -103,7 +103,7 @@ class _Stack:
         return isinstance(self.quantizer, FusedQuantizer) and half_is_faster(self.weights[0])
 
     def run(self, iters: int, keep_last: bool) -> list[LoftQResult | None]:
-        """As `batched_loftq`, except that eigenvalue solvers may fail."""
+        """As `stacked_loftq`, except that eigenvalue solvers may fail."""
         norms = plain = norms_of(self.weights)
         sound, lefts = in_range(norms), list[Tensor]()
         found: LowRanks | None = None
@@ -152,7 +152,7 @@ class _Stack:
             return kept, sound
         assert isinstance(self.quantizer, FusedQuantizer), "only those take bfloat16"
         residuals = self.quantizer.restore(self.weights.flatten(0, 1), kept.quantized).view_as(self.weights)
-        found, total = refined(residuals, kept.found), norms_of(residuals).square()
+        found, total = refine_stack(residuals, kept.found), norms_of(residuals).square()
         squares = total - found.ranks.energies
         settled = replace(kept, left=squares.clamp(min=0).sqrt(), found=found.ranks)
         return settled.where(shows, kept), sound & (~shows | (found.sound & (squares > CANCELLING * total)))

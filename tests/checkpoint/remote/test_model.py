@@ -22,7 +22,7 @@ from loftq_cli.checkpoint import open_source
 from loftq_cli.checkpoint.remote import ranges as remote
 from loftq_cli.checkpoint.remote.model import HubModel, choose_weights, parse_model
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.hub import read_errors as hub_errors
+from loftq_cli.hub import retry
 from loftq_cli.recipe.model import Recipe
 
 REPO = "some-org/Tiny-Llama"
@@ -261,7 +261,7 @@ def test_failures_that_pass(hub: HubServer, llama: dict[str, bytes], monkeypatch
     hub.add(REPO, llama)
     monkeypatch.setattr(remote, "_CHUNK", 7_000)
     asked: list[float] = []
-    monkeypatch.setattr(hub_errors, "_sleep", lambda seconds, _stop: asked.append(seconds))
+    monkeypatch.setattr(retry, "_sleep", lambda seconds, _stop: asked.append(seconds))
     hub.fail("/api/models/.*", status=500)
     hub.fail("config.json", status=502, method="HEAD")
     hub.fail("model.safetensors", status=503, method="HEAD")

@@ -16,18 +16,19 @@ from support.loading import load_plainly
 import loftq_cli
 from loftq_cli.engine.compute import pipeline
 from loftq_cli.engine.compute.convert import Converted
-from loftq_cli.engine.compute.lanes import Pace
-from loftq_cli.engine.compute.stacks import Batch, batch_size, form_batches
+from loftq_cli.engine.compute.lanes import Schedule
+from loftq_cli.engine.compute.stacks import Stack, form_stacks, stack_size
 from loftq_cli.engine.cost import estimate as estimate_module
+from loftq_cli.engine.cost import memory as memory_module
 from loftq_cli.engine.cost.memory import peak_memory
-from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.errors import LoftqError
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 2}
-TOGETHER = Pace(batch=3)
+TOGETHER = Schedule(stack=3)
 SOURCES = ("llama", "mixtral", "gpt_oss")  # experts apart, and experts in one transposed tensor
 
 
@@ -35,11 +36,11 @@ class Spy:
     """Notes what is converted together."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[tuple[str, ...]] = []
+        self.stacks: list[tuple[str, ...]] = []
         real = pipeline.convert_together
 
         def convert_together(units: Sequence[Unit], *rest) -> list[Converted]:
-            self.batches.append(tuple(unit.tensor for unit in units))
+            self.stacks.append(tuple(unit.tensor for unit in units))
             return real(units, *rest)
 
         monkeypatch.setattr(pipeline, "convert_together", convert_together)
@@ -48,7 +49,7 @@ class Spy:
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Spy:
     """From now on this machine counts as one that is faster at several matrices than at one."""
-    monkeypatch.setattr("loftq_cli.engine.run.choose_pace", lambda *_: TOGETHER)
+    monkeypatch.setattr("loftq_cli.engine.run.choose_schedule", lambda *_: TOGETHER)
     return Spy(monkeypatch)
 
 
@@ -63,7 +64,7 @@ def test_the_model_is_the_one_that_matrices_alone_give(
     alone = loftq_cli.quantize(source, output=tmp_path / "alone", format=form, **RECIPE)
     spy: Spy = request.getfixturevalue("together")
     manifest = loftq_cli.quantize(source, output=tmp_path / "out", format=form, **RECIPE)
-    assert len(spy.batches) >= 2 and max(map(len, spy.batches)) == 3
+    assert len(spy.stacks) >= 2 and max(map(len, spy.stacks)) == 3
     assert loftq_cli.verify(tmp_path / "out", source=source).ok
     for one, other in zip(manifest.matrices, alone.matrices):
         assert one.tensor == other.tensor and one.best == other.best and one.seconds >= 0
@@ -79,10 +80,10 @@ def test_the_model_is_the_one_that_matrices_alone_give(
 def test_a_stop_within_a_batch_goes_on_to_the_same_bytes(name: str, units: int, tmp_path: Path, together: Spy) -> None:
     source, out = saved(name).folder, tmp_path / "out"
     loftq_cli.quantize(source, output=tmp_path / "whole", **RECIPE)
-    whole = list(together.batches)
+    whole = list(together.stacks)
     with pytest.raises(RuntimeError, match="stopped by the test"):
         loftq_cli.quantize(source, output=out, reporter=StopAfter(units), **RECIPE)
-    together.batches.clear()
+    together.stacks.clear()
     finished, done = set(), []
 
     class Watch(Reporter):
@@ -95,8 +96,8 @@ def test_a_stop_within_a_batch_goes_on_to_the_same_bytes(name: str, units: int, 
     manifest = loftq_cli.quantize(source, output=out, reporter=Watch(), **RECIPE)
     assert finished and not finished & set(done), "what is finished is not written again"
     assert finished | set(done) == {record.tensor for record in (*manifest.matrices, *manifest.kept)}
-    assert set(together.batches) <= set(whole), "batches are made up as they were"
-    assert [batch for batch in whole if not set(batch) <= finished] == together.batches
+    assert set(together.stacks) <= set(whole), "stacks are made up as they were"
+    assert [stack for stack in whole if not set(stack) <= finished] == together.stacks
     assert tensors(out) == tensors(tmp_path / "whole") and loftq_cli.verify(out, source=source).ok
 
 
@@ -124,7 +125,7 @@ def test_too_little_memory_for_a_batch_is_enough_for_one(
     source = saved("mixtral").folder
     alone = tmp_path / "alone"
     with monkeypatch.context() as patch:
-        patch.setattr("loftq_cli.engine.run.choose_pace", lambda *_: Pace())
+        patch.setattr("loftq_cli.engine.run.choose_schedule", lambda *_: Schedule())
         loftq_cli.quantize(source, output=alone, **RECIPE)
 
     def too_large(*_: object) -> list[Converted]:
@@ -159,28 +160,28 @@ def test_an_odd_matrix_in_a_batch_fares_as_it_does_alone(damage: str, tmp_path: 
         return
     manifest = loftq_cli.quantize(source, output=tmp_path / "out", **RECIPE)
     (odd,) = [record for record in manifest.matrices if record.tensor == name]
-    assert any(name in batch for batch in together.batches) and loftq_cli.verify(tmp_path / "out", source=source).ok
+    assert any(name in stack for stack in together.stacks) and loftq_cli.verify(tmp_path / "out", source=source).ok
     assert odd.residual == 0.0 if damage == "zeros" else 0 < odd.residual < odd.plain_residual
 
 
-def sizes(batches: Sequence[Batch]) -> list[int]:
+def sizes(stacks: Sequence[Stack]) -> list[int]:
     """How many matrices there are in those that have several."""
-    return [len(batch.units) for batch in batches if len(batch.units) > 1]
+    return [len(stack.units) for stack in stacks if len(stack.units) > 1]
 
 
 def test_batches_are_of_equal_small_matrices_in_the_order_of_the_files() -> None:
     plan = loftq_cli.plan(saved("mixtral").folder, **RECIPE)
-    batches = form_batches(plan.units, plan.recipe, 5)
-    assert {unit.tensor for batch in batches for unit in batch.units} == {unit.tensor for unit in plan.units}
-    assert sum(len(batch.units) for batch in batches) == len(plan.units)
-    for batch in batches:
-        assert len(batch.units) <= 5 and len({unit.matrix and unit.matrix.shape for unit in batch.units}) == 1
-    alone = form_batches(plan.units, plan.recipe, 1)
+    stacks = form_stacks(plan.units, plan.recipe, 5)
+    assert {unit.tensor for stack in stacks for unit in stack.units} == {unit.tensor for unit in plan.units}
+    assert sum(len(stack.units) for stack in stacks) == len(plan.units)
+    for stack in stacks:
+        assert len(stack.units) <= 5 and len({unit.matrix and unit.matrix.shape for unit in stack.units}) == 1
+    alone = form_stacks(plan.units, plan.recipe, 1)
     assert not sizes(alone)
-    starts = [(batch.units[0].source.file, batch.units[0].source.start) for batch in alone]
+    starts = [(stack.units[0].source.file, stack.units[0].source.start) for stack in alone]
     assert starts == sorted(starts)
-    finished = {unit.tensor for unit in plan.units} - {batches[0].units[0].tensor}
-    assert form_batches(plan.units, plan.recipe, 5, finished) == [Batch(batches[0].units, batches[0].units[:1])]
+    finished = {unit.tensor for unit in plan.units} - {stacks[0].units[0].tensor}
+    assert form_stacks(plan.units, plan.recipe, 5, finished) == [Stack(stacks[0].units, stacks[0].units[:1])]
 
 
 @pytest.mark.parametrize(
@@ -191,58 +192,58 @@ def test_batches_are_of_equal_small_matrices_in_the_order_of_the_files() -> None
 def test_other_courses_are_not_batched(recipe: dict, random_llama: Path) -> None:
     more = {"data_type": "int", "format": "packed"} if recipe.get("method") == "qa-lora" else {}
     plan = loftq_cli.plan(random_llama, **{**RECIPE, **more, **recipe})
-    assert not sizes(form_batches(plan.units, plan.recipe, 32))
+    assert not sizes(form_stacks(plan.units, plan.recipe, 32))
 
 
 def test_large_matrices_and_nested_scales_are_not_batched(random_llama: Path, monkeypatch) -> None:
     plan = loftq_cli.plan(random_llama, format="bnb", double_quant=True, **RECIPE)
-    assert not sizes(form_batches(plan.units, plan.recipe, 32))
+    assert not sizes(form_stacks(plan.units, plan.recipe, 32))
     plan = loftq_cli.plan(random_llama, format="bnb", **RECIPE)
-    assert sizes(form_batches(plan.units, plan.recipe, 32))
-    monkeypatch.setattr("loftq_cli.engine.compute.stacks._BATCH_WEIGHTS", 3 * 64 * 160)
-    assert max(batch_size(unit, plan.recipe, 32) for unit in plan.matrices if unit.matrix.weights == 64 * 160) == 3
+    assert sizes(form_stacks(plan.units, plan.recipe, 32))
+    monkeypatch.setattr("loftq_cli.engine.compute.stacks._STACK_WEIGHTS", 3 * 64 * 160)
+    assert max(stack_size(unit, plan.recipe, 32) for unit in plan.matrices if unit.matrix.weights == 64 * 160) == 3
     monkeypatch.setattr("loftq_cli.engine.compute.stacks._SMALL_WEIGHTS", 1000)
-    assert not sizes(form_batches(plan.units, plan.recipe, 32))
+    assert not sizes(form_stacks(plan.units, plan.recipe, 32))
 
 
-def test_experts_are_batched_under_calibration_too(tmp_path: Path) -> None:
+def test_experts_are_stacked_under_calibration_too(tmp_path: Path) -> None:
     """Calibration does not see their inputs, so their errors all weigh alike."""
     text = tmp_path / "text.txt"
     text.write_text("words " * 100)
     plan = loftq_cli.plan(saved("mixtral").folder, calibrate=text, **RECIPE)
-    together = [batch for batch in form_batches(plan.units, plan.recipe, 5) if len(batch.units) > 1]
-    assert together and {unit.kind for batch in together for unit in batch.units} == {"expert"}
+    together = [stack for stack in form_stacks(plan.units, plan.recipe, 5) if len(stack.units) > 1]
+    assert together and {unit.kind for stack in together for unit in stack.units} == {"expert"}
 
 
-def test_a_gpu_gets_batches_and_its_estimate_counts_them() -> None:
+def test_a_gpu_gets_stacks_and_its_estimate_counts_them() -> None:
     plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
-    pace = choose_pace(plan, gpu, None)
-    assert pace.batch > 1 and pace.read_ahead and choose_pace(plan, torch.device("cpu"), None).batch == 1
-    one, several = peak_memory(plan, gpu, Pace()), peak_memory(plan, gpu, pace)
+    schedule = choose_schedule(plan, gpu, None)
+    assert schedule.stack > 1 and schedule.read_ahead and choose_schedule(plan, torch.device("cpu"), None).stack == 1
+    one, several = peak_memory(plan, gpu, Schedule()), peak_memory(plan, gpu, schedule)
     matrix = max(unit.matrix.weights for unit in plan.matrices)
     assert one > 33 * matrix and several - one > 33 * matrix
-    assert one - peak_memory(plan, gpu, Pace(read_ahead=False)) == max(unit.source.nbytes for unit in plan.matrices)
+    assert one - peak_memory(plan, gpu, Schedule(read_ahead=False)) == max(unit.source.nbytes for unit in plan.matrices)
 
 
 def test_max_memory_on_a_gpu_bounds_what_passes_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "resident_memory", lambda: 0)
+    monkeypatch.setattr(memory_module, "resident_memory", lambda: 0)
     plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
-    paces, spare = [choose_pace(plan, gpu, None)], estimate_module._SPARE
+    schedules, spare = [choose_schedule(plan, gpu, None)], memory_module._SPARE
     for limit in range(spare + 1_000_000, spare, -1000):  # of a few tensors of some kilobytes
         try:
-            paces.append(choose_pace(plan, gpu, limit))
+            schedules.append(choose_schedule(plan, gpu, limit))
         except LoftqError as error:
             assert "--max-memory" in str(error)
             break
-    chosen = list(dict.fromkeys(paces))
-    assert len(paces) < 1000, "the least was refused"
-    assert [pace.batch for pace in chosen] == sorted((pace.batch for pace in chosen), reverse=True)
-    assert chosen[0].batch > 1 and chosen[-1] == Pace(read_ahead=False)
+    chosen = list(dict.fromkeys(schedules))
+    assert len(schedules) < 1000, "the least was refused"
+    assert [schedule.stack for schedule in chosen] == sorted((schedule.stack for schedule in chosen), reverse=True)
+    assert chosen[0].stack > 1 and chosen[-1] == Schedule(read_ahead=False)
 
 
-def test_a_trial_is_of_a_batch_where_there_will_be_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_converts_a_stack_if_the_plan_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(estimate_module, "choose_pace", lambda *_: TOGETHER)
+    monkeypatch.setattr(estimate_module, "choose_schedule", lambda *_: TOGETHER)
     tried: list[int] = []
     real = estimate_module.convert_together
 

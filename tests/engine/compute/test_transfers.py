@@ -23,8 +23,8 @@ GPU = torch.device(
 def test_nothing_is_copied_on_the_cpu() -> None:
     transfers, tensor = transfers_of(torch.device("cpu")), torch.randn(3, 4)
     assert isinstance(transfers, DirectTransfers)
-    assert transfers.arrive(transfers.stage(tensor)) is tensor
-    assert transfers.land(transfers.leave({"x": tensor}))["x"] is tensor
+    assert transfers.finish_upload(transfers.start_upload(tensor)) is tensor
+    assert transfers.download(transfers.prepare_download({"x": tensor}))["x"] is tensor
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
@@ -44,10 +44,10 @@ def test_many_overlapping_copies_bring_the_right_bytes(pins: bool) -> None:
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
         ahead = reading.submit(transfers.stage, sources[0])
         for i in range(len(sources)):
-            staged = ahead.result()
+            upload = ahead.result()
             if i + 1 < len(sources):
                 ahead = reading.submit(transfers.stage, sources[i + 1])
-            here = transfers.arrive(staged)
+            here = transfers.finish_upload(upload)
             assert here.device == GPU
             with torch.cuda.device(GPU):
                 torch.cuda._sleep(2_000_000)  # the copies of others go on
@@ -56,8 +56,8 @@ def test_many_overlapping_copies_bring_the_right_bytes(pins: bool) -> None:
                 "turned": here.mT if here.dim() > 1 else here.flip(0),
                 "host": torch.tensor(float(i)),
             }
-            landing.append(writing.submit(transfers.land, transfers.leave(outputs)))
-            del staged, here, outputs
+            landing.append(writing.submit(transfers.download, transfers.prepare_download(outputs)))
+            del upload, here, outputs
         for i, landed in enumerate(landing):
             found = landed.result()
             assert all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in found.values())
@@ -77,9 +77,10 @@ def test_where_pinning_is_refused_copies_go_on(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "empty", refuse)
     tensor = torch.randn(100, 100)
-    staged = transfers.stage(tensor)
-    assert staged.source is tensor
-    assert torch.equal(transfers.land(transfers.leave({"x": transfers.arrive(staged)}))["x"], tensor)
+    upload = transfers.start_upload(tensor)
+    assert upload.source is tensor
+    pending = transfers.prepare_download({"x": transfers.finish_upload(upload)})
+    assert torch.equal(transfers.download(pending)["x"], tensor)
 
 
 @needs_gpu
@@ -87,8 +88,8 @@ def test_a_tensor_that_does_not_fit_yet_stays_on_the_host() -> None:
     transfers = CudaTransfers(GPU)
     total = torch.cuda.get_device_properties(GPU).total_memory
     tensor = torch.empty(1, dtype=torch.uint8).expand(2 * total)
-    staged = transfers.stage(tensor)
-    assert staged.tensor is tensor and staged.ready is None
+    upload = transfers.start_upload(tensor)
+    assert upload.tensor is tensor and upload.ready is None
 
 
 @needs_gpu

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import loftq_cli
-from loftq_cli.engine.compute.lanes import Pace
+from loftq_cli.engine.compute.lanes import Schedule
 from loftq_cli.engine.cost import estimate as module
 from loftq_cli.engine.cost.estimate import estimate
 from loftq_cli.engine.cost.memory import peak_memory
-from loftq_cli.engine.cost.pace import choose_pace
+from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.errors import LoftqError
 
 CPU = torch.device("cpu")
@@ -56,10 +56,11 @@ def test_memory_limit_gives_up_lanes_then_reading_ahead_and_then_refuses(random_
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        paces = [Pace(True, 2, 1, True), Pace(True, 1, 2, True), Pace(False, 1, 2)]
-        peaks = [peak_memory(plan, CPU, pace) for pace in paces]
+        schedules = [Schedule(True, 2, 1, True), Schedule(True, 1, 2, True), Schedule(False, 1, 2)]
+        peaks = [peak_memory(plan, CPU, schedule) for schedule in schedules]
         assert peaks == sorted(set(peaks), reverse=True)
-        assert choose_pace(plan, CPU, None) == paces[0] and choose_pace(plan, CPU, 10**12) == Pace(True, 2, 1)
+        assert choose_schedule(plan, CPU, None) == schedules[0]
+        assert choose_schedule(plan, CPU, 10**12) == Schedule(True, 2, 1)
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(LoftqError, match=r"--max-memory 0\.00GB is too little: model\.layers"):
@@ -67,10 +68,12 @@ def test_memory_limit_gives_up_lanes_then_reading_ahead_and_then_refuses(random_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("pace", [Pace(False), Pace(True, 3, 1)], ids=["one tensor at a time", "lanes"])
-def test_every_pace_gives_the_same_bytes(random_llama: Path, tmp_path: Path, monkeypatch, pace: Pace) -> None:
+@pytest.mark.parametrize("schedule", [Schedule(False), Schedule(True, 3, 1)], ids=["one tensor at a time", "lanes"])
+def test_every_schedule_gives_the_same_bytes(
+    random_llama: Path, tmp_path: Path, monkeypatch, schedule: Schedule
+) -> None:
     loftq_cli.quantize(random_llama, output=tmp_path / "a", bits=2)
-    monkeypatch.setattr("loftq_cli.engine.run.choose_pace", lambda *_: pace)
+    monkeypatch.setattr("loftq_cli.engine.run.choose_schedule", lambda *_: schedule)
     loftq_cli.quantize(random_llama, output=tmp_path / "b", bits=2)
     for name in ("model.safetensors", "loftq_init/adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

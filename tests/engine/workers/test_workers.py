@@ -22,7 +22,7 @@ from support.interruptions import RECIPE, stop_after, tensors
 import loftq_cli
 from loftq_cli.api import plan as make_plan
 from loftq_cli.checkpoint import open_checkpoint
-from loftq_cli.engine.compute.stacks import Batch
+from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.output.lock import Holder
 from loftq_cli.engine.run import run_plan
 from loftq_cli.engine.workers import session as session_module
@@ -247,14 +247,14 @@ def test_each_unit_is_claimed_once_largest_first_and_not_after_a_stop(random_lla
     plan = make_plan(random_llama, output=tmp_path / "out", **RECIPE)
     (tmp_path / "out" / ".loftq").mkdir(parents=True)
     session = Session(tmp_path / "out", "a")
-    session.begin(plan, [Batch.of(unit) for unit in plan.units])
+    session.begin(plan, [Stack.of(unit) for unit in plan.units])
     first, second = (claimed_units(Session(tmp_path / "out", "a"), plan) for _ in range(2))
     taken = [next(first), next(second), next(second), next(first)]
     assert [unit.matrix.weights for unit in taken] == [10240] * 4 and len({unit.tensor for unit in taken}) == 4
     taken += second
     assert list(first) == [] and {unit.tensor for unit in taken} == {unit.tensor for unit in plan.units}
     assert [work_of(unit) for unit in taken] == sorted(map(work_of, plan.units), reverse=True)
-    session.begin(plan, [Batch.of(unit) for unit in plan.units])
+    session.begin(plan, [Stack.of(unit) for unit in plan.units])
     third = claimed_units(session, plan)
     next(third)
     session.stop()

@@ -13,7 +13,7 @@ from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid, dequantize
 from loftq_cli.numerics.lowrank import truncate as lowrank
 from loftq_cli.numerics.methods.loftq import LoftQResult, fast_step, loftq
-from loftq_cli.numerics.methods.stacked import batched_loftq, may_stack
+from loftq_cli.numerics.methods.stacked import may_stack, stacked_loftq
 from loftq_cli.numerics.quantizers.block import BlockQuantizer
 from loftq_cli.numerics.quantizers.protocols import Quantizer
 
@@ -65,7 +65,7 @@ def check(found: LoftQResult | None, single: LoftQResult, weight: Tensor, grid: 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_each_matrix_of_a_stack_gets_what_it_gets_alone(grid: Grid, shape: tuple[int, int], half: bool) -> None:
     weights, quantizer = stack(*shape), block_quantizer(grid, "cpu")
-    found = batched_loftq(weights, quantizer, rank=4, iters=3, seeds=SEEDS)
+    found = stacked_loftq(weights, quantizer, rank=4, iters=3, seeds=SEEDS)
     for one, single, weight in zip(found, alone(weights, quantizer, 4), weights):
         check(one, single, weight, grid)
 
@@ -74,7 +74,7 @@ def test_each_matrix_of_a_stack_gets_what_it_gets_alone(grid: Grid, shape: tuple
 def test_random_columns_beside_known_ones_and_the_exact_projection_at_the_end(rank: int, half: bool) -> None:
     """20 is no multiple of 16; 160 of 576 directions hold so much that bfloat16 would show in the residual."""
     weights, quantizer = stack(704, 576), BlockQuantizer(NF2)
-    found = batched_loftq(weights, quantizer, rank=rank, iters=2, seeds=SEEDS)
+    found = stacked_loftq(weights, quantizer, rank=rank, iters=2, seeds=SEEDS)
     for one, single, weight in zip(found, alone(weights, quantizer, rank, 2), weights):
         check(one, single, weight, NF2)
 
@@ -82,8 +82,8 @@ def test_random_columns_beside_known_ones_and_the_exact_projection_at_the_end(ra
 def test_the_best_step_of_each_is_kept_or_the_last_one() -> None:
     generator = torch.Generator().manual_seed(5)
     weights, quantizer = torch.randn(3, 96, 64, generator=generator), BlockQuantizer(NF2)
-    best = batched_loftq(weights, quantizer, rank=4, iters=6, seeds=SEEDS)
-    last = batched_loftq(weights, quantizer, rank=4, iters=6, seeds=SEEDS, keep_last=True)
+    best = stacked_loftq(weights, quantizer, rank=4, iters=6, seeds=SEEDS)
+    last = stacked_loftq(weights, quantizer, rank=4, iters=6, seeds=SEEDS, keep_last=True)
     for one, other, single in zip(best, last, alone(weights, quantizer, 4, 6)):
         assert one is not None and other is not None
         assert one.best == single.best and one.residual == min(one.residuals)
@@ -93,7 +93,7 @@ def test_the_best_step_of_each_is_kept_or_the_last_one() -> None:
 
 def test_a_seed_gives_the_same_bits() -> None:
     weights, quantizer = stack(576, 576), block_quantizer(NF2, "cpu")
-    first, second = (batched_loftq(weights, quantizer, rank=8, iters=2, seeds=SEEDS) for _ in range(2))
+    first, second = (stacked_loftq(weights, quantizer, rank=8, iters=2, seeds=SEEDS) for _ in range(2))
     for one, other in zip(first, second):
         assert one is not None and other is not None and one.residuals == other.residuals
         assert torch.equal(one.lora_a, other.lora_a) and torch.equal(one.quantized.codes, other.quantized.codes)
@@ -119,7 +119,7 @@ def test_an_odd_matrix_is_left_to_loftq_and_the_others_are_not(odd, size: int, h
     weights, quantizer = stack(size, size), block_quantizer(NF2, "cpu")
     singles = alone(weights, quantizer, 8)
     weights[1] = odd(weights[1])
-    found = batched_loftq(weights, quantizer, rank=8, iters=3, seeds=SEEDS)
+    found = stacked_loftq(weights, quantizer, rank=8, iters=3, seeds=SEEDS)
     assert found[1] is None
     for i in (0, 2):
         check(found[i], singles[i], weights[i], NF2)
@@ -134,11 +134,11 @@ def test_what_float32_cannot_weigh_is_left_to_loftq_before_anything_is_quantized
         def quantize_residual(self, weight: Tensor, target: Tensor):
             raise AssertionError("compiled quantizers are made for numbers")
 
-    assert batched_loftq(weights, Never(), rank=4, iters=2, seeds=SEEDS) == [None] * 3
+    assert stacked_loftq(weights, Never(), rank=4, iters=2, seeds=SEEDS) == [None] * 3
 
 
 def test_hardly_anything_left_over_is_left_to_loftq(half: bool) -> None:
-    assert batched_loftq(stack(64, 64), BlockQuantizer(NF2), rank=48, iters=2, seeds=SEEDS) == [None] * 3
+    assert stacked_loftq(stack(64, 64), BlockQuantizer(NF2), rank=48, iters=2, seeds=SEEDS) == [None] * 3
 
 
 def test_which_grids_stack() -> None:

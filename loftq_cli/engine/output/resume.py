@@ -1,0 +1,94 @@
+"""How a conversion resumes what an earlier run left in the output directory, or starts afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loftq_cli.artifacts.manifest import NAME as MANIFEST
+from loftq_cli.artifacts.manifest import read_manifest
+from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.engine.output.directory import STATE, clear_state, journal_of, partial_folder, remove_files
+from loftq_cli.engine.output.journal import Header
+from loftq_cli.engine.output.source_sample import changed_files, sample_source
+from loftq_cli.errors import UsageError
+from loftq_cli.planning.plan import Plan
+
+_LONG_LIST = 6
+
+
+def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """Keep the state of the same conversion, or begin a new one. To be called with the output's lock held.
+
+    Raises:
+        UsageError: the directory holds foreign files, a finished conversion, or the state of another conversion or
+            of a source that has changed since.
+        LoftqError: it holds a finished conversion whose manifest is damaged.
+    """
+    output, files = plan.output, sample_source(checkpoint)
+    header = journal_of(output).read_header()
+    same = header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
+    if same and header is not None and not changed_files(header.files, files):
+        return
+    if header is not None:
+        if not overwrite:
+            raise UsageError(_why_not_resumed(header, plan, checkpoint, files))
+    elif (output / MANIFEST).exists():
+        _replace_finished(plan, overwrite)
+    elif any(path.name != STATE for path in output.iterdir()):
+        raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
+    clear_state(output)
+    partial_folder(output).mkdir(parents=True, exist_ok=True)
+    journal_of(output).begin(Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files))
+
+
+def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: Mapping[str, str]) -> str:
+    output, different = plan.output, _difference(header.recipe, plan)
+    if different:
+        return (
+            f"{output} holds an unfinished conversion with {different}: repeat that command to finish it, choose "
+            "another -o, or give --overwrite to drop it."
+        )
+    changed = changed_files(header.files, files)
+    if changed:
+        what = f"{plan.source / changed[0]} is not the file"
+    elif header.source != checkpoint.fingerprint:
+        what = f"the config or the tensors' names, types or shapes in {plan.source} are not those"
+    else:
+        what = "this version of loftq is not the one"
+    return (
+        f"{what} that the unfinished conversion in {output} began with: put that one back to go on, or give "
+        "--overwrite to start again."
+    )
+
+
+def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
+    """Another commit may hold other weights under the same names."""
+    return recipe.get("revision") == plan.recipe.revision
+
+
+def _replace_finished(plan: Plan, overwrite: bool) -> None:
+    manifest = read_manifest(plan.output)
+    if not overwrite:
+        if manifest.fingerprint == plan.fingerprint:
+            raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
+        different = _difference(manifest.recipe, plan) or "another source"
+        raise UsageError(
+            f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
+            "replace it."
+        )
+    remove_files(plan.output, ["config.json", *manifest.files, MANIFEST])
+
+
+def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
+    """Return the fields in which another conversion differs from this one: `bits 4 (now 2), rank 16 (now 64)`."""
+    now = plan.recipe.as_dict()
+    fields = [name for name in now if name != "model" and recipe.get(name) != now[name]]
+    return ", ".join(
+        f"{name.replace('_', '-')} {_short(recipe.get(name))} (now {_short(now[name])})" for name in fields
+    )
+
+
+def _short(value: object) -> str:
+    """Render a recipe's value; allocated bits are a rule for every matrix, too many for a sentence."""
+    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
