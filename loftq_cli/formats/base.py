@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -92,6 +93,7 @@ class GridRequest:
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
         module: path in the transformers model.
+        parameter: PEFT adapts it as a parameter and not as a module, so it has to be dense in the running model.
         unrounded: keep values in float32 where the container can, so that an adapter can be added to the zeros exactly.
     """
 
@@ -106,6 +108,7 @@ class GridRequest:
     scale_rule: ScaleRule = "mse"
     double_quant: bool = False
     module: str = ""
+    parameter: bool = False
     unrounded: bool = False
 
     @property
@@ -217,6 +220,9 @@ class Format(Protocol):
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
         """Q as the container's loader computes it: float32 [out, in]. `read` gives an output tensor by name."""
 
+    def read_tensor(self, file: Path, name: str) -> Tensor:
+        """Return a tensor of the container's own file, by its name there or in the source."""
+
     def quantization_config(
         self,
         matrices: Sequence[QuantizedMatrix],
@@ -257,3 +263,6 @@ class FormatDefaults:
 
     def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
         return None
+
+    def read_tensor(self, file: Path, name: str) -> Tensor:
+        raise NotImplementedError("this container's tensors are in safetensors files")

@@ -9,7 +9,7 @@ from torch import Tensor
 from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import get_format
+from loftq_cli.formats import get_container, get_format
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
 from loftq_cli.numerics.methods.qalora import lost_in_integer_zeros
 
@@ -35,13 +35,11 @@ def choose_way(
     """
     if wanted not in WAYS:
         raise UsageError(f"--to cannot be '{wanted}': choose one of {', '.join(WAYS)}.")
-    if wanted == "requantize" and manifest.format == "dense":
+    container = get_container(manifest.format)
+    if wanted == "requantize" and not container.quantized:
         raise UsageError("--to requantize needs a quantized backbone, and this one is dense: use --to dense.")
-    if manifest.format == "gguf":
-        raise UsageError(
-            "a GGUF backbone is for serving: train on --format packed --bits 4 --method qa-lora --group-size 32, and "
-            "merge that with --to gguf."
-        )
+    if container.unmergeable:
+        raise UsageError(container.unmergeable)
     if wanted in ("dense", "requantize"):
         return wanted
     changed = [record for record in manifest.matrices if record.module in places]

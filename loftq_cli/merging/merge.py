@@ -25,6 +25,7 @@ from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.engine.output.directory import STATE, locate, partial_folder, publish, write_file
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.formats import get_container
 from loftq_cli.formats.base import DTYPES
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.merging import texts as merged
@@ -72,7 +73,7 @@ def merge(
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
     manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
-    if manifest.format == "gguf":
+    if get_container(manifest.format).unmergeable:
         choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
     checkpoint = open_safetensors(source)
     try:
