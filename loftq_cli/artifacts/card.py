@@ -70,10 +70,11 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
         return f"import loftq_cli\n\npath = {path}\nmodel = loftq_cli.load(path, trainable=True)"
     auto_class, adapted = _auto_class(manifest), manifest.totals.adapter_bytes > 0
     request = SnippetRequest(auto_class, manifest.matrices[0].bits, manifest.dtype)
-    backbone = get_container(manifest.format).loading.snippet(request)
+    loading = get_container(manifest.format).loading
+    backbone = loading.snippet(request)
     wrapped = 'PeftModel.from_pretrained(backbone, path, subfolder="loftq_init", is_trainable=True)'
     lines = (
-        *backbone.before,
+        *loading.before,
         *(["from peft import PeftModel"] if adapted else []),
         f"from transformers import {', '.join([auto_class, *backbone.names])}",
         "",

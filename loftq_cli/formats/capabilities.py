@@ -1,4 +1,4 @@
-"""The table of containers in the docs, made from what each container declares."""
+"""The docs' table of containers, made from their declarations."""
 
 from __future__ import annotations
 

@@ -94,6 +94,8 @@ class Container:
         auto: when `--format auto` takes it; None for never.
         pools: its layers train QA-LoRA adapters.
         pooled_by_peft: PEFT itself has QA-LoRA's layer for it; otherwise `loftq_cli.runtime` provides it.
+        float_zeros: asymmetric integers have their zeros in float32 tensors of their own, to which `loftq merge` can
+            add a QA-LoRA adapter.
         quantized: the stored weights are codes, so `loftq merge --to requantize` has something to quantize again.
         unmergeable: why `loftq merge` does not read it and what to do instead, as a sentence; "" where it does.
         keeps_conv1d: the running model keeps a Conv1D's [in, out] orientation.
@@ -115,6 +117,7 @@ class Container:
     auto: Auto | None = None
     pools: bool = False
     pooled_by_peft: bool = False
+    float_zeros: bool = False
     quantized: bool = True
     unmergeable: str = ""
     keeps_conv1d: bool = False

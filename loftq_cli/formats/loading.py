@@ -57,13 +57,11 @@ class Snippet:
     """Lines of Python that load the backbone at `path` as `backbone`.
 
     Attributes:
-        before: lines before the imports of transformers and PEFT.
         names: what is imported from transformers besides the model class.
         lines: the loading itself.
     """
 
     lines: tuple[str, ...]
-    before: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
 
@@ -73,12 +71,14 @@ class Loading:
 
     Attributes:
         packages: needed to read it.
+        before: lines of Python that the card's snippet begins with.
         layer_scales: names of the parameters a packed layer keeps its scales in; a layer that lacks them after loading
             was not in the checkpoint.
         tensor_scales: ends of the names of scales that stand behind the name of a whole weight.
     """
 
     packages: tuple[Package, ...] = ()
+    before: tuple[str, ...] = ()
     layer_scales: tuple[str, ...] = ()
     tensor_scales: tuple[str, ...] = ()
 

@@ -54,7 +54,7 @@ def choose_way(
         _refuse_gguf(manifest, trained)
         return wanted
     kinds = {None if record.affine is None else record.affine["zero"] for record in changed}
-    if kinds == {"float"} and manifest.format == "packed" and _groups_fit(trained, changed):
+    if kinds == {"float"} and container.float_zeros and _groups_fit(trained, changed):
         return "zeros"
     if "integer" in kinds:
         raise UsageError(_lost(manifest, trained, places, changed, read))
@@ -72,7 +72,7 @@ def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
         (record.bits, record.block_size, None if record.affine is None else record.affine["zero"])
         for record in manifest.matrices
     }
-    if manifest.format != "packed" or shapes != {(4, 32, "float")} or trained.group % 32:
+    if not get_container(manifest.format).float_zeros or shapes != {(4, 32, "float")} or trained.group % 32:
         raise UsageError(
             "--to gguf needs a packed backbone of 4-bit integers in groups of 32 (--bits 4 --method qa-lora "
             "--group-size 32): use --to zeros or --to dense."

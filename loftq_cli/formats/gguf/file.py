@@ -103,7 +103,9 @@ def _header(
     for key, value in values.items():
         if key == _ARCHITECTURE or value == []:  # the writer has the one already, and refuses the other
             continue
-        writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
+        # Given the type of a list's items, the writer does not look at every one of them for it.
+        items = GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+        writer.add_key_value(key, value, _VALUE_TYPES[type(value)], items)
     for tensor in tensors:
         kind, shape = kinds[tensor.name]
         # The numpy type does not matter where the ggml type is given, unless it is uint8.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import Auto, Capability, Claim, Container
-from loftq_cli.formats.loading import Loading, Snippet, SnippetRequest
+from loftq_cli.formats.loading import Loading
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -15,13 +14,6 @@ QUANT_METHOD = "loftq"
 CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written
 SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
 _QUANTIZES = "end_to_end/test_quantize.py::test_small_llama"
-
-
-@dataclass(frozen=True)
-class _Loading(Loading):
-    def snippet(self, request: SnippetRequest) -> Snippet:
-        lines = super().snippet(request).lines
-        return Snippet(lines, before=("import loftq_cli.runtime  # teaches transformers the packed layers",))
 
 
 def _open() -> Format:
@@ -43,11 +35,15 @@ PACKED = Container(
         serves=Claim("transformers with `loftq_cli.runtime`", _QUANTIZES),
     ),
     needs=("loftq-cli[train]",),
-    # Scales of stacked experts stand behind the name of the whole tensor.
-    loading=_Loading(layer_scales=SCALE_NAMES, tensor_scales=(".absmax",)),
+    loading=Loading(
+        before=("import loftq_cli.runtime  # teaches transformers the packed layers",),
+        layer_scales=SCALE_NAMES,
+        tensor_scales=(".absmax",),  # of stacked experts
+    ),
     quant_method=QUANT_METHOD,
     auto=Auto(rank=1, fits=lambda request: True),
     pools=True,
+    float_zeros=True,
     loaded_experts=(
         "packed on disk and dequantized when the model is loaded, because PEFT trains stacked experts as dense "
         "parameters only: in memory they take the model's dtype."
