@@ -86,7 +86,7 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
 
 
 def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
-    """What the errors were weighted by, and the residuals under these weights."""
+    """Rows with the weights of the errors and the residuals under these weights."""
     recipe = manifest.recipe
     if recipe.get("calibrate") is None:
         return []
@@ -181,7 +181,7 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
 
 
 def source_name(plan: Plan) -> str:
-    """What MODEL was: the id on the Hub, or the directory."""
+    """Return MODEL as the user gave it: the id on the Hub, or the directory."""
     return plan.recipe.model if plan.recipe.revision else str(plan.source)
 
 

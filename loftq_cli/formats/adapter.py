@@ -46,7 +46,7 @@ class AdapterTarget:
         return 1 if self.expert is None else self.expert.parts
 
     def constant(self, scaling: float) -> float:
-        """What PEFT multiplies BA by."""
+        """Return the factor that PEFT multiplies BA by."""
         return scaling if self.group == 1 else scaling * peft_constant(self.in_features, self.group)
 
 
@@ -127,12 +127,6 @@ def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling
     b, a = (first.T, second.T) if target.kind == "embedding" else (second, first)
     constant = target.constant(scaling)
     return b if constant == 1.0 else b * constant, a if target.group == 1 else widened(a, target.group)
-
-
-def decode_adapter(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """What PEFT adds to the weight, float32 [out, in]."""
-    b, a = decode_factors(target, tensors, scaling)
-    return b @ a
 
 
 def adapter_config(

@@ -52,7 +52,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class AutoRequest:
-    """What `--format auto` has to find a container for.
+    """The conversion that `--format auto` finds a container for.
 
     Attributes:
         widths: bits of the matrices that are to be quantized.

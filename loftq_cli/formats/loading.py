@@ -20,7 +20,7 @@ class Package:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What `loftq_cli.load` was asked for.
+    """The arguments of `loftq_cli.load` that matter to a container.
 
     Attributes:
         name: directory or Hub id.
@@ -39,7 +39,7 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class SnippetRequest:
-    """What the card's snippet depends on.
+    """The facts that the card's snippet depends on.
 
     Attributes:
         auto_class: transformers' class to load with.

@@ -101,7 +101,7 @@ def _picked(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_request(folder: Path, adapter: bool) -> None:
-    """What can be refused before anything is loaded or downloaded."""
+    """Refuse what can be refused before anything is loaded or downloaded."""
     if adapter:
         _require("peft", "train", "load the adapter")
     if not folder.is_dir():
@@ -123,7 +123,7 @@ def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any
 
 
 def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
-    """How to load the container in `folder`, or on the Hub where there is no such folder."""
+    """Return how to load the container in `folder`, or on the Hub if there is no such folder."""
     container = container_in(folder) or container_of(_quant_method(config) or "")
     return PLAIN if container is None else container.loading
 

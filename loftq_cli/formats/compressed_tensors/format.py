@@ -166,7 +166,7 @@ def _groups(matrices: Sequence[QuantizedMatrix]) -> list[tuple[list[str], Affine
 
 
 def _routers(matrices: Sequence[QuantizedMatrix]) -> list[str]:
-    """What stands beside experts and decides between them: no Linear in transformers, but one in other readers."""
+    """Routers beside experts: they are not Linear modules in transformers, but they are in other readers."""
     prefixes = [matrix.prefix.partition(".experts.") for matrix in matrices if matrix.kind == "expert"]
     return list(
         dict.fromkeys(_any_number(f"{block}.{name}") for block, found, _ in prefixes if found for name in _GATES)

@@ -216,7 +216,7 @@ def _block_bytes(matrix: QuantizedMatrix) -> int:
 
 
 def _file_rows(matrix: QuantizedMatrix, device: torch.device) -> Tensor:
-    """Which row of the matrix stands at each place of the file."""
+    """Return the row of the matrix that is stored at each place of the file."""
     rows = torch.arange(matrix.out_features, device=device)
     if not matrix.heads:
         return rows
