@@ -7,19 +7,12 @@ import shlex
 from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
-from loftq_cli.formats.capabilities import capability
-from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
+from loftq_cli.formats import get_container
+from loftq_cli.formats.loading import SnippetRequest
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields
 
 _WORST = 5
-_TAGS = {
-    "bnb": "bitsandbytes",
-    "gptq": "gptq",
-    "gptq-v2": "gptq",
-    "compressed-tensors": "compressed-tensors",
-    "gguf": "gguf",
-}
 _OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -71,45 +64,29 @@ or, byte for byte, `loftq quantize --config loftq.yaml`, with {_versions(manifes
 
 
 def snippet(manifest: Manifest, plan: Plan) -> str:
-    """Python that loads backbone and adapter with transformers and PEFT, ready to train."""
+    """Return Python that loads backbone and adapter with transformers and PEFT, ready to train."""
     path = json.dumps(str(plan.output), ensure_ascii=False)
     if _pooled_by_us(manifest):
         return f"import loftq_cli\n\npath = {path}\nmodel = loftq_cli.load(path, trainable=True)"
-    loader, gptq = _auto_class(manifest), manifest.format.startswith("gptq")
+    auto_class, adapted = _auto_class(manifest), manifest.totals.adapter_bytes > 0
+    request = SnippetRequest(auto_class, manifest.matrices[0].bits, manifest.dtype)
+    loading = get_container(manifest.format).loading
+    backbone = loading.snippet(request)
+    wrapped = 'PeftModel.from_pretrained(backbone, path, subfolder="loftq_init", is_trainable=True)'
     lines = (
-        ["import loftq_cli.runtime  # teaches transformers the packed layers"] if manifest.format == "packed" else []
-    )
-    lines += [
-        "from peft import PeftModel",
-        f"from transformers import {loader}{', GPTQConfig' if gptq else ''}",
+        *loading.before,
+        *(["from peft import PeftModel"] if adapted else []),
+        f"from transformers import {', '.join([auto_class, *backbone.names])}",
         "",
         f"path = {path}",
-    ]
-    if gptq:
-        bits = manifest.matrices[0].bits
-        lines += [
-            f'kernel = GPTQConfig(bits={bits}, backend="auto_trainable")  # others are for inference only',
-            f"backbone = {loader}.from_pretrained(path, quantization_config=kernel)",
-        ]
-    elif manifest.format == "gguf":
-        lines.append(f'backbone = {loader}.from_pretrained(path, gguf_file="{GGUF_FILE}", dtype="{manifest.dtype}")')
-    else:
-        lines.append(f"backbone = {loader}.from_pretrained(path)")
-    if manifest.format == "bnb":
-        lines += [
-            "for module in backbone.modules():  # else bitsandbytes repacks them on some CPUs, and training breaks",
-            '    if hasattr(module, "support_avx512bf16_for_cpu"):',
-            "        module.support_avx512bf16_for_cpu = False",
-        ]
-    if manifest.totals.adapter_bytes:
-        lines.append('model = PeftModel.from_pretrained(backbone, path, subfolder="loftq_init", is_trainable=True)')
-    else:
-        lines = [line for line in lines if "peft" not in line] + ["model = backbone"]
+        *backbone.lines,
+        f"model = {wrapped if adapted else 'backbone'}",
+    )
     return "\n".join(lines)
 
 
 def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
-    """What the errors were weighted by, and the residuals under these weights."""
+    """Rows with the weights of the errors and the residuals under these weights."""
     recipe = manifest.recipe
     if recipe.get("calibrate") is None:
         return []
@@ -131,8 +108,9 @@ def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _pooled_by_us(manifest: Manifest) -> bool:
-    """PEFT itself brings QA-LoRA's layer for GPTQ backbones only."""
-    return manifest.pooling > 1 and not manifest.format.startswith("gptq") and manifest.totals.adapter_bytes > 0
+    """True if the adapter is QA-LoRA's and PEFT has no layer for it over this container."""
+    own = not get_container(manifest.format).pooled_by_peft
+    return manifest.pooling > 1 and own and manifest.totals.adapter_bytes > 0
 
 
 def _what(manifest: Manifest) -> str:
@@ -154,11 +132,9 @@ def _what(manifest: Manifest) -> str:
             "`loftq merge` can add it to the groups' zeros."
         )
     what = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
-    if manifest.format == "packed" and any(record.expert for record in manifest.matrices):
-        what += (
-            " The experts are packed on disk and become dense when the model is loaded, because PEFT trains stacked "
-            "experts only so: in memory they take the model's dtype."
-        )
+    loaded_experts = get_container(manifest.format).loaded_experts
+    if loaded_experts and any(record.expert for record in manifest.matrices):
+        what += f" The experts are {loaded_experts}"
     return what
 
 
@@ -170,7 +146,7 @@ def _source(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
-    needs = "loftq-cli[train]" if _pooled_by_us(manifest) else " ".join(capability(manifest.format).needs)
+    needs = "loftq-cli[train]" if _pooled_by_us(manifest) else " ".join(get_container(manifest.format).needs)
     return f"""## Load it
 
 ```bash
@@ -195,8 +171,8 @@ def _auto_class(manifest: Manifest) -> str:
 
 def _front_matter(manifest: Manifest, plan: Plan) -> str:
     lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
-    if manifest.format in _TAGS:
-        lines.append(f"- {_TAGS[manifest.format]}")
+    if tag := get_container(manifest.format).tag:
+        lines.append(f"- {tag}")
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
     if base:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
@@ -205,7 +181,7 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
 
 
 def source_name(plan: Plan) -> str:
-    """What MODEL was: the id on the Hub, or the directory."""
+    """Return MODEL as the user gave it: the id on the Hub, or the directory."""
     return plan.recipe.model if plan.recipe.revision else str(plan.source)
 
 

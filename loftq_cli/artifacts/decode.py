@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.artifacts.manifest import AffineRecord, Manifest, MatrixRecord, read_manifest
-from loftq_cli.formats import adapter, get_format
+from loftq_cli.formats import adapter, container_in, get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
-from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
-from loftq_cli.formats.gguf.format import tensor_name
 from loftq_cli.numerics.grids.affine import AffineGrid, ScaleRule, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
 from loftq_cli.numerics.grids.codebooks import codebook
@@ -114,8 +111,9 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
     from safetensors import safe_open
 
-    if (path / GGUF_FILE).exists():
-        return _read_gguf(path / GGUF_FILE, name)
+    container = container_in(path)
+    if container is not None:
+        return get_format(container.name).read_tensor(path / container.file, name)
     index, whole = path / _INDEX, name.partition("[")[0]
     file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
@@ -129,20 +127,3 @@ def _content(handle: Any, name: str) -> Tensor:
         return handle.get_tensor(name)
     content, first = handle.get_slice(piece[1]), int(piece[2])
     return content[first] if piece[3] is None else content[first : int(piece[3][1:])]
-
-
-def _read_gguf(file: Path, name: str) -> Tensor:
-    import torch
-
-    tensors = _gguf_tensors(file, file.stat().st_mtime_ns)
-    found = tensors[name if name in tensors else tensor_name(name)]
-    content = torch.from_numpy(found.data.copy())
-    return content.view(torch.bfloat16) if found.tensor_type.name == "BF16" else content
-
-
-@lru_cache(maxsize=1)
-def _gguf_tensors(file: Path, changed: int) -> dict[str, Any]:
-    """The tensors of a file as it was at one time; to read its vocabulary takes seconds, so that is done once."""
-    from gguf import GGUFReader
-
-    return {tensor.name: tensor for tensor in GGUFReader(file).tensors}

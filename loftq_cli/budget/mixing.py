@@ -24,6 +24,7 @@ from loftq_cli.machine.memory import free_memory
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.plan import Plan, make_plan, refuse_together
+from loftq_cli.planning.resolve import with_container
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size
 
@@ -128,7 +129,7 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite
         UsageError: the container refuses every width.
     """
     allowed = (PAPER_WIDTHS if recipe.mix == "paper" else BITS) if recipe.mix else (int(recipe.bits),)
-    form = "packed" if recipe.mix and recipe.format == "auto" else recipe.format  # the one that holds every width
+    form = _container(recipe)
     plans: dict[int, Plan] = {}
     refused: UsageError | None = None
     for width in sorted(allowed):
@@ -305,8 +306,12 @@ def _with_rules(recipe: Recipe, field: Field, ranks: Sequence[int] | None) -> Re
         # An embedding without an adapter has no rank to give.
         rank = rank if candidate.unit.target is not None else None
         rules.append(exact_rule(candidate.unit.module or "", next(iter(candidate.widths)), rank))
-    form = "packed" if recipe.mix and recipe.format == "auto" else recipe.format
-    return dataclasses.replace(recipe, rule=(*rules, *recipe.rule), format=form)
+    return dataclasses.replace(recipe, rule=(*rules, *recipe.rule), format=_container(recipe))
+
+
+def _container(recipe: Recipe) -> str:
+    """The recipe's, or one that holds every width where widths are mixed and the choice is left to us."""
+    return with_container(recipe, BITS).format if recipe.mix else recipe.format
 
 
 def _notes(recipe: Recipe, field: Field) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ class AdapterTarget:
         return 1 if self.expert is None else self.expert.parts
 
     def constant(self, scaling: float) -> float:
-        """What PEFT multiplies BA by."""
+        """Return the factor that PEFT multiplies BA by."""
         return scaling if self.group == 1 else scaling * peft_constant(self.in_features, self.group)
 
 

@@ -1,9 +1,10 @@
-"""What every container tells the rest of the program: its grid, its tensors, its bytes and its config."""
+"""The interface of a container's implementation: its grid, its tensors, their bytes and its config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -63,7 +64,7 @@ class QuantizedMatrix:
 
     @property
     def transposed(self) -> bool:
-        """Whether the checkpoint stores [in, out]."""
+        """True if the checkpoint stores [in, out]."""
         return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
 
     @property
@@ -84,7 +85,7 @@ class QuantizedMatrix:
 
 @dataclass(frozen=True)
 class GridRequest:
-    """What the user asks of one matrix, before the container has its say.
+    """The user's request for one matrix, before the container decides.
 
     Attributes:
         block_size: weights that share a scale; 0 is a whole row (integers only).
@@ -92,6 +93,7 @@ class GridRequest:
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
         module: path in the transformers model.
+        parameter: PEFT adapts it as a parameter and not as a module, so it has to be dense in the running model.
         unrounded: keep values in float32 where the container can, so that an adapter can be added to the zeros exactly.
     """
 
@@ -106,17 +108,18 @@ class GridRequest:
     scale_rule: ScaleRule = "mse"
     double_quant: bool = False
     module: str = ""
+    parameter: bool = False
     unrounded: bool = False
 
     @property
     def group_divides(self) -> bool:
-        """Whether rows are a whole number of groups."""
+        """True if rows are a whole number of groups."""
         return self.block_size == 0 or self.in_features % self.block_size == 0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of the whole output, before the container has its say.
+    """The user's request for the whole output, before the container decides.
 
     Attributes:
         task_type: PEFT's name of what the model does, None where it has none.
@@ -158,13 +161,13 @@ def affine_grid(matrix: QuantizedMatrix) -> AffineGrid:
 
 
 def blocks_of(quantized: Quantized) -> QuantizedBlocks:
-    """What a codebook grid gave."""
+    """Narrow the result of a codebook grid to its type."""
     assert isinstance(quantized, QuantizedBlocks), "blocks belong to a codebook grid"
     return quantized
 
 
 def groups_of(quantized: Quantized) -> QuantizedGroups:
-    """What an integer grid gave."""
+    """Narrow the result of an integer grid to its type."""
     assert isinstance(quantized, QuantizedGroups), "groups belong to an integer grid"
     return quantized
 
@@ -189,7 +192,7 @@ class Format(Protocol):
         """The matrix with what the container makes of its place in the model."""
 
     def copied(self, tensor: OutputTensor) -> OutputTensor:
-        """What becomes of a tensor that is not quantized; of the same shape."""
+        """Return the output tensor for one that is not quantized; its shape stays."""
 
     def container(
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
@@ -197,7 +200,7 @@ class Format(Protocol):
         """The one file that holds everything, or None for safetensors shards."""
 
     def adapter_copies(self, matrix: QuantizedMatrix, rank: int) -> tuple[OutputTensor, ...]:
-        """A and B once more, for readers that know nothing of PEFT."""
+        """Return further copies of A and B, for readers that do not support PEFT."""
 
     def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
         """The bytes of `adapter_copies`, by name. A [r, in] and B [out, r] as PEFT has them."""
@@ -217,6 +220,9 @@ class Format(Protocol):
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
         """Q as the container's loader computes it: float32 [out, in]. `read` gives an output tensor by name."""
 
+    def read_tensor(self, file: Path, name: str) -> Tensor:
+        """Return a tensor of the container's own file, by its name there or in the source."""
+
     def quantization_config(
         self,
         matrices: Sequence[QuantizedMatrix],
@@ -229,7 +235,7 @@ class Format(Protocol):
 
 
 class FormatDefaults:
-    """What most containers do: refuse nothing as a whole, hold no experts, keep names and order, live in safetensors
+    """Defaults that suit most containers: no refusal of a whole model, no experts, names and order kept, safetensors
     shards."""
 
     holds_experts = False
@@ -257,3 +263,6 @@ class FormatDefaults:
 
     def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
         return None
+
+    def read_tensor(self, file: Path, name: str) -> Tensor:
+        raise NotImplementedError("this container's tensors are in safetensors files")

@@ -1,4 +1,4 @@
-"""What several containers refuse in the same words."""
+"""Refusals that several containers share."""
 
 from __future__ import annotations
 

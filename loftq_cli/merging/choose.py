@@ -9,7 +9,7 @@ from torch import Tensor
 from loftq_cli.artifacts.decode import quantized_matrix
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import get_format
+from loftq_cli.formats import get_container, get_format
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
 from loftq_cli.numerics.methods.qalora import lost_in_integer_zeros
 
@@ -36,13 +36,11 @@ def choose_way(
     """
     if wanted not in WAYS:
         raise UsageError(f"--to cannot be '{wanted}': choose one of {', '.join(WAYS)}.")
-    if wanted == "requantize" and manifest.format == "dense":
+    container = get_container(manifest.format)
+    if wanted == "requantize" and not container.quantized:
         raise UsageError("--to requantize needs a quantized backbone, and this one is dense: use --to dense.")
-    if manifest.format == "gguf":
-        raise UsageError(
-            "a GGUF backbone is for serving only: train on --format packed --bits 4 --method qa-lora --group-size 32, "
-            "and merge that with --to gguf."
-        )
+    if container.unmergeable:
+        raise UsageError(container.unmergeable)
     if wanted in ("dense", "requantize"):
         return wanted
     changed = [record for record in manifest.matrices if record.module in places]
@@ -57,7 +55,7 @@ def choose_way(
         _refuse_gguf(manifest, trained)
         return wanted
     kinds = {None if record.affine is None else record.affine.zero for record in changed}
-    if kinds == {"float"} and manifest.format == "packed" and _groups_fit(trained, changed):
+    if kinds == {"float"} and container.float_zeros and _groups_fit(trained, changed):
         return "zeros"
     if "integer" in kinds:
         raise UsageError(_lost(manifest, trained, places, changed, read))
@@ -75,7 +73,7 @@ def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
         (record.bits, record.block_size, None if record.affine is None else record.affine.zero)
         for record in manifest.matrices
     }
-    if manifest.format != "packed" or shapes != {(4, 32, "float")} or trained.group % 32:
+    if not get_container(manifest.format).float_zeros or shapes != {(4, 32, "float")} or trained.group % 32:
         raise UsageError(
             "--to gguf needs a packed backbone of 4-bit integers in groups of 32 (--bits 4 --method qa-lora "
             "--group-size 32): use --to zeros or --to dense."

@@ -14,7 +14,7 @@ from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.errors import UsageError
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix, Refusal, Request, groups_of
 from loftq_cli.formats.gguf.format import GgufFormat
-from loftq_cli.formats.packed import PackedFormat
+from loftq_cli.formats.packed.format import PackedFormat
 from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.grids.grid import dequantize

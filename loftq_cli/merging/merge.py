@@ -28,6 +28,7 @@ from loftq_cli.engine.output.directory import claim, on_full_disk, open_writer, 
 from loftq_cli.engine.output.journal import hash_tensors
 from loftq_cli.engine.output.lock import Lock
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.formats import get_container
 from loftq_cli.formats.base import DTYPES
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.merging import texts as merged
@@ -101,7 +102,7 @@ def _opened(manifest: Manifest, source: Path, trained: TrainedAdapter, to: str, 
         UsageError: the way does not exist, or would lose the update.
         LoftqError: the adapter does not belong to the backbone.
     """
-    if manifest.format == "gguf":
+    if get_container(manifest.format).unmergeable:
         choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
     with closing(open_safetensors(source)) as checkpoint:
         places = find_places(trained, manifest)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest, render, seal
+from loftq_cli.formats import get_container
 from loftq_cli.tensorfile.hashing import FileRecord
 
 RECORD = "loftq_merge.json"
@@ -103,9 +104,7 @@ def card_of(manifest: Manifest, report: MergeReport) -> bytes:
         "gguf": "The QA-LoRA adapter was added to the groups' zeros, and both are float16 in this Q4_1 file.",
         "requantize": "The adapter was added to the dequantized backbone, and the sum quantized again on its grid.",
     }[report.way]
-    runtime = (
-        "import loftq_cli.runtime  # teaches transformers the packed layers\n" if report.format == "packed" else ""
-    )
+    runtime = "".join(f"{line}\n" for line in get_container(report.format).loading.before)
     option = ', gguf_file="model.gguf"' if report.way == "gguf" else ""
     loader = "AutoModelForCausalLM" if manifest.task_type == "CAUSAL_LM" else manifest.architecture or "AutoModel"
     return f"""---

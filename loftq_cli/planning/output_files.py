@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import adapter, get_format
+from loftq_cli.formats import adapter, get_container, get_format
 from loftq_cli.formats.adapter import AdapterTarget
 from loftq_cli.formats.base import DTYPE_NAMES, Request
 from loftq_cli.modules.roles import ModuleMap
@@ -122,7 +122,7 @@ def _adapter_config(
         task_type=modules.task_type,
         base_model=str(output),
         # Only a dense Conv1D keeps its [in, out] orientation at run time.
-        fan_in_fan_out=recipe.format == "dense" and any(target.kind == "conv1d" for target in targets),
+        fan_in_fan_out=get_container(recipe.format).keeps_conv1d and any(target.kind == "conv1d" for target in targets),
     )
 
 

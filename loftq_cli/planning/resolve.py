@@ -1,19 +1,18 @@
-"""What `auto` stands for: container, levels, group and scales, settled before anything is planned."""
+"""Settle every `auto` of a recipe (container, levels, group and scales) before anything is planned."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import FORMATS, choose_container, get_container
+from loftq_cli.formats.container import AutoRequest
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.select import Decision
+from loftq_cli.recipe.choices import AUTO
 from loftq_cli.recipe.model import Recipe
 
-INTEGER_FORMATS = ("gptq", "gptq-v2", "compressed-tensors", "gguf")  # they hold nothing but integers
-_GROUP_SIZES = {"gguf": 32}  # the only one it has
-_GROUP_SIZE = 64
-_POOLING_FORMATS = ("auto", "packed", "gptq", "gptq-v2", "dense")
 _POOLING_GROUP = 32  # QA-LoRA section 4.1
 
 
@@ -27,7 +26,7 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
         recipe = _pooled(recipe)
     data_type = recipe.data_type
     if data_type == "auto":
-        data_type = "int" if recipe.format in INTEGER_FORMATS else "nf"
+        data_type = "nf" if recipe.format == AUTO else get_container(recipe.format).data_type
     if data_type != "int":
         _refuse_integer_flags(recipe, data_type)
     recipe = dataclasses.replace(recipe, data_type=data_type)
@@ -36,11 +35,12 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
         return dataclasses.replace(recipe, scale="mse" if recipe.method == "refined" else "absmax")
     if recipe.levels:
         raise UsageError(f"--levels {recipe.levels} belongs to codebooks: drop it, or --data-type int.")
+    container = get_container(recipe.format)
     return dataclasses.replace(
         recipe,
-        group_size=recipe.group_size or _GROUP_SIZES.get(recipe.format, _GROUP_SIZE),
+        group_size=recipe.group_size or container.group_size,
         scale="mse" if recipe.scale == "auto" else recipe.scale,
-        symmetric=recipe.format in ("compressed-tensors", "gguf") if recipe.symmetric is None else recipe.symmetric,
+        symmetric=container.symmetric if recipe.symmetric is None else recipe.symmetric,
     )
 
 
@@ -50,27 +50,31 @@ def _pooled(recipe: Recipe) -> Recipe:
         raise UsageError("--method qa-lora needs asymmetric integers: drop --data-type and --symmetric.")
     if recipe.group_size is not None and recipe.group_size < 2:
         raise UsageError("--method qa-lora pools over groups: give --group-size 32, 64 or 128.")
-    if recipe.format not in _POOLING_FORMATS:
-        raise UsageError(
-            f"--method qa-lora trains on --format {', '.join(_POOLING_FORMATS[1:])}; {recipe.format} has no layer for "
-            "it."
-        )
+    if recipe.format != AUTO and not get_container(recipe.format).pools:
+        pooling = ", ".join(name for name, container in FORMATS.items() if container.pools)
+        raise UsageError(f"--method qa-lora trains on --format {pooling}; {recipe.format} has no layer for it.")
     if recipe.embeddings == "adapt":
         raise UsageError("--method qa-lora pools the inputs of linear layers: use --embeddings keep or quantize.")
-    form = "packed" if recipe.format == "auto" else recipe.format
-    return dataclasses.replace(
-        recipe, data_type="int", symmetric=False, group_size=recipe.group_size or _POOLING_GROUP, format=form
+    recipe = dataclasses.replace(
+        recipe, data_type="int", symmetric=False, group_size=recipe.group_size or _POOLING_GROUP
     )
+    return with_container(recipe, (recipe.base_bits,))
+
+
+def with_container(recipe: Recipe, widths: Collection[int]) -> Recipe:
+    """Return the recipe with a container that holds these bits, where it leaves the choice to us."""
+    if recipe.format != AUTO:
+        return recipe
+    return dataclasses.replace(recipe, format=choose_container(AutoRequest(widths, recipe.codebook_type)).name)
 
 
 def _format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> str:
-    """`auto`: bitsandbytes where everything is 4-bit NF and it can hold every matrix, else `packed`."""
-    if recipe.format != "auto":
+    """The container, chosen by what is to be quantized where the recipe has `auto`."""
+    if recipe.format != AUTO:
         return recipe.format
-    beyond = any(role.kind in ("embedding", "expert") and decisions[role.tensor].bits for role in modules.roles)
     widths = {decision.bits for decision in decisions.values() if decision.bits}
-    in_nf4 = recipe.codebook_type in ("nf", "nf4-subset")
-    return "bnb" if widths == {4} and in_nf4 and not beyond and "bitsandbytes" not in modules.rebuilt_for else "packed"
+    kinds = {role.kind for role in modules.roles if decisions[role.tensor].bits}
+    return choose_container(AutoRequest(widths, recipe.codebook_type, kinds, modules.rebuilt_for)).name
 
 
 def _refuse_integer_flags(recipe: Recipe, data_type: str) -> None:

@@ -13,13 +13,12 @@ import torch
 from loftq_cli.checkpoint import Checkpoint, TensorInfo
 from loftq_cli.checkpoint.base import entry, read_named
 from loftq_cli.errors import LoftqError, UsageError
-from loftq_cli.formats import adapter, get_format
+from loftq_cli.formats import adapter, get_container, get_format
 from loftq_cli.formats.adapter import AdapterTarget
 from loftq_cli.formats.base import GridRequest, MatrixKind, QuantizedMatrix, Refusal, Request
 from loftq_cli.modules.experts import Expert
 from loftq_cli.modules.roles import ModuleMap, TensorRole
 from loftq_cli.numerics.grids.affine import ScaleRule
-from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.planning.select import Decision
 from loftq_cli.recipe.model import Recipe
@@ -172,6 +171,7 @@ class _Maker:
             double_quant=recipe.double_quant,
             unrounded=recipe.pooling > 1,
             module=role.module or "",
+            parameter=bool(role.parameter),
         )
         container = get_format(recipe.format)
         if kind == "expert" and not container.holds_experts:
@@ -183,14 +183,7 @@ class _Maker:
                 f"{container.name} holds one expert at a time, and this checkpoint stores all of a layer in one tensor",
                 fatal=False,
             )
-        grid = container.grid(request)
-        if role.parameter and recipe.format == "packed" and not isinstance(grid, Refusal) and not _is_table(grid):
-            return Refusal(
-                "weights dequantized while loading are packed with the levels of a codebook only: use --format dense, "
-                "or drop --levels fitted and --data-type int",
-                fatal=True,
-            )
-        return grid
+        return container.grid(request)
 
 
 def make_units(
@@ -225,18 +218,11 @@ def make_units(
     return tuple(unit for role in modules.roles for unit in maker.units(role, decisions[role.tensor]))
 
 
-def _is_table(grid: Grid) -> bool:
-    return isinstance(grid, BlockGrid) and not grid.codebook.fitted
-
-
 def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
     """What becomes of experts when the model is loaded, said before work starts."""
     quantized = [unit for unit in units if unit.kind == "expert" and unit.matrix is not None]
-    if recipe.format == "packed" and quantized:
-        return [
-            f"{len(quantized)} matrices of experts are packed on disk and dequantized when the model is loaded, "
-            "because PEFT trains stacked experts as dense parameters only: in memory they take the model's dtype."
-        ]
+    if quantized and (text := get_container(recipe.format).loaded_experts):
+        return [f"{len(quantized)} matrices of experts are {text}"]
     refused = [unit for unit in units if unit.kind == "expert" and unit.matrix is None and unit.target is not None]
     if refused and recipe.experts == "quantize" and not get_format(recipe.format).holds_stacked_experts:
         return [

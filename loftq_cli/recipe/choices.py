@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from loftq_cli.formats import FORMATS
 from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
 
 BITS = (2, 3, 4, 8)
@@ -18,7 +19,8 @@ METHODS = ("loftq", "refined", "qlora", "qa-lora")
 ITERS = {"loftq": 5, "refined": 16, "qlora": 5, "qa-lora": 5}  # by method, where none are given
 INITS = ("svd", "zero")
 STARTS = ("refined", "qa-lora")  # methods whose start can be chosen
-FORMAT_NAMES = ("auto", "packed", "bnb", "gptq", "gptq-v2", "compressed-tensors", "gguf", "dense")
+AUTO = "auto"
+FORMAT_NAMES = (AUTO, *FORMATS)
 EMBEDDINGS = ("keep", "quantize", "adapt")
 LM_HEADS = ("keep", "quantize")
 EXPERTS = ("quantize", "require", "keep")

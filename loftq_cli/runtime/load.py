@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS, container_in, container_of
 from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
-from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
-from loftq_cli.formats.packed import SCALE_NAMES
+from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path
 
@@ -21,16 +22,10 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "loftq_fingerprint"
 
-# Names of the scales in packed and in bitsandbytes checkpoints.
-_PACKED_SCALES = tuple(f".{name}" for name in SCALE_NAMES)
-_SCALES = (*_PACKED_SCALES, ".absmax")
-
-# What reads a checkpoint of a quant_method: modules and the extra they come with.
-_LOADERS = {
-    "bitsandbytes": (("bitsandbytes", "bnb"),),
-    "gptq": (("optimum", "gptq"), ("gptqmodel", "gptq")),
-    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
-}
+# Ends of the names of scales, behind a module's name and behind a whole weight's. Those of all containers: a damaged
+# config.json may not say which one it is.
+_LAYER_SCALES = tuple(f".{name}" for container in FORMATS.values() for name in container.loading.layer_scales)
+_TENSOR_SCALES = tuple({name: None for container in FORMATS.values() for name in container.loading.tensor_scales})
 
 # What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -68,12 +63,15 @@ def load(
     source, placement = _picked(options, _SOURCE_OPTIONS), _picked(options, _PLACEMENT_OPTIONS)
     _check_request(Path(path), adapter is True)
     config = _read_config(name, source, options)
-    _check_packed_state(name, config, options.get("quantization_config"), adapter is not False)
+    loading = _loading_of(Path(path), config)
+    for package in loading.packages:
+        _require(package.module, package.extra, "read this checkpoint")
+    given = options.get("quantization_config")
+    request = LoadRequest(name, _quantization(config), given, config.dtype, adapter is not False)
+    if refusal := loading.refuse(request):
+        raise LoftqError(refusal)
     home = _adapter_home(name, adapter, source)
-    if home is not None:
-        options = {**_trainable_kernel(config), **options}
-    if (Path(path) / GGUF_FILE).is_file():
-        options = {"gguf_file": GGUF_FILE, "dtype": config.dtype, **options}
+    options = {**loading.options(dataclasses.replace(request, adapter=home is not None)), **options}
     model = _load_backbone(_model_class(config, auto_class), name, options)
     if home is None:
         return model
@@ -103,7 +101,7 @@ def _picked(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_request(folder: Path, adapter: bool) -> None:
-    """What can be refused before anything is loaded or downloaded."""
+    """Refuse what can be refused before anything is loaded or downloaded."""
     if adapter:
         _require("peft", "train", "load the adapter")
     if not folder.is_dir():
@@ -121,50 +119,13 @@ def _check_request(folder: Path, adapter: bool) -> None:
 def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
-    for module, extra in _LOADERS.get(_quant_method(config) or "", ()):
-        _require(module, extra, "read this checkpoint")
-    return config
+    return AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
 
 
-def _check_packed_state(name: str, config: PretrainedConfig, given: Any, adapter: bool) -> None:
-    """What compressed-tensors checkpoints cannot do in the state they load in: PEFT adapts unpacked layers only, and
-    transformers unpacks all of them at the width of the first.
-
-    Args:
-        given: the user's own `quantization_config`, whose `dequantize` wins over the file's.
-
-    Raises:
-        LoftqError: an adapter over packed layers, or several widths to unpack.
-    """
-    if _quant_method(config) != "compressed-tensors":
-        return
-    quantization = _quantization(config)
-    unpacked = quantization.get("dequantize", False) if given is None else getattr(given, "dequantize", False)
-    groups = (quantization.get("config_groups") or {}).values()
-    # Experts have a group of their own, which transformers looks up for them.
-    several = sum(not any("experts" in target for target in group["targets"]) for group in groups) > 1
-    if unpacked and several:
-        raise LoftqError(
-            f"transformers would unpack the several bit widths of {name} as if they were one: load it as it is with "
-            "adapter=False, or convert with --format packed to train."
-        )
-    if adapter and not unpacked:
-        way = "quantization_config=transformers.CompressedTensorsConfig(dequantize=True)"
-        raise LoftqError(
-            f"{name} stays packed when it is loaded (--compressed), and PEFT adapts unpacked layers only: "
-            + ("convert with --format packed to train" if several else f"pass {way}")
-            + ", or adapter=False for the backbone alone."
-        )
-
-
-def _trainable_kernel(config: PretrainedConfig) -> dict[str, Any]:
-    """GPTQ's fastest kernel is for inference only; an adapter needs one with gradients."""
-    if _quant_method(config) != "gptq":
-        return {}
-    from transformers import GPTQConfig
-
-    return {"quantization_config": GPTQConfig(bits=_quantization(config)["bits"], backend="auto_trainable")}
+def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
+    """Return how to load the container in `folder`, or on the Hub if there is no such folder."""
+    container = container_in(folder) or container_of(_quant_method(config) or "")
+    return PLAIN if container is None else container.loading
 
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -176,10 +137,8 @@ def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> P
             f"{len(lost)} packed matrices of {name} found no place in {type(model).__name__} (the first: '{lost[0]}'): "
             "convert the model again, or load it as the class in its config.json."
         )
-    for module in model.modules():
-        # One inference pass would repack bitsandbytes weights for AVX-512 in place, and training after it is wrong.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for container in FORMATS.values():  # of all: a dense backbone may be quantized while it is loaded
+        container.loading.finish(model)
     return model
 
 
@@ -188,11 +147,11 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
     head that this class does not have are no loss."""
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
-    lost = [key for key in missing if key.endswith(_PACKED_SCALES)]
+    lost = [key for key in missing if key.endswith(_LAYER_SCALES)]
     for key in unexpected:
-        if key.endswith(_SCALES):
-            module = key.removesuffix(".absmax")
-            module = next((module.removesuffix(name[7:]) for name in _PACKED_SCALES if module.endswith(name)), module)
+        if key.endswith((*_LAYER_SCALES, *_TENSOR_SCALES)):
+            module = next((key.removesuffix(end) for end in _TENSOR_SCALES if key.endswith(end)), key)
+            module = next((module.removesuffix(name[7:]) for name in _LAYER_SCALES if module.endswith(name)), module)
             # A weight's module, or the module that holds a stacked parameter.
             lost += [key] if find_path(module.rpartition(".")[0], modules, prefix) else []
     return sorted(lost)

@@ -11,35 +11,36 @@ from support.paths import ROOT
 
 from loftq_cli.formats import FORMATS, get_format
 from loftq_cli.formats.base import GridRequest, Refusal
-from loftq_cli.formats.capabilities import CAPABILITIES, UPSTREAM, Capability
-from loftq_cli.planning.resolve import INTEGER_FORMATS
+from loftq_cli.formats.container import UPSTREAM, Container
 from loftq_cli.recipe.model import BITS, FORMAT_NAMES
 
 
-def test_every_container_has_an_entry() -> None:
-    assert [item.format for item in CAPABILITIES] == list(FORMATS)
+def test_every_container_can_be_chosen_and_opened() -> None:
+    assert [get_format(name).name for name in FORMATS] == list(FORMATS)
+    assert [item.name for item in FORMATS.values()] == list(FORMATS)
     assert sorted(FORMAT_NAMES) == sorted(["auto", *FORMATS])
 
 
-@pytest.mark.parametrize("item", CAPABILITIES, ids=lambda item: item.format)
-def test_bits_are_those_the_container_takes(item: Capability) -> None:
-    data_type, block = ("int", 32) if item.format in INTEGER_FORMATS else ("nf", 64)
+@pytest.mark.parametrize("item", FORMATS.values(), ids=FORMATS)
+def test_bits_are_those_the_container_takes(item: Container) -> None:
+    data_type, block = ("int", 32) if item.integers_only else ("nf", 64)
 
     def takes(bits: int) -> bool:
         request = GridRequest("linear", 64, 128, bits, data_type, block, torch.float32, module="model.layers.0.fc")
-        return not isinstance(get_format(item.format).grid(request), Refusal)
+        return not isinstance(get_format(item.name).grid(request), Refusal)
 
-    assert tuple(bits for bits in BITS if takes(bits)) == item.bits
+    assert tuple(bits for bits in BITS if takes(bits)) == item.capability.bits
 
 
-@pytest.mark.parametrize("item", CAPABILITIES, ids=lambda item: item.format)
-def test_claims_name_tests_that_exist(item: Capability) -> None:
-    for claim in (item.exact, item.trains, item.serves):
+@pytest.mark.parametrize("item", FORMATS.values(), ids=FORMATS)
+def test_claims_name_tests_that_exist(item: Container) -> None:
+    row = item.capability
+    for claim in (row.exact, row.trains, row.serves):
         if claim.proof == UPSTREAM:
             continue
         file, _, name = claim.proof.partition("::")
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), claim.proof
-    assert item.exact.proof != UPSTREAM and item.trains.proof != UPSTREAM
+    assert row.exact.proof != UPSTREAM and row.trains.proof != UPSTREAM
 
 
 def test_readme_shows_the_current_table() -> None:

@@ -11,7 +11,7 @@ import torch
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import FORMATS, get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix, Refusal
-from loftq_cli.formats.bnb import safe_block_size
+from loftq_cli.formats.bnb.format import safe_block_size
 from loftq_cli.numerics.grids.blocks import BlockGrid, dequantize, quantize
 from loftq_cli.numerics.grids.nested import dynamic_map, quantize_scales
 

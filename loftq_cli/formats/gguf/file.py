@@ -1,41 +1,37 @@
-"""A GGUF file laid out before its content exists: magic, key-values, tensor table, then aligned data.
+"""A GGUF file laid out before its content exists: header from the gguf package's writer, then aligned data.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little-endian.
 """
 
 from __future__ import annotations
 
-import enum
-import struct
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType as GgmlType
+from gguf import GGUFValueType, LlamaFileType
+from gguf.gguf_writer import WriterState
 
 from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
-_ALIGNMENT = 32
-_VERSION = 3
-
-
-class GgmlType(enum.IntEnum):
-    """Types of ggml tensors, by their numbers in a file."""
-
-    F32 = 0
-    F16 = 1
-    Q4_0 = 2
-    Q4_1 = 3
-    Q8_0 = 8
-    BF16 = 30
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block of 32 weights."""
-        return {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[self.name]
-
-
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_ARCHITECTURE = "general.architecture"
 _PLAIN = {torch.float32: GgmlType.F32, torch.float16: GgmlType.F16, torch.bfloat16: GgmlType.BF16}
-_FILE_TYPES = {GgmlType.Q4_0: 2, GgmlType.Q4_1: 3, GgmlType.Q8_0: 7}
+_FILE_TYPES = {
+    GgmlType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GgmlType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GgmlType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+_VALUE_TYPES = {
+    str: GGUFValueType.STRING,
+    float: GGUFValueType.FLOAT32,
+    int: GGUFValueType.UINT32,
+    list: GGUFValueType.ARRAY,
+}
 
 
 def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) -> dict[str, int | float | str]:
@@ -46,8 +42,8 @@ def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) ->
     return {
         "general.architecture": arch,
         "general.name": "loftq",
-        "general.file_type": _FILE_TYPES[kind],
-        "general.quantization_version": 2,
+        "general.file_type": int(_FILE_TYPES[kind]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
         "general.alignment": _ALIGNMENT,
         "loftq.fingerprint": fingerprint,
         f"{arch}.block_count": int(config["num_hidden_layers"]),
@@ -82,40 +78,43 @@ def file_layout(
     quantized: Mapping[str, tuple[GgmlType, tuple[int, int]]],
     values: Mapping[str, Any],
 ) -> TensorFile:
-    """The file's header, and every tensor's place.
+    """Lay out the file: its header, and every tensor's place.
 
     Args:
         quantized: type and shape [out, in] of the tensors that hold blocks; the others are plain.
+        values: str, float, int and list values by key, with `general.architecture`. Empty lists are left out.
     """
-    table, offset, offsets = b"", 0, {}
+    kinds = {tensor.name: quantized.get(tensor.name) or (_PLAIN[tensor.dtype], tensor.shape) for tensor in tensors}
+    header = _header(tensors, kinds, values)
+    offset, starts = len(header), {}
     for tensor in tensors:
-        kind, shape = quantized.get(tensor.name) or (_PLAIN[tensor.dtype], tensor.shape)
-        table += _text(tensor.name) + struct.pack("<I", len(shape))
-        table += b"".join(struct.pack("<Q", size) for size in reversed(shape))
-        table += struct.pack("<IQ", kind, offset)
-        offsets[tensor.name] = offset
-        offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
-    header = b"GGUF" + struct.pack("<IQQ", _VERSION, len(tensors), len(values))
-    header += b"".join(_text(key) + _value(value) for key, value in values.items()) + table
-    header += bytes(-len(header) % _ALIGNMENT)
-    starts = {tensor: len(header) + place for tensor, place in offsets.items()}
+        starts[tensor.name] = offset
+        offset += gguf.GGUFWriter.ggml_pad(tensor.nbytes, _ALIGNMENT)
     return TensorFile(name, header, tuple(tensors), starts)
 
 
-def _text(text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _value(value: Any) -> bytes:
-    """A key's value with its type: uint32 is 4, int32 in lists 5, float32 6, a string 8, a list 9."""
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _text(value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if value and isinstance(value[0], str):
-        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
-    code, letter = (6, "f") if value and isinstance(value[0], float) else (5, "i")
-    return struct.pack(f"<IIQ{len(value)}{letter}", 9, code, len(value), *value)
+def _header(
+    tensors: Sequence[OutputTensor],
+    kinds: Mapping[str, tuple[GgmlType, tuple[int, ...]]],
+    values: Mapping[str, Any],
+) -> bytes:
+    """Everything before the data: magic, key-values and tensor table, padded to the alignment."""
+    writer = gguf.GGUFWriter(None, values[_ARCHITECTURE])
+    for key, value in values.items():
+        if key == _ARCHITECTURE or value == []:  # the writer has the one already, and refuses the other
+            continue
+        # Given the type of a list's items, the writer does not look at every one of them for it.
+        items = GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+        writer.add_key_value(key, value, _VALUE_TYPES[type(value)], items)
+    for tensor in tensors:
+        kind, shape = kinds[tensor.name]
+        # The numpy type does not matter where the ggml type is given, unless it is uint8.
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    buffer = io.BytesIO()
+    output: Any = writer  # the writer wants a file on disk; given an open one, it takes that
+    output.fout, output.state = [buffer], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(buffer, buffer.tell())
+    return buffer.getvalue()

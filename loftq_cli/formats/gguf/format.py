@@ -17,12 +17,13 @@ are reordered, because ggml rotates neighbouring elements where transformers rot
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -37,6 +38,8 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
+from loftq_cli.formats.gguf import BLOCK as _BLOCK
+from loftq_cli.formats.gguf import FILE, LORA_FILE
 from loftq_cli.formats.gguf.file import GgmlType, adapter_values, file_layout, model_values
 from loftq_cli.formats.gguf.vocabulary import vocabulary_values
 from loftq_cli.formats.refusals import INSTEAD, integers_only
@@ -44,8 +47,6 @@ from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
-FILE, LORA_FILE = "model.gguf", "loftq_init/adapter.gguf"
-_BLOCK = 32
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _REORDERED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
 _QWEN3_HEAD = 128  # transformers' loader reads no other from the file
@@ -126,7 +127,7 @@ class GgufFormat(FormatDefaults):
         return file_layout(LORA_FILE, tensors, {}, adapter_values(arch, alpha))
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        width = matrix.in_features // _BLOCK * _type(matrix).block_bytes
+        width = matrix.in_features // _BLOCK * _block_bytes(matrix)
         return (OutputTensor(tensor_name(matrix.tensor), torch.uint8, (matrix.out_features, width)),)
 
     def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
@@ -144,7 +145,7 @@ class GgufFormat(FormatDefaults):
         stored = read(tensor_name(matrix.tensor))
         blocks = torch.empty_like(stored)
         blocks[_file_rows(matrix, stored.device)] = stored
-        blocks = blocks.reshape(matrix.out_features, -1, _type(matrix).block_bytes)
+        blocks = blocks.reshape(matrix.out_features, -1, _block_bytes(matrix))
         n_numbers = 1 if affine_grid(matrix).zero == "none" else 2
         numbers = blocks[..., : 2 * n_numbers].contiguous().view(torch.float16).float()
         packed = blocks[..., 2 * n_numbers :]
@@ -152,6 +153,12 @@ class GgufFormat(FormatDefaults):
         zeros = numbers[..., 1] if n_numbers == 2 else None
         codes = codes.reshape(matrix.shape).contiguous()
         return dequantize(QuantizedGroups(codes, numbers[..., 0], zeros), affine_grid(matrix))
+
+    def read_tensor(self, file: Path, name: str) -> Tensor:
+        tensors = _tensors_of(file, file.stat().st_mtime_ns)
+        found = tensors[name if name in tensors else tensor_name(name)]
+        content = torch.from_numpy(found.data.copy())
+        return content.view(torch.bfloat16) if found.tensor_type == GgmlType.BF16 else content
 
     def quantization_config(
         self,
@@ -167,7 +174,7 @@ def tensor_name(name: str) -> str:
     """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
 
     Raises:
-        LoftqError: GGUF has no such tensor, or the package that knows the names is missing.
+        LoftqError: GGUF has no such tensor.
     """
     stem, _, leaf = name.rpartition(".")
     layer = re.search(r"\.(\d+)\.", stem)
@@ -177,13 +184,15 @@ def tensor_name(name: str) -> str:
     return f"{found if layer is None else found.replace('.0.', layer[0], 1)}.{leaf}"
 
 
+@lru_cache(maxsize=1)
+def _tensors_of(file: Path, changed: int) -> dict[str, Any]:
+    """The tensors of a file as it was at the time `changed`; reading its vocabulary takes seconds, so it is cached."""
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
 @cache
 def _names() -> Any:
     """The gguf package's own names, of one layer; Qwen3 has every tensor of the models that are written."""
-    if importlib.util.find_spec("gguf") is None:
-        raise LoftqError("gguf is needed to name the tensors of a GGUF file: run `pip install 'loftq-cli[gguf]'`.")
-    import gguf
-
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1)
 
 
@@ -200,8 +209,14 @@ def _type(matrix: QuantizedMatrix) -> GgmlType:
     return GgmlType.Q4_0 if affine_grid(matrix).zero == "none" else GgmlType.Q4_1
 
 
+def _block_bytes(matrix: QuantizedMatrix) -> int:
+    """Bytes of a block of 32 weights."""
+    _, size = gguf.GGML_QUANT_SIZES[_type(matrix)]
+    return size
+
+
 def _file_rows(matrix: QuantizedMatrix, device: torch.device) -> Tensor:
-    """Which row of the matrix stands at each place of the file."""
+    """Return the row of the matrix that is stored at each place of the file."""
     rows = torch.arange(matrix.out_features, device=device)
     if not matrix.heads:
         return rows

@@ -32,6 +32,7 @@ from loftq_cli.formats.base import (
     block_grid,
     blocks_of,
 )
+from loftq_cli.formats.bnb import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.grids.codebooks import Codebook, codebook
@@ -147,7 +148,7 @@ class BnbFormat(FormatDefaults):
         request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
         return {
-            "quant_method": "bitsandbytes",
+            "quant_method": QUANT_METHOD,
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",

@@ -41,6 +41,7 @@ from loftq_cli.formats.base import (
     blocks_of,
     groups_of,
 )
+from loftq_cli.formats.packed import QUANT_METHOD
 from loftq_cli.formats.refusals import plain_scales
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
@@ -49,9 +50,11 @@ from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_rows
 from loftq_cli.tensorfile.tensors import OutputTensor
 
-QUANT_METHOD = "loftq"
-CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written
-SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
+_NO_TABLE = Refusal(
+    "weights dequantized while loading are packed with the levels of a codebook only: use --format dense, or drop "
+    "--levels fitted and --data-type int",
+    fatal=True,
+)
 
 
 class PackedFormat(FormatDefaults):
@@ -66,11 +69,15 @@ class PackedFormat(FormatDefaults):
             return refusal
         dtype = request.dtype
         if request.data_type == "int":
+            if request.parameter:
+                return _NO_TABLE
             zero: Zero = "none" if request.symmetric else "float"
             rule = request.scale_rule
             value_dtype = torch.float32 if request.unrounded else dtype
             return AffineGrid(request.bits, request.block_size, zero, dtype, value_dtype, scale_rule=rule)
         book = codebook(request.data_type, request.bits)
+        if request.parameter and book.fitted:
+            return _NO_TABLE
         return BlockGrid(book, request.block_size, "rows", scale_dtype=dtype, value_dtype=dtype, signed=True)
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:

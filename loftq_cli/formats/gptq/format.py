@@ -32,6 +32,7 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
+from loftq_cli.formats.gptq import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
@@ -123,7 +124,7 @@ class GptqFormat(FormatDefaults):
     ) -> dict[str, Any]:
         grid = affine_grid(matrices[0])
         config: dict[str, Any] = {
-            "quant_method": "gptq",
+            "quant_method": QUANT_METHOD,
             "bits": grid.bits,
             "group_size": grid.group_size or -1,
             "sym": grid.zero == "none",

@@ -35,6 +35,7 @@ from loftq_cli.formats.base import (
     affine_grid,
     groups_of,
 )
+from loftq_cli.formats.compressed_tensors import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
@@ -133,7 +134,7 @@ class CompressedTensorsFormat(FormatDefaults):
         request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": QUANT_METHOD,
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "dequantize": request.dequantize,
@@ -165,7 +166,7 @@ def _groups(matrices: Sequence[QuantizedMatrix]) -> list[tuple[list[str], Affine
 
 
 def _routers(matrices: Sequence[QuantizedMatrix]) -> list[str]:
-    """What stands beside experts and decides between them: no Linear in transformers, but one in other readers."""
+    """Routers beside experts: they are not Linear modules in transformers, but they are in other readers."""
     prefixes = [matrix.prefix.partition(".experts.") for matrix in matrices if matrix.kind == "expert"]
     return list(
         dict.fromkeys(_any_number(f"{block}.{name}") for block, found, _ in prefixes if found for name in _GATES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.formats.base import ANY_REQUEST, FormatDefaults, GridRequest, QuantizedMatrix, Refusal, Request
-from loftq_cli.formats.packed import PackedFormat
+from loftq_cli.formats.packed.format import PackedFormat
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.tensorfile.tensors import OutputTensor
@@ -31,7 +31,7 @@ class DenseFormat(FormatDefaults):
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if request.data_type == "fitted":
             return Refusal("only packed files have room for --levels fitted: use --format packed", fatal=True)
-        found = PackedFormat().grid(request)
+        found = PackedFormat().grid(replace(request, parameter=False))
         return replace(found, signed=False) if isinstance(found, BlockGrid) else found
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:

@@ -1,0 +1,51 @@
+"""Declaration of `packed`: the project's own storage, for any codebook and for integers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loftq_cli.formats.container import Auto, Capability, Claim, Container
+from loftq_cli.formats.loading import Loading
+
+if TYPE_CHECKING:
+    from loftq_cli.formats.base import Format
+
+QUANT_METHOD = "loftq"
+CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written
+SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
+_QUANTIZES = "end_to_end/test_quantize.py::test_small_llama"
+
+
+def _open() -> Format:
+    from loftq_cli.formats.packed.format import PackedFormat
+
+    return PackedFormat()
+
+
+PACKED = Container(
+    name="packed",
+    open=_open,
+    capability=Capability(
+        bits=(2, 3, 4, 8),
+        levels="any codebook, integers with float zeros; mixed",
+        exact=Claim("yes", _QUANTIZES),
+        trains=Claim(
+            "yes, at the stored bits", "runtime/test_linear.py::test_forward_and_gradients_equal_the_dense_layer"
+        ),
+        serves=Claim("transformers with `loftq_cli.runtime`", _QUANTIZES),
+    ),
+    needs=("loftq-cli[train]",),
+    loading=Loading(
+        before=("import loftq_cli.runtime  # teaches transformers the packed layers",),
+        layer_scales=SCALE_NAMES,
+        tensor_scales=(".absmax",),  # of stacked experts
+    ),
+    quant_method=QUANT_METHOD,
+    auto=Auto(rank=1, fits=lambda request: True),
+    pools=True,
+    float_zeros=True,
+    loaded_experts=(
+        "packed on disk and dequantized when the model is loaded, because PEFT trains stacked experts as dense "
+        "parameters only: in memory they take the model's dtype."
+    ),
+)
