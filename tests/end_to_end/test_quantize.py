@@ -15,14 +15,6 @@ from loftq_cli.artifacts.decode import decode_product
 FORMATS = [(bits, name) for bits in (2, 3, 4) for name in ("packed", "bnb", "dense") if (bits, name) != (3, "bnb")]
 
 
-
-
-
-
-
-
-
-
 @pytest.mark.parametrize(("bits", "name"), FORMATS)
 def test_small_llama(bits: int, name: str, small_llama: Path, wikitext: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,7 +70,7 @@ def test_minilm(bits: int, minilm: Path, tmp_path: Path) -> None:
 
 
 def test_the_resolved_recipe_repeats_the_run_byte_for_byte(small_llama: Path, tmp_path: Path) -> None:
-    recipe = {"bits": 2, "rank": 8, "iters": 3, "rule": ("layers.0.=4:16", "down_proj=3"), "max_shard_size": "1MB"}
+    recipe = {"bits": 2, "rank": 8, "iters": 3, "rule": ("layers.0.=4:16", "down_proj=3"), "max_shard_size": "100KB"}
     loftq_cli.quantize(small_llama, output=tmp_path / "a", **recipe)
     loftq_cli.quantize(config=tmp_path / "a" / "loftq.yaml", output=tmp_path / "b")
     first = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.safetensors")}
@@ -155,12 +147,20 @@ def test_qlora_is_plain_quantization(small_llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+# Mean over the matrices of a checkpoint, by its folder: without an adapter, and after each of five steps.
+MEASURED = {
+    "tiny-llama": (0.5615, [0.4927, 0.4657, 0.4592, 0.4583, 0.4595]),
+    "llama": (0.5606, [0.4393, 0.4133, 0.4119, 0.4161, 0.4224]),
+}
+
+
 def test_mean_residuals_are_the_measured_ones(small_llama: Path, tmp_path: Path) -> None:
     """Exact-SVD LoftQ on this checkpoint, measured independently beforehand: 2 bits, NF, block 64, rank 16."""
+    plain, expected = MEASURED[small_llama.name]
     manifest = loftq_cli.quantize(small_llama, output=tmp_path / "out", bits=2, rank=16, dtype="float32")
     steps = torch.tensor([record.residuals for record in manifest.matrices]).mean(0)
-    assert manifest.totals.plain_residual == pytest.approx(0.5615, abs=2e-4)
-    assert steps.tolist() == pytest.approx([0.4927, 0.4657, 0.4592, 0.4583, 0.4595], abs=7e-4)
+    assert manifest.totals.plain_residual == pytest.approx(plain, abs=2e-4)
+    assert steps.tolist() == pytest.approx(expected, abs=7e-4)
 
 
 def test_nonfinite_weights_are_named(random_llama: Path, tmp_path: Path) -> None:

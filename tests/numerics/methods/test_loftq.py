@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from support.matrices import weight
@@ -19,8 +17,6 @@ F32 = torch.float32
 
 def grid(bits: int, data_type: str = "nf") -> BlockGrid:
     return BlockGrid(codebook(data_type, bits), 64, "rows", F32, F32)
-
-
 
 
 def algorithm_1(w: torch.Tensor, bits: int, rank: int, iters: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
@@ -153,45 +149,3 @@ def test_fast_step_on_trained_matrices(model: str, rank: int, bits: int, request
         fast = loftq(w, quantizer, iters=5, low_rank=fast_step(rank, torch.Generator().manual_seed(0)))
         assert fast.residual <= exact.residual * 1.001, name
         assert all(a <= b * 1.001 for a, b in zip(fast.residuals, exact.residuals)), name
-
-
-@pytest.mark.parametrize("layout", ["rows", "flat"])
-@pytest.mark.parametrize("shape", [(64, 256), (33, 100), (5, 70), (1, 1), (300, 48)])
-def test_compiled_quantizer_is_its_plain_twin(layout: str, shape: tuple[int, int]) -> None:
-    """Codes, scales and residuals bit for bit, for every codebook and dtype, ties and extremes among the values."""
-    torch.manual_seed(0)
-    target, w = torch.randn(shape), torch.randn(shape)
-    flat = target.view(-1)
-    specials = torch.tensor([0.0, -0.0, 1e-45, 1e-30, 65504.0, 1e30, 0.5, -0.5])[: flat.numel()]
-    flat[: len(specials)] = specials
-    for bits, data_type in itertools.product((2, 3, 4, 8), ("nf", "nf-sym", "uniform")):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for block_size in (32, 64, 256):
-                kind = BlockGrid(codebook(data_type, bits), block_size, layout, dtype, dtype)
-                plain = BlockQuantizer(kind).quantize_residual(w, target)
-                fast = block_quantizer(kind, "cpu").quantize_residual(w, target)
-                assert torch.equal(fast.quantized.codes, plain.quantized.codes)
-                assert torch.equal(fast.quantized.absmax, plain.quantized.absmax)
-                assert torch.equal(fast.residual, plain.residual)
-                assert fast.residual_norm() == pytest.approx(plain.residual_norm(), rel=1e-6)
-
-
-def test_the_compiled_quantizer_is_the_one_that_runs() -> None:
-    assert type(block_quantizer(grid(2), "cpu")).__name__ == "CompiledQuantizer"
-
-
-def test_without_the_compiler_plain_torch_takes_over_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from loftq_cli import kernels
-
-    monkeypatch.setitem(sys.modules, "numba", None)
-    for name in [name for name in sys.modules if name.startswith("loftq_cli.kernels.cpu")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(kernels, "cpu", raising=False)
-    kernels._compiled_quantizers.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="plain torch takes over"):
-            assert isinstance(kernels.block_quantizer(grid(2), "cpu"), BlockQuantizer)
-    finally:
-        kernels._compiled_quantizers.cache_clear()
