@@ -10,7 +10,7 @@ from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats.capabilities import capability
 from loftq_cli.formats.gguf.format import FILE as GGUF_FILE
 from loftq_cli.planning.plan import Plan
-from loftq_cli.recipe.model import Recipe, recipe_fields
+from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 
 _WORST = 5
 _TAGS = {
@@ -20,7 +20,6 @@ _TAGS = {
     "compressed-tensors": "compressed-tensors",
     "gguf": "gguf",
 }
-_OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -255,9 +254,9 @@ def _command(plan: Plan) -> str:
             continue
         if name == "rule" and plan.recipe.allocates:
             value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
-        flag = f"--{name.replace('_', '-')}"
+        flag, *opposite = recipe_specs()[name].flag.split("/")
         if isinstance(value, bool):
-            words.append(flag if value else _OPPOSITES[name])
+            words.append(flag if value else opposite[0])
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]
