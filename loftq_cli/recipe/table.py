@@ -33,7 +33,8 @@ def _values(spec: Spec) -> str:
     if spec.repeatable:
         return "list of strings"
     name = " or ".join(_TYPES[part] for part in spec.types)
-    return f"{name}, at least {spec.least}" if spec.least is not None else name
+    bounds = [f"at least {spec.least}"] * (spec.least is not None) + [f"at most {spec.most}"] * (spec.most is not None)
+    return ", ".join([name, *bounds])
 
 
 def _cell(text: str) -> str:
