@@ -26,9 +26,13 @@ from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 from loftq_cli.recipe.table import markdown_table
 
 # Of recipes of version 0.1: they are in the metadata of its weight files.
-FIELDS_OF_0_1 = set(
-    ["model", "revision", "bits", "mix", "target_size", "weigh", "rank", "rank_budget", "iters", "method", "init", "levels", "data_type", "block_size", "group_size", "scale", "symmetric", "double_quant", "format", "dequantize", "rule", "include", "exclude", "embeddings", "lm_head", "experts", "allow_nonfinite", "alpha", "keep_last", "svd", "dtype", "calibrate", "calibration_tokens", "calibrate_kind", "calibration_hash", "seed", "max_shard_size", "meta_version"]
-)
+FIELDS_OF_0_1 = {
+    "model", "revision", "bits", "mix", "target_size", "weigh", "rank", "rank_budget", "iters", "method",
+    "init", "levels", "data_type", "block_size", "group_size", "scale", "symmetric", "double_quant", "format",
+    "dequantize", "rule", "include", "exclude", "embeddings", "lm_head", "experts", "allow_nonfinite", "alpha",
+    "keep_last", "svd", "dtype", "calibrate", "calibration_tokens", "calibrate_kind", "calibration_hash",
+    "seed", "max_shard_size", "meta_version",
+}  # fmt: skip
 FINGERPRINTS = [
     ({}, "4040dba2c8f22d682b0ede51cf4cc644572a08a7210f6695820aee7f727bf0f2"),
     (
