@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Unpack
 
 from loftq_cli.engine.workers.order import make_orders
 from loftq_cli.engine.workers.supervisor import make_team
 from loftq_cli.errors import UsageError
 from loftq_cli.machine.devices import choose_device, choose_devices
+from loftq_cli.recipe.keywords import RecipeKeywords
 from loftq_cli.recipe.model import Recipe, make_recipe, parse_size, read_places
-
-_NO_RUN = "finished"  # what a launcher's other processes hear where nothing is left to convert
 
 if TYPE_CHECKING:
     import torch
 
     from loftq_cli.artifacts.manifest import Manifest
+    from loftq_cli.engine.workers.launcher import World
     from loftq_cli.engine.workers.order import Order
     from loftq_cli.planning.plan import Plan
     from loftq_cli.progress import Reporter
+
+_NO_RUN = "finished"  # announced to a launcher's other processes when nothing is left to convert
 
 
 def quantize(
@@ -36,7 +41,7 @@ def quantize(
     overwrite: bool = False,
     push_to: str | None = None,
     reporter: Reporter | None = None,
-    **recipe: Any,
+    **recipe: Unpack[RecipeKeywords],
 ) -> Manifest:
     """Convert a checkpoint to a quantized backbone and a LoRA adapter.
 
@@ -49,19 +54,14 @@ def quantize(
         num_processes: workers that share the matrices; by default one for every GPU in use, and one on the CPU. Where
             a launcher (`accelerate launch`, torchrun, mpirun, srun) has started several processes, they are the workers
             and share `output`, on one machine or on several; each returns the manifest.
-        max_memory: resident memory to stay below, such as `"2GB"`; by default what the largest matrix takes, twice.
+        max_memory: resident memory to stay below, such as `"2GB"`; by default twice what the largest matrix needs.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or drop the state of an unfinished one.
         push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
             is only pushed. May come from `config`.
-        reporter: hears of progress; silent by default.
-        **recipe: the fields of `Recipe` with the command line's names and defaults: revision=None, bits=4, mix="",
-            target_size=None, weigh="relative", rank=16, rank_budget=None, iters=None (5; refined: 16), method="loftq",
-            init=None, levels=None, data_type="auto", block_size=64, group_size=None, scale="auto", symmetric=None,
-            double_quant=False, format="auto", dequantize=True, rule=(), include=(), exclude=(), embeddings="keep",
-            lm_head="keep", experts="quantize", allow_nonfinite=False, alpha=None, keep_last=False, svd="fast",
-            dtype="auto", calibrate=None, calibration_tokens=16384, calibrate_kind="diagonal", seed=0,
-            max_shard_size="5GB", meta_version="auto".
+        reporter: receives progress events; silent by default.
+        **recipe: the fields of a recipe, with the command line's names and defaults: see `loftq quantize --help` and
+            `loftq_cli.Recipe`.
 
     Returns:
         The manifest of the finished directory, as it stands in `loftq.json`.
@@ -70,51 +70,30 @@ def quantize(
         UsageError: an argument cannot be meant, or the output is not free.
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
     """
-    from loftq_cli.calibration.calibrate import calibrated, pin_calibration
-    from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.compute.finite import find_nonfinite
-    from loftq_cli.engine.output.finished import find_finished
-    from loftq_cli.engine.run import run_plan
     from loftq_cli.engine.workers.launcher import joined_world
     from loftq_cli.progress import Reporter
 
     file = Path(config) if config else None
     asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
-    output, repo = output or places.get("output"), push_to or places.get("push_to")
-    memory = None if max_memory is None else parse_size(max_memory)
-    devices = choose_devices(device, num_processes)
-    reporter = reporter or Reporter()
+    job = _Job(
+        asked,
+        output=output or places.get("output"),
+        push_to=push_to or places.get("push_to"),
+        devices=choose_devices(device, num_processes),
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        stream=stream,
+        overwrite=overwrite,
+        reporter=reporter or Reporter(),
+    )
     with joined_world() as world:
         if world is not None and num_processes is not None:
             raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
         if world is not None and not world.main:
-            orders = make_orders(asked, _output(asked, output), devices, stream, memory, world)
-            return _follow(orders[0], world.hear())
-        repo = _may_push(repo)
-        with open_source(asked, stream=stream) as (checkpoint, resolved):
-            resolved = pin_calibration(resolved)
-            nonfinite = None
-            if resolved.allow_nonfinite:
-                nonfinite = find_nonfinite(_unmixed_plan(resolved, checkpoint, output), checkpoint, reporter)
-            made = _plan(resolved, checkpoint, output, devices[0], reporter.measuring, nonfinite)
-            orders = make_orders(made.recipe, made.output, devices, stream, memory, world)
-            manifest = find_finished(made) if repo and not overwrite else None
-            if manifest is not None and world is not None:
-                world.announce(_NO_RUN)
-            if manifest is None:
-                made = calibrated(made, checkpoint, devices[0], reporter)
-                manifest = run_plan(
-                    made,
-                    checkpoint,
-                    device=devices[0],
-                    reporter=reporter,
-                    overwrite=overwrite,
-                    max_memory=orders[0].max_memory,
-                    team=make_team(orders, world),
-                )
-    if repo:
-        _push(made.output, repo)
-    return manifest
+            return _follow(job, world)
+        done = _convert(job, world)
+    if job.push_to:
+        _push(done.output, job.push_to)
+    return done.manifest
 
 
 def plan(
@@ -125,14 +104,16 @@ def plan(
     stream: bool = False,
     device: str = "auto",
     measuring: Callable[[int, int], None] = lambda done, total: None,
-    **recipe: Any,
+    **recipe: Unpack[RecipeKeywords],
 ) -> Plan:
-    """What `quantize` with the same arguments would do; reads headers, no weights. Of a model on the Hub only headers
-    are fetched, with or without `stream`, unless its weights are pickles. Where bits or ranks are allocated, every
-    matrix is read once, on `device`, to measure what its choices cost; `quantize` does not measure again.
+    """Plan what `quantize` with the same arguments would do, from headers and no weights.
+
+    Only headers of a model on the Hub are fetched, with or without `stream`, unless its weights are pickles. Where bits
+    or ranks are allocated, every matrix is read once, on `device`, to measure what each choice costs; `quantize` does
+    not measure again.
 
     Args:
-        measuring: hears how many matrices are measured, of how many.
+        measuring: called with the number of matrices measured so far and of all to measure.
 
     Raises:
         UsageError, LoftqError: as `quantize` would before it starts to work.
@@ -147,24 +128,96 @@ def plan(
         return _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
 
 
-def _follow(order: Order, run_id: str) -> Manifest:
-    """A launcher's other process: its share of the run, or nothing where the main one has found the output finished."""
+@dataclass(frozen=True)
+class _Job:
+    """What `quantize` was asked, with devices and sizes resolved.
+
+    Attributes:
+        output: as given; None for the default, which depends on the resolved model.
+        max_memory: bytes for all workers of this machine together; None for twice what the largest matrix needs.
+    """
+
+    asked: Recipe
+    output: str | Path | None
+    push_to: str | None
+    devices: tuple[torch.device, ...]
+    max_memory: int | None
+    stream: bool
+    overwrite: bool
+    reporter: Reporter
+
+    def orders(self, recipe: Recipe, output: Path, world: World | None) -> list[Order]:
+        return make_orders(recipe, output, self.devices, self.stream, self.max_memory, world)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished directory and its manifest, which still names an older place if the directory was moved."""
+
+    output: Path
+    manifest: Manifest
+
+
+def _convert(job: _Job, world: World | None) -> _Done:
+    """The conversion as the main process runs it."""
+    from loftq_cli.calibration.calibrate import pin_calibration
+    from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.output.finished import find_finished
+
+    _check_push(job.push_to)
+    with open_source(job.asked, stream=job.stream) as (checkpoint, resolved):
+        made = _measured_plan(job, checkpoint, pin_calibration(resolved))
+        orders = job.orders(made.recipe, made.output, world)
+        finished = find_finished(made) if job.push_to and not job.overwrite else None
+        if finished is not None and world is not None:
+            world.announce(_NO_RUN)
+        return _Done(made.output, finished or _run(job, made, checkpoint, orders, world))
+
+
+def _measured_plan(job: _Job, checkpoint: Any, recipe: Recipe) -> Plan:
+    """The plan, after every matrix was read for NaN and infinity if the recipe allows them."""
+    from loftq_cli.engine.compute.finite import find_nonfinite
+
+    nonfinite = None
+    if recipe.allow_nonfinite:
+        nonfinite = find_nonfinite(_unmixed_plan(recipe, checkpoint, job.output), checkpoint, job.reporter)
+    return _plan(recipe, checkpoint, job.output, job.devices[0], job.reporter.measuring, nonfinite)
+
+
+def _run(job: _Job, plan: Plan, checkpoint: Any, orders: list[Order], world: World | None) -> Manifest:
+    from loftq_cli.calibration.calibrate import calibrated
+    from loftq_cli.engine.run import run_plan
+
+    return run_plan(
+        calibrated(plan, checkpoint, job.devices[0], job.reporter),
+        checkpoint,
+        device=job.devices[0],
+        reporter=job.reporter,
+        overwrite=job.overwrite,
+        max_memory=orders[0].max_memory,
+        team=make_team(orders, world),
+    )
+
+
+def _follow(job: _Job, world: World) -> Manifest:
+    """Do this process's share of a launcher's run; there is none if the main process finds the output finished."""
     from loftq_cli.artifacts.manifest import read_manifest
     from loftq_cli.engine.workers.worker import follow
 
+    order = job.orders(job.asked, _output(job.asked, job.output), world)[0]
+    run_id = world.hear()
     if run_id == _NO_RUN:
         return read_manifest(order.output)
     return follow(dataclasses.replace(order, run_id=run_id))
 
 
-def _may_push(repo: str | None) -> str | None:
-    """What would stop the push is said before hours of work, not after."""
+def _check_push(repo: str | None) -> None:
+    """Refuse before hours of work a push that would fail after them."""
     if repo:
         from loftq_cli.publishing.push import check_repo, require_login
 
         check_repo(repo)
         require_login()
-    return repo
 
 
 def _push(output: Path, repo: str) -> None:
@@ -178,19 +231,11 @@ def _push(output: Path, repo: str) -> None:
         raise LoftqError(said, exit_code=error.exit_code) from error
 
 
-
-
-
-
 def default_output(recipe: Recipe) -> Path:
     """`Llama-2-13b-loftq-2.5bit-r64`, or with a target size `Llama-2-13b-loftq-6GB-r64`, in the working directory."""
     name = Path(recipe.model).expanduser().resolve().name
     size = f"{recipe.bits:g}bit" if recipe.target_size is None else recipe.target_size.replace(" ", "")
     return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
-
-
-
-
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""What must stay light: the package and the help pages load neither torch nor transformers."""
+"""The package and the help pages load neither torch nor transformers; what lists commands does not load pydantic."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ STATEMENTS = {
 }
 
 
-@pytest.mark.parametrize("statement", STATEMENTS.values(), ids=STATEMENTS.keys())
-def test_nothing_heavy_is_imported(statement: str) -> None:
+# Commands parse their options with pydantic; what runs no command does without.
+LIGHTEST = ("package", "help", "version")
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_nothing_heavy_is_imported(name: str) -> None:
+    heavy = (*HEAVY, "pydantic", "pydantic_core") if name in LIGHTEST else HEAVY
     program = f"""
 import atexit, sys
 def report():
-    print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+    print("HEAVY", [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
 atexit.register(report)
-{statement}
+{STATEMENTS[name]}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -10,10 +10,9 @@ from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
 from loftq_cli.planning.plan import Plan
-from loftq_cli.recipe.model import Recipe, recipe_fields
+from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 
 _WORST = 5
-_OPPOSITES = {"symmetric": "--asymmetric", "dequantize": "--compressed"}
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -231,9 +230,9 @@ def _command(plan: Plan) -> str:
             continue
         if name == "rule" and plan.recipe.allocates:
             value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
-        flag = f"--{name.replace('_', '-')}"
+        flag, *opposite = recipe_specs()[name].flag.split("/")
         if isinstance(value, bool):
-            words.append(flag if value else _OPPOSITES[name])
+            words.append(flag if value else opposite[0])
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from loftq_cli.cli.batch import batch_command
 from loftq_cli.cli.eval import eval_command
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.merge import merge_command
+from loftq_cli.cli.options import with_recipe_options
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
@@ -20,26 +24,54 @@ from loftq_cli.machine.openmp import openmp_spin_env
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
+_SETTINGS: dict[str, Any] = {"rich_markup_mode": "rich", "pretty_exceptions_enable": False}
+_COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
+    "quantize": ("Convert", quantize_command),
+    "plan": ("Convert", plan_command),
+    "batch": ("Convert", batch_command),
+    "merge": ("Convert", merge_command),
+    "inspect": ("Look", inspect_command),
+    "eval": ("Look", eval_command),
+    "push": ("Share", push_command),
+    "schema": ("Look", schema_command),
+    "verify": ("Look", verify_command),
+}
+
+
+class _Commands(TyperGroup):
+    """Lists commands by name and docstring; a command gets its options when it is called, because they come from the
+    recipe's fields and need pydantic, which takes as long to import as everything else that `loftq --help` needs."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command_with_options(name) if name in _COMMANDS else command, rest
+
+
+@cache
+def command_with_options(name: str) -> Any:
+    """The Typer command of this name, complete with its options."""
+    alone = typer.Typer(add_completion=False, **_SETTINGS)
+    alone.command(name)(with_recipe_options(_COMMANDS[name][1]))
+    return typer.main.get_command(alone)
+
+
+def _listed() -> None:
+    """Stands for a command while commands are listed."""
+
+
 app = typer.Typer(
     name="loftq",
+    cls=_Commands,
     no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Hugging Face checkpoints with LoftQ, matrix by matrix: a backbone of 2, 3, 4 or 8 bits and a LoRA "
     "adapter that starts training where the full-precision model stood.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 incomplete (the same command goes on), "
     "130 interrupted (state kept).",
+    **_SETTINGS,
 )
-app.command("quantize", rich_help_panel="Convert")(quantize_command)
-app.command("plan", rich_help_panel="Convert")(plan_command)
-app.command("batch", rich_help_panel="Convert")(batch_command)
-app.command("merge", rich_help_panel="Convert")(merge_command)
-app.command("inspect", rich_help_panel="Look")(inspect_command)
-app.command("eval", rich_help_panel="Look")(eval_command)
-app.command("push", rich_help_panel="Share")(push_command)
-app.command("schema", rich_help_panel="Look")(schema_command)
-app.command("verify", rich_help_panel="Look")(verify_command)
+for _name, (_panel, _function) in _COMMANDS.items():
+    app.command(_name, help=_function.__doc__, rich_help_panel=_panel)(_listed)
 
 
 def _print_version(wanted: bool) -> None:

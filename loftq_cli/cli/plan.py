@@ -22,47 +22,12 @@ def plan_command(
     model: o.Model = None,
     output: o.Output = None,
     config: o.Config = None,
-    revision: o.Revision = None,
     stream: o.Stream = False,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    rule: o.RuleOption = None,
-    embeddings: o.Embeddings = None,
-    lm_head: o.LmHead = None,
-    experts: o.Experts = None,
-    allow_nonfinite: o.AllowNonfinite = None,
-    meta_version: o.MetaVersion = None,
-    bits: o.Bits = None,
-    mix: o.Mix = None,
-    target_size: o.TargetSize = None,
-    weigh: o.Weigh = None,
-    data_type: o.DataTypeOption = None,
-    block_size: o.BlockSize = None,
-    group_size: o.GroupSize = None,
-    scale: o.Scale = None,
-    symmetric: o.Symmetric = None,
-    double_quant: o.DoubleQuant = None,
-    format: o.Format = None,
-    dequantize: o.Dequantize = None,
-    dtype: o.Dtype = None,
-    method: o.Method = None,
-    init: o.Init = None,
-    rank: o.Rank = None,
-    rank_budget: o.RankBudget = None,
-    iters: o.Iters = None,
-    levels: o.Levels = None,
-    alpha: o.Alpha = None,
-    keep_last: o.KeepLast = None,
-    svd: o.Svd = None,
-    calibrate: o.Calibrate = None,
-    calibration_tokens: o.CalibrationTokens = None,
-    calibrate_kind: o.CalibrateKind = None,
-    seed: o.Seed = None,
-    max_shard_size: o.MaxShardSize = None,
     device: o.Device = "auto",
     json: o.Json = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
+    **recipe: Any,
 ) -> None:
     """Show what `quantize` with the same flags would do, without reading a weight; only a budget (a mean of bits, a
     size, a mean rank) has every matrix read once and measured.
@@ -72,7 +37,6 @@ def plan_command(
 
     Example: loftq plan path/to/Llama-2-13b --bits 2 --rank 64
     """
-    recipe = o.recipe_values(locals())
     with guarded(debug):
         from loftq_cli.api import plan
         from loftq_cli.artifacts.summary import text_sizes
@@ -82,7 +46,6 @@ def plan_command(
 
         quiet_hub_logging(silent=json)
         reporter = choose_reporter(silent=json, verbose=verbose)
-        recipe.pop("model")
         made = plan(
             model,
             output=output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results
@@ -17,43 +17,7 @@ def quantize_command(
     model: o.Model = None,
     output: o.Output = None,
     config: o.Config = None,
-    revision: o.Revision = None,
     stream: o.Stream = False,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    rule: o.RuleOption = None,
-    embeddings: o.Embeddings = None,
-    lm_head: o.LmHead = None,
-    experts: o.Experts = None,
-    allow_nonfinite: o.AllowNonfinite = None,
-    meta_version: o.MetaVersion = None,
-    bits: o.Bits = None,
-    mix: o.Mix = None,
-    target_size: o.TargetSize = None,
-    weigh: o.Weigh = None,
-    data_type: o.DataTypeOption = None,
-    block_size: o.BlockSize = None,
-    group_size: o.GroupSize = None,
-    scale: o.Scale = None,
-    symmetric: o.Symmetric = None,
-    double_quant: o.DoubleQuant = None,
-    format: o.Format = None,
-    dequantize: o.Dequantize = None,
-    dtype: o.Dtype = None,
-    method: o.Method = None,
-    init: o.Init = None,
-    rank: o.Rank = None,
-    rank_budget: o.RankBudget = None,
-    iters: o.Iters = None,
-    levels: o.Levels = None,
-    alpha: o.Alpha = None,
-    keep_last: o.KeepLast = None,
-    svd: o.Svd = None,
-    calibrate: o.Calibrate = None,
-    calibration_tokens: o.CalibrationTokens = None,
-    calibrate_kind: o.CalibrateKind = None,
-    seed: o.Seed = None,
-    max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = False,
     push_to: o.PushTo = None,
     device: o.Device = "auto",
@@ -63,6 +27,7 @@ def quantize_command(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
+    **recipe: Any,
 ) -> None:
     """Convert a checkpoint: quantized backbone and LoRA adapter, ready to train.
 
@@ -71,7 +36,6 @@ def quantize_command(
 
     Example: loftq quantize path/to/Llama-2-13b --bits 2 --rank 64 --iters 5 -o llama-2bit
     """
-    recipe = o.recipe_values(locals())
     mute = launched_rank() > 0  # of a launcher's processes only the main one speaks
     resumable = "interrupted; finished matrices are kept: run the same command again to go on."
     with guarded(debug, resumable=resumable, mute=mute):
@@ -81,7 +45,6 @@ def quantize_command(
 
         quiet_hub_logging(silent=quiet or json or mute)
         reporter = choose_reporter(silent=quiet or json or mute, verbose=verbose)
-        recipe.pop("model")
         manifest = quantize(
             model,
             output=output,

@@ -29,7 +29,7 @@ def verify_command(
             show_default=False,
         ),
     ] = None,
-    revision: o.Revision = None,
+    revision: o.FromRecipe = None,
     stream: o.Stream = False,
     json: o.Json = False,
     quiet: o.Quiet = False,

@@ -1,11 +1,10 @@
-"""What the fields of a recipe may be. Checks, command line and JSON schema read the same tables."""
+"""The values that fields of a recipe can have."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from loftq_cli.formats import FORMATS
-from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
+from loftq_cli.numerics.grids.codebooks import DATA_TYPES
+from loftq_cli.numerics.grids.codebooks import LEVELS as LEVELS
 
 BITS = (2, 3, 4, 8)
 MIXES = ("optimal", "paper")
@@ -28,23 +27,3 @@ DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 SVDS = ("fast", "exact")
 CALIBRATE_KINDS = ("diagonal", "full")
 META_VERSIONS = ("auto", "1", "2", "code", "3", "3.1", "3.2")
-
-# By field: what it may be, and the least a whole number may be.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "block_size": BLOCK_SIZES,
-    "method": METHODS,
-    "data_type": DATA_TYPE_CHOICES,
-    "scale": SCALES,
-    "format": FORMAT_NAMES,
-    "embeddings": EMBEDDINGS,
-    "lm_head": LM_HEADS,
-    "experts": EXPERTS,
-    "dtype": DTYPE_CHOICES,
-    "svd": SVDS,
-    "calibrate_kind": CALIBRATE_KINDS,
-    "weigh": WEIGHINGS,
-    "init": INITS,
-    "levels": LEVELS,
-    "meta_version": META_VERSIONS,
-}
-LEAST = {"rank": 1, "iters": 0, "calibration_tokens": 1, "seed": 0}

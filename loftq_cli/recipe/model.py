@@ -1,4 +1,4 @@
-"""`Recipe`: everything that decides an output's bytes, from flags, YAML or Python, validated in one place."""
+"""`Recipe`: everything that decides an output's bytes, whether it comes from flags, YAML or Python."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe.checks import check, check_text
-from loftq_cli.recipe.choices import BITS, CHOICES, DTYPE_CHOICES, FORMAT_NAMES, ITERS, LEAST, PAPER_WIDTHS, STARTS
+from loftq_cli.recipe.choices import BITS, DTYPE_CHOICES, FORMAT_NAMES, ITERS, PAPER_WIDTHS, STARTS
+from loftq_cli.recipe.field import Spec, refusal, refusal_of, specs_of
+from loftq_cli.recipe.fields import RecipeFields
 from loftq_cli.recipe.rules import Rule, exact_rule, parse_rule, parse_size
 from loftq_cli.recipe.yaml_file import MATRIX, PLACES, read_one, read_places, read_yaml
 
 __all__ = [
     "BITS",
-    "CHOICES",
     "DTYPE_CHOICES",
     "FORMAT_NAMES",
-    "LEAST",
     "MATRIX",
     "PAPER_WIDTHS",
     "PLACES",
@@ -35,6 +37,7 @@ __all__ = [
     "read_places",
     "read_yaml",
     "recipe_fields",
+    "recipe_specs",
     "write_yaml",
 ]
 
@@ -42,88 +45,72 @@ _NAMES = ("model", "revision", "calibrate")  # where things are, not what they a
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the user asks. The same recipe on the same source gives the same bytes. See `loftq quantize --help`.
+class Recipe(RecipeFields):
+    """Everything the user asks for. The same recipe on the same source gives the same bytes.
 
-    In a plan, `revision` is the commit of a model on the Hub, and None says that the source is a directory; where bits
-    or ranks were allocated, `rule` holds what every matrix got; `calibration_hash` is the sha256 of what `calibrate`
-    names.
+    In a plan, `revision` is the commit of a model on the Hub, and None means that the source is a directory; where bits
+    or ranks were allocated, `rule` holds the result for every matrix; `calibration_hash` is the sha256 of the data that
+    `calibrate` names. `mix` is "" where all matrices have the same width.
 
-    Attributes:
-        bits: of every matrix; a mean over the quantized weights where `mix` is given.
-        mix: how widths are mixed, "" for not at all. A mean that is no width, or a `target_size`, makes it "optimal".
-        target_size: bytes of the backbone's tensors and headers to stay within; takes the place of the mean.
-        rank_budget: mean rank to allocate, weighted so that the adapter is as large as with that rank everywhere.
+    Raises:
+        UsageError: a field is unknown, has an invalid value, or contradicts another.
     """
 
-    model: str
-    revision: str | None = None
-    bits: float = 4
-    mix: str = ""
-    target_size: str | None = None
-    weigh: str = "relative"
-    rank: int = 16
-    rank_budget: float | None = None
-    iters: int = None  # type: ignore[assignment]  # set in __post_init__: it depends on the method
-    method: str = "loftq"
-    init: str | None = None
-    levels: str | None = None
-    data_type: str = "auto"
-    block_size: int = 64
-    group_size: int | None = None
-    scale: str = "auto"
-    symmetric: bool | None = None
-    double_quant: bool = False
-    format: str = "auto"
-    dequantize: bool = True
-    rule: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    embeddings: str = "keep"
-    lm_head: str = "keep"
-    experts: str = "quantize"
-    allow_nonfinite: bool = False
-    alpha: float | None = None
-    keep_last: bool = False
-    svd: str = "fast"
-    dtype: str = "auto"
-    calibrate: str | None = None
-    calibration_tokens: int = 16384
-    calibrate_kind: str = "diagonal"
-    calibration_hash: str | None = None
-    seed: int = 0
-    max_shard_size: str = "5GB"
-    meta_version: str = "auto"
-    rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, values: Any, validate: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise refusal_of(cls, error) from None
 
     def __post_init__(self) -> None:
-        for name in ("rule", "include", "exclude"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else () if value is None else value
-            value = tuple(value) if isinstance(value, (list, tuple)) else (None,)
-            if not all(isinstance(item, str) for item in value):
-                raise UsageError(f"{name} must be a list of strings.")
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "meta_version", str(self.meta_version))  # YAML reads 3.1 as a number
-        if isinstance(self.calibrate, Path):
-            object.__setattr__(self, "calibrate", str(self.calibrate))
+        """Settle the fields that follow from others, and refuse the combinations that contradict each other."""
         if self.iters is None:
-            object.__setattr__(self, "iters", ITERS.get(str(self.method), 5))
+            object.__setattr__(self, "iters", ITERS[self.method])
         if self.method in STARTS and self.init is None:
             object.__setattr__(self, "init", "svd")
-        check_text(self)
         if isinstance(self.bits, float) and self.bits.is_integer():
             object.__setattr__(self, "bits", int(self.bits))
         if self.mix == "" and (self.target_size is not None or isinstance(self.bits, float)):
             object.__setattr__(self, "mix", "optimal")
-        check(self)
-        if self.target_size is not None:  # YAML reads a number of bytes as a number
-            object.__setattr__(self, "target_size", str(self.target_size))
-        object.__setattr__(self, "rules", tuple(parse_rule(text) for text in self.rule))
+        self._check_bits()
+        self._check_calibration()
+        self._check_method()
+
+    def _check_bits(self) -> None:
+        if not (BITS[0] <= self.bits <= BITS[-1] if self.mix else self.bits in BITS):
+            raise refusal(recipe_specs()["bits"], self.bits)
+        if self.mix == "paper" and self.target_size is None and self.bits > PAPER_WIDTHS[0]:
+            raise UsageError(f"--mix paper gives 4 and 2 bits, so its mean cannot be {self.bits:g}: give 2 to 4.")
+
+    def _check_calibration(self) -> None:
+        if self.calibrate is None:
+            return
+        if self.plain:
+            raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 skip: drop one.")
+        if self.method == "qa-lora":
+            raise UsageError("--calibrate has no weights for qa-lora's adapters, which see sums of inputs: drop one.")
+
+    def _check_method(self) -> None:
+        if self.init is not None and self.method not in STARTS:
+            needed = " or ".join(STARTS)
+            raise UsageError(f"--init {self.init} needs --method {needed}; {self.method} has no such choice.")
+        if self.levels is not None and self.method != "refined":
+            raise UsageError(f"--levels {self.levels} needs --method refined; {self.method} has no such choice.")
+        if self.levels and self.data_type not in ("auto", "nf"):
+            raise UsageError(f"--levels {self.levels} replaces --data-type {self.data_type}: give one of the two.")
+        if self.double_quant and self.method == "refined":
+            raise UsageError("--double-quant rounds scales that --method refined would fit: give one of the two.")
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """`rule`, parsed."""
+        return tuple(parse_rule(text) for text in self.rule)
 
     @property
     def allocates(self) -> bool:
-        """Whether widths or ranks are chosen matrix by matrix under a budget."""
+        """True if widths or ranks are chosen matrix by matrix under a budget."""
         return bool(self.mix) or self.rank_budget is not None
 
     def unmixed(self) -> Recipe:
@@ -137,7 +124,7 @@ class Recipe:
 
     @property
     def plain(self) -> bool:
-        """Plain quantization and an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
+        """True for plain quantization with an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
         return self.method == "qlora" or self.iters == 0 or (self.method == "qa-lora" and self.init == "zero")
 
     @property
@@ -147,37 +134,42 @@ class Recipe:
 
     @property
     def codebook_type(self) -> str:
-        """The data type, or what `levels` puts in its place."""
+        """`levels`, or the data type where none are given."""
         return self.levels or self.data_type
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, what PEFT multiplies BA by."""
+        """alpha / rank, by which PEFT multiplies BA."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values in the order of the fields, as they stand in loftq.yaml."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        values = {name: getattr(self, name) for name in recipe_specs()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint. What only names the source or the text does not
+        """One hash of the recipe and the source's own fingerprint. Fields that only name the source or the text do not
         count: the same model gives the same bytes from a directory and from the Hub."""
         values = {name: value for name, value in self.as_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
+@cache
+def recipe_specs() -> dict[str, Spec]:
+    """The declarations of all fields, in their order."""
+    return specs_of(Recipe)
+
+
 def recipe_fields() -> dict[str, Any]:
-    """Every field a recipe may have, with its default (`model` has none)."""
-    fields = [f for f in dataclasses.fields(Recipe) if f.init]
-    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+    """Every field of a recipe with its default (`model` has none)."""
+    return {name: spec.default for name, spec in recipe_specs().items()}
 
 
 def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
-    """A recipe from a YAML file (`config`) with `given` on top; what is None in `given` was not given.
+    """A recipe from a YAML file (`config`) with `given` on top; None in `given` means not given.
 
     Raises:
-        UsageError: an unknown field, a value that cannot be meant, or no model.
+        UsageError: a field is unknown or its value invalid, or there is no model.
     """
     values = {} if config is None else read_one(config)
     values = {name: value for name, value in values.items() if name not in PLACES}

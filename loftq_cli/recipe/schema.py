@@ -1,13 +1,12 @@
-"""The JSON schema of recipe files, generated from `Recipe`'s own fields and tables, for editors and CI."""
+"""The JSON schema of recipe files, made from the declarations of the fields, for editors and CI."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from typing import Any
 
-from loftq_cli.recipe.model import BITS, CHOICES, LEAST, MATRIX, PLACES, Recipe
+from loftq_cli.recipe.field import Spec
+from loftq_cli.recipe.model import recipe_specs
+from loftq_cli.recipe.yaml_file import MATRIX, PLACES
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _PLACE_TEXTS = {
@@ -17,9 +16,8 @@ _PLACE_TEXTS = {
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of what `quantize --config` and `batch` read."""
-    helps = _helps()
-    fields = {field.name: _described(field, helps) for field in dataclasses.fields(Recipe) if field.init}
+    """JSON schema (draft 2020-12) of the files that `quantize --config` and `batch` read."""
+    fields = {name: _described(spec) for name, spec in recipe_specs().items()}
     lists = {name: {"type": "array", "minItems": 1, "items": _bare(schema)} for name, schema in fields.items()}
     matrix = {
         "type": "object",
@@ -43,34 +41,24 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _helps() -> dict[str, str]:
-    """What the command line says of each field; the one place where those texts stand."""
-    from loftq_cli.cli.options import FIELD_HELPS
-
-    return {"model": "Directory of a checkpoint, or org/name[@revision] on the Hub.", **FIELD_HELPS}
-
-
-def _described(field: dataclasses.Field[Any], helps: dict[str, str]) -> dict[str, Any]:
-    schema = _typed(field.name, typing.get_type_hints(Recipe)[field.name])
-    schema["description"] = helps[field.name]
-    if field.default is not dataclasses.MISSING:
-        schema["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+def _described(spec: Spec) -> dict[str, Any]:
+    schema = {**_typed(spec), "description": spec.help.text}
+    if not spec.required:
+        schema["default"] = list(spec.default) if isinstance(spec.default, tuple) else spec.default
     return schema
 
 
-def _typed(name: str, hint: Any) -> dict[str, Any]:
-    if name in CHOICES:
-        return {"enum": [value for choice in CHOICES[name] for value in _spellings(choice)]}
-    if name == "bits":
-        return {"type": "number", "minimum": min(BITS), "maximum": max(BITS)}
-    if typing.get_origin(hint) is tuple:
+def _typed(spec: Spec) -> dict[str, Any]:
+    if spec.choices:
+        return {"enum": [value for choice in spec.choices for value in _spellings(choice)]}
+    if spec.repeatable:
         # One text or a list of them, as `Recipe` takes it.
         text = {"type": "string", "minLength": 1}
         return {"anyOf": [text, {"type": "array", "items": text}]}
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    names = ["null" if part is type(None) else _JSON_TYPES[part] for part in parts]
+    names = [_JSON_TYPES[part] for part in spec.types] + ["null"] * spec.optional
+    bounds = {"minimum": spec.least, "maximum": spec.most}
     schema: dict[str, Any] = {"type": names[0] if len(names) == 1 else names}
-    return schema | ({"minimum": LEAST[name]} if name in LEAST else {})
+    return schema | {name: bound for name, bound in bounds.items() if bound is not None}
 
 
 def _spellings(choice: Any) -> list[Any]:

@@ -17,7 +17,7 @@ import loftq_cli
 from loftq_cli.batches.expand import Job, read_jobs
 from loftq_cli.cli import app
 from loftq_cli.errors import UsageError
-from loftq_cli.recipe.model import CHOICES, LEAST, make_recipe, recipe_fields
+from loftq_cli.recipe.model import make_recipe, recipe_fields, recipe_specs
 
 CONFIGS = ROOT / "configs"
 # A file whose fields this version does not have is none of its recipes.
@@ -27,6 +27,8 @@ FILES = [
     if "mix" in recipe_fields() or "mix" not in yaml.safe_load(path.read_text())
 ]
 JOBS = read_jobs(FILES)
+CHOICES = {name: spec.choices for name, spec in recipe_specs().items() if spec.choices}
+LEAST = {name: spec.least for name, spec in recipe_specs().items() if spec.least is not None and int in spec.types}
 SCHEMA = loftq_cli.recipe_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 runner = typer.testing.CliRunner()
@@ -78,9 +80,7 @@ def test_every_file_names_the_schema_and_says_what_it_is() -> None:
 def test_the_schema_is_current() -> None:
     printed = runner.invoke(app, ["schema"])
     assert printed.exit_code == 0 and json.loads(printed.stdout) == SCHEMA
-    assert (CONFIGS / "recipe.schema.json").read_text() == printed.stdout, (
-        "run: loftq schema > configs/recipe.schema.json"
-    )
+    assert (CONFIGS / "recipe.schema.json").read_text() == printed.stdout, "run: python scripts/generate.py"
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
@@ -93,6 +93,7 @@ def test_the_schema_has_every_field_with_its_default_and_its_meaning() -> None:
 
 
 def test_schema_and_recipe_agree() -> None:
+    assert len(CHOICES) == 15 and LEAST == {"rank": 1, "iters": 0, "calibration_tokens": 1, "seed": 0}
     tried = [{name: value} for name, values in CHOICES.items() for value in (*values, "nonsense", 77, None)]
     tried += [{name: value} for name, least in LEAST.items() for value in (least, least - 1, least + 5, 2.5, "4")]
     tried += [{"rule": value} for value in ("q=2", ["q=2", "k=4:8"], 3)]

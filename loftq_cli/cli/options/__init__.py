@@ -1,124 +1,55 @@
-"""Every option that commands share, once, with its help panel. Long panels have modules of their own.
-
-Defaults are `Recipe`'s; None means "not given", so that a YAML recipe can speak.
-"""
+"""Every option that commands share, once, with its help panel. Those of the recipe are made from its fields."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from loftq_cli.cli.options.base import DEFAULTS, FIELD_HELPS, RUN, SHOW, WHERE, choice_of, option, recipe_option
-from loftq_cli.cli.options.grid import (
-    Bits,
-    BlockSize,
-    DataTypeOption,
-    Dequantize,
-    DoubleQuant,
-    Dtype,
-    Format,
-    GroupSize,
-    Mix,
-    Scale,
-    Symmetric,
-    TargetSize,
-    Weigh,
-)
-from loftq_cli.cli.options.method import (
-    Alpha,
-    Calibrate,
-    CalibrateKind,
-    CalibrationTokens,
-    Init,
-    Iters,
-    KeepLast,
-    Levels,
-    Method,
-    Rank,
-    RankBudget,
-    Seed,
-    Svd,
-)
-from loftq_cli.cli.options.source import (
-    AllowNonfinite,
-    Config,
-    Embeddings,
-    Exclude,
-    Experts,
-    Include,
-    LmHead,
-    MetaVersion,
-    Model,
-    Revision,
-    RuleOption,
-    Stream,
-)
+from loftq_cli.cli.options.base import choice_of, option
+from loftq_cli.cli.options.from_recipe import FromRecipe, with_recipe_options
+from loftq_cli.recipe.panels import RUN, SHOW, WHAT, WHERE
 
 __all__ = [
-    "FIELD_HELPS",
-    "AllowNonfinite",
-    "Alpha",
-    "Bits",
-    "BlockSize",
-    "Calibrate",
-    "CalibrateKind",
-    "CalibrationTokens",
     "Config",
-    "DataTypeOption",
     "Debug",
-    "Dequantize",
     "Device",
-    "DoubleQuant",
-    "Dtype",
-    "Embeddings",
-    "Exclude",
-    "Experts",
-    "Format",
-    "GroupSize",
-    "Include",
-    "Init",
-    "Iters",
+    "FromRecipe",
     "Json",
-    "KeepLast",
-    "Levels",
-    "LmHead",
     "MaxMemory",
-    "MaxShardSize",
-    "MetaVersion",
-    "Method",
-    "Mix",
     "Model",
     "NumProcesses",
     "Output",
     "Overwrite",
     "PushTo",
     "Quiet",
-    "Rank",
-    "RankBudget",
-    "Revision",
-    "RuleOption",
-    "Scale",
-    "Seed",
     "Stream",
-    "Svd",
-    "Symmetric",
-    "TargetSize",
     "Verbose",
-    "Weigh",
     "choice_of",
     "option",
-    "recipe_values",
+    "with_recipe_options",
 ]
 
+Model = Annotated[
+    Optional[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's.",
+    ),
+]
+Config = Annotated[Optional[Path], option("--config", help="YAML recipe; flags win over it.", panel=WHAT)]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read a model on the Hub piece by piece and keep no copy of its weights.",
+        rich_help_panel=WHAT,
+    ),
+]
 Output = Annotated[
     Optional[Path],
     option("--output", "-o", help="Directory to write.", shown="./MODEL-METHOD-BITSbit-rRANK", panel=WHERE),
-]
-MaxShardSize = Annotated[
-    Optional[str], recipe_option("max_shard_size", "Largest weight file.", panel=WHERE, metavar="SIZE")
 ]
 Overwrite = Annotated[
     bool,
@@ -165,12 +96,3 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, n
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.", rich_help_panel=SHOW)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every matrix and tensor.", rich_help_panel=SHOW)]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks instead of sentences.", rich_help_panel=SHOW)]
-
-
-def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's fields among a command's parameters."""
-    return {
-        name: values[name] or None if isinstance(values[name], list) else values[name]
-        for name in DEFAULTS
-        if name in values
-    }

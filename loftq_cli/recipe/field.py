@@ -1,0 +1,192 @@
+"""The vocabulary a recipe field is declared with, and what can be read from a declaration.
+
+A declaration is an annotation in `loftq_cli.recipe.fields`: a type, pydantic's own constraints, and `Help`.
+The command line, the JSON schema, the typed keywords and the documentation are made from the `Spec`s of `specs_of`.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin
+
+from annotated_types import Ge, Le
+from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic.functional_validators import BeforeValidator
+from pydantic_core import PydanticUndefined, core_schema
+
+from loftq_cli.errors import UsageError
+
+__all__ = ["Choices", "Help", "Spec", "refusal", "refusal_of", "specs_of"]
+
+
+@dataclass(frozen=True)
+class Help:
+    """How a field is shown.
+
+    Attributes:
+        text: one or two sentences, for the help page, the schema and the documentation.
+        panel: panel of the help page; "" for a field without a flag.
+        flag: the flag, where it is not the field's name with dashes.
+        metavar: placeholder of the value in the help page.
+        default: shown in place of the field's own default, where that one depends on other fields.
+        choices: values to list in the help page, where more than these are valid.
+        expects: how a refused value should be corrected, where type and bounds do not say it.
+    """
+
+    text: str
+    panel: str = ""
+    flag: str = ""
+    metavar: str = ""
+    default: str | None = None
+    choices: tuple[object, ...] = ()
+    expects: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The only values of a field; unlike with `Literal`, they can come from a table or a registry."""
+
+    values: tuple[Any, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: Any) -> Any:
+        if value is not None and value not in self.values:
+            raise ValueError("unknown")
+        return value
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One field as its users need it.
+
+    Attributes:
+        types: the types of its values, without None; `int | float` is `(float,)`.
+        optional: True if None is a value of its own.
+        default: None where other fields decide it, and for the one field that must be given.
+        choices: all valid values, or () if types and bounds say it.
+        least, most: bounds of a number, both included, if there are any.
+        keyword: the type of the Python keyword, as source text.
+    """
+
+    name: str
+    types: tuple[Any, ...]
+    optional: bool
+    required: bool
+    default: Any
+    help: Help
+    choices: tuple[Any, ...]
+    least: Any
+    most: Any
+    keyword: str
+
+    @property
+    def repeatable(self) -> bool:
+        return tuple in self.types
+
+    @property
+    def flag(self) -> str:
+        """Its flag or pair of flags; "" if it has none."""
+        return (self.help.flag or f"--{self.name.replace('_', '-')}") if self.help.panel else ""
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The choices that the help page lists."""
+        return tuple(str(choice) for choice in self.help.choices or self.choices)
+
+    @property
+    def shown_default(self) -> str:
+        """The default as people read it; "" if there is nothing to tell."""
+        if self.help.default is not None:
+            return self.help.default
+        return "" if self.default in (None, ()) else str(self.default)
+
+
+def specs_of(model: Any) -> dict[str, Spec]:
+    """The fields of a pydantic dataclass in their order."""
+    return {name: _spec(name, info) for name, info in model.__pydantic_fields__.items()}
+
+
+def _spec(name: str, info: FieldInfo) -> Spec:
+    found = {type(item): item for item in info.metadata}
+    names = _type_names(info.annotation)
+    before = found.get(BeforeValidator)
+    # What a field is converted from is what a caller may pass.
+    accepted = info.annotation if before is None else before.json_schema_input_type
+    return Spec(
+        name=name,
+        types=tuple(part for part in names if part is not type(None)),
+        optional=type(None) in names,
+        required=info.is_required(),
+        default=None if info.default is PydanticUndefined else info.default,
+        help=found[Help],
+        choices=found[Choices].values if Choices in found else (),
+        least=found[Ge].ge if Ge in found else None,
+        most=found[Le].le if Le in found else None,
+        keyword=_source_text(accepted),
+    )
+
+
+def _type_names(annotation: Any) -> tuple[Any, ...]:
+    """`Text | None` → `(str, NoneType)`, `tuple[Text, ...]` → `(tuple,)`, `int | float` → `(float,)`."""
+    if hasattr(annotation, "__metadata__"):
+        return _type_names(annotation.__origin__)
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = tuple(part for item in get_args(annotation) for part in _type_names(item))
+        return tuple(part for part in parts if part is not int or float not in parts)
+    return (get_origin(annotation) or annotation,)
+
+
+def _source_text(annotation: Any) -> str:
+    """A type as it is written in a source file; None is always accepted and stands for the default."""
+    if hasattr(annotation, "__metadata__"):
+        return _source_text(annotation.__origin__)
+    if get_origin(annotation) in (Union, types.UnionType):
+        texts = [_source_text(item) for item in get_args(annotation)]
+        return " | ".join(text for text in dict.fromkeys(texts) if text != "int" or "float" not in texts)
+    if get_args(annotation):
+        return f"{get_origin(annotation).__name__}[{', '.join(_source_text(item) for item in get_args(annotation))}]"
+    return "None" if annotation is type(None) else annotation.__name__
+
+
+def refusal_of(model: Any, error: ValidationError) -> UsageError:
+    """The first of pydantic's complaints as a sentence about a flag."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    name, specs = str(first["loc"][0]), specs_of(model)
+    if name not in specs:
+        return UsageError(f"a recipe has no field '{name}': known are {', '.join(specs)}.")
+    if first["type"] == "missing":
+        return UsageError(f"{name} is missing from the recipe: add it.")
+    return refusal(specs[name], first["input"])
+
+
+def refusal(spec: Spec, value: object) -> UsageError:
+    """The sentence that refuses a value of a field."""
+    if spec.repeatable:
+        return UsageError(f"{spec.name} must be a list of strings.")
+    subject = spec.flag.partition("/")[0] or spec.name
+    return UsageError(f"{subject} cannot be {_shown(value)}: {_expected(spec)}.")
+
+
+def _expected(spec: Spec) -> str:
+    if spec.help.expects:
+        return spec.help.expects
+    if spec.choices:
+        return f"choose one of {', '.join(str(choice) for choice in spec.choices)}"
+    if spec.least is not None:
+        return f"give a whole number from {spec.least} on"
+    if bool in spec.types:
+        return "give true or false" + (", or leave it out" if spec.optional else "")
+    return "give a string"
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; a YAML file can hold anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
