@@ -17,8 +17,8 @@ from support.paths import ROOT
 
 CONFIGS = ROOT / "configs"
 EXTRAS = (
-    "bitsandbytes", "compressed_tensors", "datasets", "gguf", "gptqmodel", "jsonschema", "matplotlib", "optimum", "peft",
-    "pyarrow", "sentencepiece", "triton", "trl",
+    "bitsandbytes", "compressed_tensors", "datasets", "gguf", "gptqmodel", "jsonschema", "matplotlib", "optimum",
+    "peft", "pyarrow", "sentencepiece", "triton", "trl",
 )  # fmt: skip
 BUILT_FROM = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
 
