@@ -1,7 +1,7 @@
 """Convert a model to 2 bits and fine-tune its adapter with transformers' Trainer.
 
-    pip install 'loftq-cli[train]'
-    python examples/trainer.py --text my-text.txt
+pip install 'loftq-cli[train]'
+python examples/trainer.py --text my-text.txt
 """
 
 from __future__ import annotations
