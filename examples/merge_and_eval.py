@@ -1,7 +1,9 @@
 """Merge a trained adapter into its backbone, and compare perplexities before and after.
 
-python examples/trainer.py --text train.txt
-python examples/merge_and_eval.py --text test.txt
+    python examples/trainer.py --text train.txt
+    python examples/merge_and_eval.py --text test.txt
+
+The merged model loads with transformers alone.
 """
 
 from __future__ import annotations

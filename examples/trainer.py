@@ -1,7 +1,9 @@
 """Convert a model to 2 bits and fine-tune its adapter with transformers' Trainer.
 
-pip install 'loftq-cli[train]'
-python examples/trainer.py --text my-text.txt
+    pip install 'loftq-cli[train]'
+    python examples/trainer.py --text my-text.txt
+
+The output holds the conversion in `converted` and the trained adapter in `trained`.
 """
 
 from __future__ import annotations

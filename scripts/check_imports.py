@@ -1,7 +1,9 @@
 """Import every module of loftq_cli, and name those that fail although the libraries they need are not missing.
 
-python scripts/check_imports.py                       # in an environment with the base dependencies only
-python scripts/check_imports.py --without peft gguf   # anywhere: pretend that these are not installed
+    python scripts/check_imports.py                       # in an environment with the base dependencies only
+    python scripts/check_imports.py --without peft gguf   # anywhere: pretend that these are not installed
+
+The exit code is 1 if a module failed.
 """
 
 from __future__ import annotations
