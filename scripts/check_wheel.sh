@@ -12,7 +12,7 @@ trap 'rm -rf "$WORK"' EXIT
 
 echo "==> building"
 rm -f "$OUT"/loftq_cli-*.whl "$OUT"/loftq_cli-*.tar.gz
-"$PYTHON" -m build --outdir "$OUT" "$ROOT" > "$WORK/build.log" || { cat "$WORK/build.log" >&2; exit 1; }
+"$PYTHON" -m build --outdir "$OUT" "$ROOT" > "$WORK/build.log" 2>&1 || { cat "$WORK/build.log" >&2; exit 1; }
 "$PYTHON" -m twine check --strict "$OUT"/loftq_cli-*
 
 echo "==> installing the wheel in an empty environment"
