@@ -13,7 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 from support.paths import ROOT
+
+import loftq_cli
 
 CONFIGS = ROOT / "configs"
 EXTRAS = (
@@ -104,3 +107,20 @@ def test_every_module_imports_without_the_extras() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "check_imports.py"), "--without", *missing]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("0 failed\n"), done.stdout + done.stderr
+
+
+def test_ci_runs_every_python_that_is_declared() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"] == declared
+    assert declared[0] == workflow["jobs"]["base"]["steps"][1]["with"]["python-version"], "the oldest, without extras"
+    runs = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    named = {name for run in runs for name in re.findall(r"\bscripts/[\w.]+", run)}
+    assert named and all((ROOT / name).is_file() for name in named), named
+
+
+def test_the_changelog_has_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## \[([\d.]+)\] - (Unreleased|\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
+    assert loftq_cli.__version__ in dict(sections)
+    assert all(f"\n[{version}]: https://" in text for version, _ in sections)
