@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv with loftq and what the caller's extra needs.
-# Afterwards $PYTHON is its interpreter. Does nothing where that was done already.
+# Sourced by the other scripts. `prepare_environment EXTRA` creates a virtual environment in .venv and installs loftq with
+# that extra in it, unless an earlier call has done so already. $PYTHON is its interpreter.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,7 +14,7 @@ prepare_environment() {
   local base
   base="$(find_python)"
   if ! [ -x "$PYTHON" ] || ! "$PYTHON" -c 'import pip' 2>/dev/null; then
-    echo "==> making $ROOT/.venv with $("$base" --version)"
+    echo "==> creating $ROOT/.venv with $("$base" --version)"
     "$base" -m venv --clear "$ROOT/.venv"
   fi
   echo "==> installing torch"

@@ -1,14 +1,33 @@
 #!/usr/bin/env bash
-# The whole test suite, in .venv (made if need be). Arguments go to pytest: bash scripts/test.sh -k formats
+# Run every check and the whole test suite in .venv, which is created if it does not exist.
+#
+#   bash scripts/test.sh                 everything
+#   bash scripts/test.sh -k formats      arguments go to pytest
+#   bash scripts/test.sh --coverage      also measure line coverage and print the total (slower: see CONTRIBUTING.md)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev
 cd "$ROOT"
-# What the tests load is on this machine; a stray look-up of a hub must fail, not wait.
+BIN="$(dirname "$PYTHON")"
+# Everything the tests load is on this machine: an accidental request to the Hub must fail at once, not wait.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# A process for each core: matrices in tests are too small for threads.
+# One process per core: matrices in tests are too small for threads.
 export OMP_NUM_THREADS=1
-echo "==> ruff and mypy"
+
+coverage=()
+if [ "${1:-}" = "--coverage" ]; then
+  shift
+  coverage=(--cov --cov-report=term --cov-report=xml)
+  export COVERAGE_CORE="${COVERAGE_CORE:-$("$PYTHON" -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')}"
+fi
+
+echo "==> ruff"
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+echo "==> mypy"
 "$PYTHON" -m mypy
+echo "==> import layers"
+"$BIN/lint-imports"
+echo "==> docs"
+"$PYTHON" -m mkdocs build --strict --quiet
 echo "==> pytest"
-"$PYTHON" -m pytest --numprocesses auto --dist loadfile "$@"
+"$PYTHON" -m pytest --numprocesses auto --dist loadfile ${coverage[@]+"${coverage[@]}"} "$@"

@@ -207,7 +207,7 @@ def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask on a terminal
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:160]
         raise LoftqError(
