@@ -37,11 +37,11 @@ def first_nonfinite(weight: Tensor) -> Nonfinite | None:
 
 
 def find_nonfinite(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> dict[str, str]:
-    """The plan's matrices that hold NaN or infinity, by tensor, with where; reads every matrix once."""
+    """The plan's matrices that hold NaN or infinity, by tensor, with the first one's place; reads each matrix once."""
     reporter.checking(plan)
     found = {}
     for unit in sorted(plan.matrices, key=lambda unit: (unit.source.file, unit.source.start)):
         bad = first_nonfinite(unit.read(checkpoint))
         if bad is not None:
-            found[unit.tensor] = f"holds {bad}"
+            found[unit.tensor] = str(bad)
     return found
