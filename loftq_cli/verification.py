@@ -216,7 +216,7 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     from loftq_cli.artifacts.decode import decode_matrix, read_factors
     from loftq_cli.numerics.lowrank.truncate import frobenius
 
-    error = weight.T.float().contiguous() if record.transposed else weight.float()
+    error = record.orientation.turn(weight).float().contiguous()
     norm = frobenius(error)
     error -= decode_matrix(path, manifest, record)
     if record.rank:

@@ -16,6 +16,7 @@ from typing import Any
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.orientation import Orientation, orientation_of
 from loftq_cli.tensorfile.hashing import FileRecord
 
 NAME = "loftq.json"
@@ -81,9 +82,9 @@ class MatrixRecord:
     heads: int = 0
 
     @property
-    def transposed(self) -> bool:
-        """Whether the source stores [in, out]."""
-        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
+    def orientation(self) -> Orientation:
+        """How the source stores it."""
+        return orientation_of(self.kind, self.expert)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,16 @@ class KeptRecord:
     rank: int
     nbytes: int
     expert: Expert | None = None
+
+    @property
+    def orientation(self) -> Orientation:
+        """How a matrix is stored."""
+        return orientation_of(self.kind, self.expert)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of a matrix."""
+        return self.orientation.turn_shape((self.shape[0], self.shape[1]))
 
 
 

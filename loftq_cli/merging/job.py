@@ -12,6 +12,7 @@ from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.modules.orientation import Orientation
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 
@@ -20,7 +21,7 @@ class Piece:
     """A matrix in its container, or a tensor in full precision; of a tensor that stacks experts one expert's share.
 
     Attributes:
-        record: None for a tensor in full precision; `turned` then says that it lies [in, out].
+        record: None for a tensor in full precision; `orientation` is then how it is stored.
         inputs: its tensors in the backbone; `outputs`: in the result.
         module: its path, where the adapter changes it; of an expert its parameter and number.
     """
@@ -29,7 +30,7 @@ class Piece:
     inputs: tuple[str, ...]
     outputs: tuple[OutputTensor, ...]
     module: str | None
-    turned: bool = False
+    orientation: Orientation = Orientation.OUT_IN
 
 
 @dataclass(frozen=True)

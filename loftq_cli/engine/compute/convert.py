@@ -188,7 +188,7 @@ def _quantize(
     """LoftQ on one matrix; the float32 weight lives no longer than this call."""
     assert unit.matrix is not None
     weight = _weight(unit, tensor, device, room)
-    _check_finite(unit, weight.T if unit.matrix.transposed else weight)
+    _check_finite(unit, unit.matrix.orientation.turn(weight))
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
@@ -218,7 +218,7 @@ def _weight(unit: Unit, tensor: Tensor, device: torch.device, room: Room | None 
     assert unit.matrix is not None
     there = tensor.to(device)
     weight = there.float() if room is None or device.type != "cpu" else room.float32(there)
-    return weight.T if unit.matrix.transposed else weight
+    return unit.matrix.orientation.turn(weight)
 
 
 def _refine(
