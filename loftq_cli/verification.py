@@ -210,7 +210,7 @@ def _check_source(
                 continue
             try:
                 if isinstance(record, MatrixRecord):
-                    shape = tuple(original.shape[::-1] if record.transposed else original.shape)
+                    shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
                     if shape != record.shape:
                         what = f"is {list(shape)} in the source where the manifest says {list(record.shape)}"
                         problems.append(Problem(record.tensor, what))
@@ -240,7 +240,7 @@ def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, wei
     from loftq_cli.artifacts.decode import decode_matrix, read_factors
     from loftq_cli.numerics.lowrank.truncate import frobenius
 
-    error = weight.T.float().contiguous() if record.transposed else weight.float()
+    error = record.orientation.turn(weight).float().contiguous()
     norm = frobenius(error)
     error -= decode_matrix(path, manifest, record)
     if record.rank:

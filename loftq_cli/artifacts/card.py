@@ -9,6 +9,7 @@ from pathlib import Path
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
+from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 
@@ -50,7 +51,7 @@ The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matric
 
 {_worst(manifest)}
 
-{_nonfinite(manifest)}Every matrix stands in `loftq.json`.
+{_nonfinite(plan)}Every matrix stands in `loftq.json`.
 
 ## How it was made
 
@@ -214,10 +215,10 @@ def _worst(manifest: Manifest) -> str:
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
 
 
-def _nonfinite(manifest: Manifest) -> str:
+def _nonfinite(plan: Plan) -> str:
     """Matrices that were left alone because of what they hold (--allow-nonfinite)."""
-    kept = [record for record in manifest.kept if record.reason.startswith("holds ")]
-    rows = "\n".join(f"- `{record.module}` {record.reason}" for record in kept)
+    kept = [unit for unit in plan.kept if unit.reason and unit.reason.why is Why.NONFINITE]
+    rows = "\n".join(f"- `{unit.module}` {unit.reason}" for unit in kept)
     return f"Kept in full precision, because they hold NaN or infinity:\n\n{rows}\n\n" if kept else ""
 
 

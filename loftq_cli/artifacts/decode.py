@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +13,7 @@ from loftq_cli.numerics.grids.affine import AffineGrid, ScaleRule, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.tensorfile.entry_names import parse_entries, whole_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
     kind: Any = record.kind
     stacked = record.expert is not None and record.expert.stacked
     # A unit's name has the expert's number behind the tensor's.
-    tensor = record.tensor.rpartition("[")[0] if stacked else record.tensor
+    tensor = whole_name(record.tensor) if stacked else record.tensor
     return QuantizedMatrix(
         tensor, record.module, kind, *record.shape, _grid(record), record.parameter, record.expert, record.heads
     )
@@ -114,7 +114,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     container = container_in(path)
     if container is not None:
         return get_format(container.name).read_tensor(path / container.file, name)
-    index, whole = path / _INDEX, name.partition("[")[0]
+    index, whole = path / _INDEX, whole_name(name)
     file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
     with safe_open(path / file, framework="pt") as handle:
         return _content(handle, name)
@@ -122,8 +122,8 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 def _content(handle: Any, name: str) -> Tensor:
     """A tensor of an open file, or the piece of one that `OutputTensor` gives such a name."""
-    piece = re.fullmatch(r"(.*)\[(\d+)(:\d+)?\]", name)
+    piece = parse_entries(name)
     if piece is None:
         return handle.get_tensor(name)
-    content, first = handle.get_slice(piece[1]), int(piece[2])
-    return content[first] if piece[3] is None else content[first : int(piece[3][1:])]
+    content = handle.get_slice(piece.whole)
+    return content[piece.index] if piece.end is None else content[piece.index : piece.end]

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, with_config
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.json_record import Amount, Count, InvalidRecord, Sha256, Size, json_record, one_of, read_json
 from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.orientation import Orientation, orientation_of
 from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
 from loftq_cli.recipe.choices import BITS
 from loftq_cli.recipe.model import recipe_fields
@@ -132,9 +133,9 @@ class MatrixRecord:
             raise ValueError("has only one of data_type 'int' and affine, which belong together")
 
     @property
-    def transposed(self) -> bool:
-        """Whether the source stores [in, out]."""
-        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
+    def orientation(self) -> Orientation:
+        """How the source stores it."""
+        return orientation_of(self.kind, self.expert)
 
 
 @json_record
@@ -155,6 +156,16 @@ class KeptRecord:
     rank: Count
     nbytes: Count
     expert: Expert | None = None
+
+    @property
+    def orientation(self) -> Orientation:
+        """How a matrix is stored."""
+        return orientation_of(self.kind, self.expert)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of a matrix."""
+        return self.orientation.turn_shape((self.shape[0], self.shape[1]))
 
 
 @json_record

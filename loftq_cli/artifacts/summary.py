@@ -138,7 +138,7 @@ def _manifest(
                 module=unit.module,
                 kind=unit.kind,
                 shape=unit.source.shape,
-                reason=unit.reason,
+                reason=str(unit.reason),
                 rank=unit.target.rank if unit.target else 0,
                 nbytes=unit.backbone_bytes,
                 expert=unit.target.expert if unit.target else None,

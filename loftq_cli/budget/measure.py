@@ -122,7 +122,7 @@ class Measurements:
                 "leave the matrix out with --exclude."
             )
         matrix = next(iter(probe.widths.values()))
-        return weight.T.contiguous() if matrix.kind == "conv1d" else weight
+        return matrix.orientation.turn(weight).contiguous()
 
     def _left(self, matrix: QuantizedMatrix, weight: Tensor) -> Tensor:
         """W - q(W)."""

@@ -23,7 +23,8 @@ from loftq_cli.formats.base import Request
 from loftq_cli.machine.memory import free_memory
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.modules.roles import ModuleMap
-from loftq_cli.planning.plan import Plan, make_plan, refuse_together
+from loftq_cli.planning.checks import refuse_together
+from loftq_cli.planning.plan import Plan, make_plan
 from loftq_cli.planning.resolve import with_container
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
+from loftq_cli.tensorfile.entry_names import entry_name, parse_entries
 
 _NAMES_OF_SOURCE = frozenset({"_name_or_path", "transformers_version"})  # where a copy came from, and who wrote it
 QUANTIZABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -68,16 +69,22 @@ def name_order(name: str) -> tuple[tuple[bool, int, str], ...]:
 
 def entry(info: TensorInfo, index: int) -> TensorInfo:
     """One entry of a tensor's first dimension: its place, dtype and shape."""
-    one = dataclasses.replace(info, name=f"{info.name}[{index}]", shape=info.shape[1:])
+    one = dataclasses.replace(info, name=entry_name(info.name, index), shape=info.shape[1:])
     return dataclasses.replace(one, start=info.start + index * one.nbytes)
 
 
 def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it."""
+    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it.
+
+    Raises:
+        KeyError: the checkpoint has no such tensor.
+    """
     if name in checkpoint.tensors:
         return checkpoint.read(name)
-    whole, _, index = name.removesuffix("]").rpartition("[")
-    return checkpoint.read_piece(whole, int(index))
+    found = parse_entries(name)
+    if found is None:
+        raise KeyError(name)
+    return checkpoint.read_piece(found.whole, found.index)
 
 
 class Checkpoint(Protocol):

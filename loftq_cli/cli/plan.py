@@ -104,7 +104,9 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
             for unit in plan.matrices
             if unit.matrix
         ],
-        "kept": [{"tensor": unit.tensor, "reason": unit.reason, "bytes": unit.backbone_bytes} for unit in plan.kept],
+        "kept": [
+            {"tensor": unit.tensor, "reason": str(unit.reason), "bytes": unit.backbone_bytes} for unit in plan.kept
+        ],
     }
 
 
@@ -186,7 +188,7 @@ def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> Non
         # Vectors are many and say little: one line for each reason.
         matrix = len(unit.source.shape) > 1
         name = unit.tensor if verbose else re.sub(r"\b\d+\b", "*", unit.tensor) if matrix else "(vectors)"
-        groups[name, unit.reason].append(unit)
+        groups[name, str(unit.reason)].append(unit)
     for (name, reason), members in groups.items():
         table.add_row(name, str(len(members)), gigabytes(sum(unit.backbone_bytes for unit in members)), reason)
     console.print()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loftq_cli.modules.experts import Expert
 from loftq_cli.numerics.methods.qalora import peft_constant, pooled, widened
+from loftq_cli.tensorfile.entry_names import share_name
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 FOLDER = "loftq_init"
@@ -61,7 +62,7 @@ def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
         prefix, shape = _expert_prefix(target), (_joint(target), target.in_features)
         whole = OutputTensor(f"{prefix}.lora_A.weight", torch.float32, shape)
         first = (target.expert.index * target.parts + target.expert.part) * target.rank
-        place = f"{prefix}.lora_B.weight[{target.expert.index}.{target.expert.part}]"
+        place = share_name(f"{prefix}.lora_B.weight", target.expert.index, target.expert.part)
         return (
             whole.rows(first, target.rank),
             OutputTensor(place, torch.float32, (target.out_features, target.rank)),

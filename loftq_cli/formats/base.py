@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.orientation import Orientation, orientation_of
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, ScaleRule
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids.grid import Grid, Quantized
@@ -34,8 +35,7 @@ class QuantizedMatrix:
         tensor: its name on disk, e.g. `model.layers.0.self_attn.q_proj.weight`.
         module: its path in the transformers model, which PEFT targets; of an expert its parameter and number,
             `model.layers.0.mlp.experts.gate_up_proj[3]`.
-        kind: `conv1d` is stored [in, out] in the source; everything else [out, in]. An embedding's table [vocabulary,
-            width] counts as out_features = vocabulary, in_features = width.
+        kind: an embedding's table [vocabulary, width] counts as out_features = vocabulary, in_features = width.
         grid: the container's own grid for it.
         parameter: the parameter that PEFT adapts in place of a module, such as
             `model.layers.0.mlp.experts.gate_up_proj`; it has to be dense in the running model. "" for a module.
@@ -63,9 +63,9 @@ class QuantizedMatrix:
         return self.out_features, self.in_features
 
     @property
-    def transposed(self) -> bool:
-        """True if the checkpoint stores [in, out]."""
-        return self.kind == "conv1d" or (self.expert is not None and self.expert.transposed)
+    def orientation(self) -> Orientation:
+        """How the checkpoint stores it."""
+        return orientation_of(self.kind, self.expert)
 
     @property
     def weights(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid, dequantize
+from loftq_cli.tensorfile.entry_names import parse_entries
 
 
 class Weights(Protocol):
@@ -74,8 +74,8 @@ class _Converted(ABC):
         found: dict[str, list[tuple[int, MatrixRecord | KeptRecord]]] = {}
         records: list[MatrixRecord | KeptRecord] = [*self.manifest.matrices, *self.manifest.kept]
         for record in records:
-            entry = re.fullmatch(r"(.*)\[(\d+)\]", record.tensor)
-            name, index = (entry[1], int(entry[2])) if entry else (record.tensor, 0)
+            entry = parse_entries(record.tensor)
+            name, index = (entry.whole, entry.index) if entry else (record.tensor, 0)
             found.setdefault(name, []).append((index, record))
         return {name: [record for _, record in sorted(some, key=itemgetter(0))] for name, some in found.items()}
 
@@ -132,4 +132,4 @@ def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:
 
 def _as_stored(weight: Tensor, record: MatrixRecord) -> Tensor:
     """[out, in] <-> the orientation on disk."""
-    return weight.T if record.transposed else weight
+    return record.orientation.turn(weight)

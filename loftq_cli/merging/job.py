@@ -12,6 +12,7 @@ from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import read_named
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.modules.orientation import Orientation
 from loftq_cli.tensorfile.layout import WeightFiles
 from loftq_cli.tensorfile.tensors import OutputTensor
 
@@ -21,7 +22,7 @@ class Piece:
     """One step of a merge: a matrix in its container, a tensor in full precision, or one expert of a stacked tensor.
 
     Attributes:
-        record: None for a tensor in full precision; `turned` then means that it is stored as [in, out].
+        record: None for a tensor in full precision; `orientation` is then how it is stored.
         inputs: its tensors in the backbone; `outputs`: in the result.
         module: its path if the adapter changes it, else None; for an expert its parameter and number.
     """
@@ -30,7 +31,7 @@ class Piece:
     inputs: tuple[str, ...]
     outputs: tuple[OutputTensor, ...]
     module: str | None
-    turned: bool = False
+    orientation: Orientation = Orientation.OUT_IN
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from loftq_cli.formats import get_format
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.merging.into_gguf import blocks_of_record, copied, into_gguf
 from loftq_cli.merging.job import Merge, Piece
-from loftq_cli.merging.places import expert_name
+from loftq_cli.merging.places import name_of_expert
 from loftq_cli.numerics.lowrank.truncate import frobenius
+from loftq_cli.tensorfile.entry_names import whole_name
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 
@@ -42,7 +43,7 @@ def pieces_of(job: Merge) -> Iterator[Piece]:
 
 def _whole(job: Merge, name: str) -> str:
     """Return the name of the stored tensor; an entry of it, one expert, ends in the expert's number."""
-    return name if name in job.checkpoint.tensors else name.rpartition("[")[0]
+    return name if name in job.checkpoint.tensors else whole_name(name)
 
 
 def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
@@ -51,8 +52,7 @@ def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
     if job.way == "gguf":
         outputs = blocks_of_record(job, record)
     elif job.way == "dense":
-        shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
-        outputs = (matrix.stored(matrix.tensor, job.dtype, shape),)
+        outputs = (matrix.stored(matrix.tensor, job.dtype, matrix.orientation.turn_shape(matrix.shape)),)
     module = record.module if record.module in job.places else None
     return Piece(record, tuple(tensor.name for tensor in inputs), outputs, module)
 
@@ -66,11 +66,10 @@ def _kept_pieces(job: Merge, info: TensorInfo, records: list[KeptRecord]) -> Ite
         yield Piece(None, (info.name,), (output,), None)
     for record in records:
         expert = record.expert
-        module = record.module if expert is None else expert_name(record)
+        module = record.module if expert is None else name_of_expert(record)
         module = module if module in job.places else None
-        turned = record.kind == "conv1d" or (expert is not None and expert.transposed)
         one = output if record.tensor == info.name or expert is None else output.piece(expert.index)
-        yield Piece(None, (record.tensor,), (one,), module, turned)
+        yield Piece(None, (record.tensor,), (one,), module, record.orientation)
 
 
 def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
@@ -96,7 +95,7 @@ def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
     stored = exact.to(job.dtype)
     error = _relative(exact, stored.float())
     (output,) = piece.outputs
-    return {output.name: stored.T.contiguous() if matrix.transposed else stored}, error
+    return {output.name: matrix.orientation.turn(stored).contiguous()}, error
 
 
 def _into_full_precision(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
@@ -104,8 +103,8 @@ def _into_full_precision(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], f
     weight = job.read(piece.inputs[0])
     if piece.module is None:
         return {output.name: weight.to(output.dtype)}, 0.0
-    update = job.update(piece.module, weight.shape[0 if piece.turned else 1])
-    exact = weight.float() + (update.T if piece.turned else update)
+    _, n_in = piece.orientation.turn_shape((weight.shape[0], weight.shape[1]))
+    exact = weight.float() + piece.orientation.turn(job.update(piece.module, n_in))
     stored = exact.to(output.dtype)
     return {output.name: stored}, _relative(exact, stored.float())
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.errors import LoftqError
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
+from loftq_cli.tensorfile.entry_names import expert_name
 
 _NESTED = ".base_layer"
 
@@ -49,7 +50,7 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     shapes = {record.module: tuple(record.shape) for record in manifest.matrices if record.expert is None}
     for kept in manifest.kept:
         if kept.module is not None and len(kept.shape) == 2 and kept.kind != "expert":
-            shapes[kept.module] = kept.shape[::-1] if kept.kind == "conv1d" else kept.shape  # type: ignore[assignment]
+            shapes[kept.module] = kept.matrix_shape
     return shapes
 
 
@@ -101,22 +102,20 @@ def _experts(
     for name, path in zip(ordered, paths):
         for record in stacks[name]:
             assert record.expert is not None
-            turned = isinstance(record, KeptRecord) and record.expert.transposed
-            n_out, n_in = record.shape[::-1] if turned else record.shape
+            n_out, n_in = record.matrix_shape if isinstance(record, KeptRecord) else record.shape
             count, parts = record.expert.count, record.expert.parts
             if trained.shape(path) != (n_out * parts, n_in) or trained.rank(path) % count:
                 raise _misfit(path, trained.shape(path), (n_out * parts, n_in))
-            places[expert_name(record)] = Place(
+            places[name_of_expert(record)] = Place(
                 path, f"{path.replace(_NESTED, '')}.{name.rpartition('.')[2]}", record.expert
             )
     return places
 
 
-def expert_name(record: MatrixRecord | KeptRecord) -> str:
-    """Return the parameter with the expert's number, and the part's number if there are several parts."""
+def name_of_expert(record: MatrixRecord | KeptRecord) -> str:
+    """Return the name of an expert's matrix in its parameter."""
     assert record.expert is not None
-    part = f".{record.expert.part}" if record.expert.parts > 1 else ""
-    return f"{parameter_of(record)}[{record.expert.index}]{part}"
+    return expert_name(parameter_of(record), record.expert.index, record.expert.part, record.expert.parts)
 
 
 def _depth(records: list[MatrixRecord | KeptRecord]) -> int:

@@ -11,6 +11,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +44,25 @@ _COUNT = re.compile(
 _SMALLEST_LIMIT = 3000
 
 
-def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedModel | None, list[str]]:
-    """Builds the class that `config` names, on the meta device.
+@dataclass(frozen=True)
+class Built:
+    """A model on the meta device.
+
+    Attributes:
+        model: None when this transformers cannot build it; `failure` then says why.
+        notes: sentences for the user.
+    """
+
+    model: PreTrainedModel | None
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def build_on_meta(config: Mapping[str, Any], tensors: int) -> Built:
+    """Build the class that `config` names, on the meta device.
 
     Args:
         tensors: how many the checkpoint has; a model that is much larger is not built to its end.
-
-    Returns:
-        The model and notes for the user; None in place of the model when this transformers cannot build it.
 
     Raises:
         LoftqError: the config describes a model of far more layers than the checkpoint has tensors.
@@ -58,7 +70,7 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedMo
     import torch
     import transformers
 
-    model_type = str(config.get("model_type"))
+    model_type, version = str(config.get("model_type")), f"transformers {transformers.__version__}"
     notes: list[str] = []
     most = _SMALLEST_LIMIT + 10 * tensors
     _refuse_endless(config, most)
@@ -66,23 +78,16 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> tuple[PreTrainedMo
         try:
             found = _find_class(config, notes)
             if found is None:
-                notes.append(
-                    f"model type {model_type} is unknown to transformers {transformers.__version__}: "
-                    "matrices were chosen by name and shape"
-                )
-                return None, notes
+                return Built(None, tuple(notes), f"model type {model_type} is unknown to {version}")
             cls, built_config = found
             with torch.device("meta"):
-                return cls._from_config(built_config), notes  # type: ignore[no-untyped-call]
+                return Built(cls._from_config(built_config), tuple(notes))  # type: ignore[no-untyped-call]
         except LoftqError:
             raise
         except Exception as error:  # a class may fail in any way, or lack a library
             cause = " ".join(str(error).split())[:200]
-            notes.append(
-                f"transformers {transformers.__version__} cannot build model type {model_type} from this config.json "
-                f"({type(error).__name__}: {cause}): matrices were chosen by name and shape"
-            )
-            return None, notes
+            failed = f"{version} cannot build model type {model_type} from this config.json"
+            return Built(None, tuple(notes), f"{failed} ({type(error).__name__}: {cause})")
 
 
 def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:

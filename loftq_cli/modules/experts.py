@@ -17,6 +17,29 @@ if TYPE_CHECKING:
     from loftq_cli.modules.view import ModelView
 
 
+@json_record
+@dataclass(frozen=True)
+class Expert:
+    """Where one expert's matrix stands in the running model, which stacks experts in one parameter.
+
+    Attributes:
+        index, count: which expert of how many.
+        part, parts: where the model joins several matrices of an expert along their outputs (gate and up), which of
+            them this is.
+        stacked: the checkpoint itself stores one 3-D tensor of all experts.
+        transposed: that tensor is [experts, in, out], not [experts, out, in].
+        depth: how many parameters of the same module PEFT wraps after this one, which its keys count.
+    """
+
+    index: Count
+    count: Size
+    part: Count = 0
+    parts: Size = 1
+    stacked: bool = False
+    transposed: bool = False
+    depth: Count = 0
+
+
 def is_expert(view: ModelView, name: RuntimeName, path: str) -> bool:
     """Whether a tensor is (part of) a stacked parameter of experts."""
     from torch import nn
@@ -54,26 +77,3 @@ def _transposed(
     if expected != ((shape[0], shape[2], shape[1]) if turned else shape):
         return None
     return Expert(0, shape[0], stacked=True, transposed=transposed != turned)
-
-
-@json_record
-@dataclass(frozen=True)
-class Expert:
-    """Where one expert's matrix stands in the running model, which stacks experts in one parameter.
-
-    Attributes:
-        index, count: which expert of how many.
-        part, parts: where the model joins several matrices of an expert along their outputs (gate and up), which of
-            them this is.
-        stacked: the checkpoint itself stores one 3-D tensor of all experts.
-        transposed: that tensor is [experts, in, out], not [experts, out, in].
-        depth: how many parameters of the same module PEFT wraps after this one, which its keys count.
-    """
-
-    index: Count
-    count: Size
-    part: Count = 0
-    parts: Size = 1
-    stacked: bool = False
-    transposed: bool = False
-    depth: Count = 0

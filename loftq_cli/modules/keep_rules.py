@@ -1,4 +1,6 @@
-"""What must not be quantized although it looks like a matrix: word lists, class lists, and weights read by hand.
+"""The exceptions of models, all in this file: what must stay in full precision although it looks like a matrix.
+
+A new exception is an entry in one of these tables and a line in `tests/modules/test_roles.py` (`KEPT`).
 
 Sources: transformers 5.23 (`models/*/modeling_*.py`) and torch 2.13 (`nn/modules`), surveyed class by class; the packed
 formats keep no tensor named `weight` that other code could read.
@@ -8,27 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
-if TYPE_CHECKING:
-    pass
+from loftq_cli.modules.reasons import Why
 
 Tower = Literal["text", "vision", "audio", "other"]
 
-# --- reasons, as the user reads them -----------------------------------------------------------------------------
-BIAS: Final = "bias"
-NORM: Final = "normalization"
-NOT_MATRIX: Final = "not a matrix"
-CONVOLUTION: Final = "convolution"
-ROUTER: Final = "router"
-EXPERTS: Final = "mixture-of-experts weights"
-EMBEDDING: Final = "embedding"
-POSITION: Final = "position embedding"
-FLOAT32: Final = "kept in float32 by transformers (_keep_in_fp32_modules)"
-TASK_HEAD: Final = "task head"
-REARRANGED: Final = "split, joined or transposed by transformers while loading"
-PARAMETRIZED: Final = "parametrized weight"
-TABLES: Final = (EMBEDDING, POSITION)  # looked up, not multiplied: no Linear whatever their shape
+TABLES: Final = (Why.EMBEDDING, Why.POSITION)  # looked up, not multiplied: no Linear whatever their shape
 
 # --- names -------------------------------------------------------------------------------------------------------
 # Embeddings that encode places, not tokens; only the wording of the reason depends on it.
@@ -65,44 +53,37 @@ TOWER_WORDS: Final[tuple[tuple[str, Tower], ...]] = (
     ("codec", "audio"),
 )
 
-# Without a model class only names are left. Whole words between dots, underscores and digits, first hit wins.
+# --- weights that other code reads (`weight_reads` finds the rest) ------------------------------------------------
+# The read sits behind a switch of the config: Bloom multiplies slice by slice only to repeat Megatron's rounding.
+READ_ONLY_WHEN: Final[Mapping[str, str]] = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
+
+# Reads no source analysis sees, because a local variable stands in between: class -> module paths below it.
+# Rwkv divides these weights in place when it goes to eval mode.
+HIDDEN_READS: Final[Mapping[str, tuple[str, ...]]] = {
+    "RwkvModel": (r"blocks\.\d+\.attention\.output", r"blocks\.\d+\.feed_forward\.value"),
+}
+
+# --- without a model class ---------------------------------------------------------------------------------------
+# Only names are left. Whole words between dots, underscores and digits, first hit wins.
 NAME_WORDS: Final = (
-    ("experts", EXPERTS),
-    ("expert", EXPERTS),
-    ("embed", EMBEDDING),
-    ("embedding", EMBEDDING),
-    ("embeddings", EMBEDDING),
-    ("emb", EMBEDDING),
-    ("wte", EMBEDDING),
-    ("wpe", POSITION),
-    ("norm", NORM),
-    ("layernorm", NORM),
-    ("ln", NORM),
-    ("router", ROUTER),
-    ("head", TASK_HEAD),
-    ("heads", TASK_HEAD),
-    ("classifier", TASK_HEAD),
-    ("score", TASK_HEAD),
-    ("conv", CONVOLUTION),
+    ("experts", Why.EXPERTS),
+    ("expert", Why.EXPERTS),
+    ("embed", Why.EMBEDDING),
+    ("embedding", Why.EMBEDDING),
+    ("embeddings", Why.EMBEDDING),
+    ("emb", Why.EMBEDDING),
+    ("wte", Why.EMBEDDING),
+    ("wpe", Why.POSITION),
+    ("norm", Why.NORM),
+    ("layernorm", Why.NORM),
+    ("ln", Why.NORM),
+    ("router", Why.ROUTER),
+    ("head", Why.TASK_HEAD),
+    ("heads", Why.TASK_HEAD),
+    ("classifier", Why.TASK_HEAD),
+    ("score", Why.TASK_HEAD),
+    ("conv", Why.CONVOLUTION),
 )
 # The last part of the module's name exactly: `mlp.gate` routes, `mlp.gate_proj` does not; `output` ends Meta's models.
-LAST_NAMES: Final[Mapping[str, str]] = {"gate": ROUTER, "output": TASK_HEAD, "unembed": TASK_HEAD}
+LAST_NAMES: Final[Mapping[str, Why]] = {"gate": Why.ROUTER, "output": Why.TASK_HEAD, "unembed": Why.TASK_HEAD}
 SMALLEST_MATRIX: Final = 32  # both sides, where only the shape tells a matrix
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

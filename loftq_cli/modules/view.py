@@ -171,7 +171,7 @@ def _float32_pattern(model: PreTrainedModel) -> re.Pattern[str] | None:
 
 
 def _expert_names(model: PreTrainedModel) -> frozenset[str]:
-    """See `module_exceptions.PEFT_EXPERT_NAMES`; empty where transformers has not got the table PEFT goes by."""
+    """See `keep_rules.PEFT_EXPERT_NAMES`; empty where transformers has not got the table PEFT goes by."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:

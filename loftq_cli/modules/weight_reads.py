@@ -8,32 +8,19 @@ import inspect
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.modules.keep_rules import HIDDEN_READS, READ_ONLY_WHEN
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-# --- weights that other code reads -------------------------------------------------------------------------------
-# The read sits behind a switch of the config: Bloom multiplies slice by slice only to repeat Megatron's rounding.
-READ_ONLY_WHEN: Final[Mapping[str, str]] = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
-
-
-# Reads no source analysis sees, because a local variable stands in between: class -> module paths below it.
-# Rwkv divides these weights in place when it goes to eval mode.
-HIDDEN_READS: Final[Mapping[str, tuple[str, ...]]] = {
-    "RwkvModel": (r"blocks\.\d+\.attention\.output", r"blocks\.\d+\.feed_forward\.value"),
-}
-
-
 # Code that runs while a model is set up or resized, and accessors no forward pass calls (Qwen2-VL's tower has them).
 _SETUP = re.compile(r"_*(init|tie|reset|set_|resize|get_resized|get_dtype|get_device|post_init)")
 
-
 # Whoever asks for these has thought of packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
 _GUARDS = ("torch.uint8", "dtype).is_floating_point", "dtype.is_floating_point")
-
 
 # A packed weight still answers these truthfully.
 _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")

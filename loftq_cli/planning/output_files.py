@@ -1,9 +1,10 @@
-"""The output's files before a weight is read: where every tensor lies, and the texts that follow from the plan."""
+"""Stage 4 of a plan: the output's files, with the place of every tensor, and the texts that follow from the plan."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from loftq_cli.errors import UsageError
 from loftq_cli.formats import adapter, get_container, get_format
 from loftq_cli.formats.adapter import AdapterTarget
 from loftq_cli.formats.base import DTYPE_NAMES, Request
+from loftq_cli.modules.orientation import orientation_of
 from loftq_cli.modules.roles import ModuleMap
+from loftq_cli.planning.build_units import WorkUnits
+from loftq_cli.planning.choices import Choices
+from loftq_cli.planning.source import Source
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe, parse_size, write_yaml
 from loftq_cli.tensorfile.layout import backbone_metadata, lay_out, lay_out_shards
@@ -21,6 +26,39 @@ from loftq_cli.tensorfile.tensors import TensorFile
 
 INDEX = "model.safetensors.index.json"
 _SCRATCH = "scratch.safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The output's files.
+
+    Attributes:
+        fingerprint: of recipe and model; stands in the metadata of the backbone and the adapter.
+        files: the safetensors files; `texts`: every other file whose content is known now, by name.
+        scratch: what is needed only while work is under way; None where nothing is.
+    """
+
+    fingerprint: str
+    files: tuple[TensorFile, ...]
+    scratch: TensorFile | None
+    texts: Mapping[str, bytes]
+
+
+def lay_out_output(source: Source, choices: Choices, work: WorkUnits, output: Path, version: str) -> Layout:
+    """Give every byte of the output its place.
+
+    Args:
+        version: of loftq, which is part of the fingerprint.
+
+    Raises:
+        UsageError: transformers would build other modules for the container than the checkpoint is made for.
+    """
+    units, recipe, request = work.units, choices.recipe, work.request
+    identity = recipe.fingerprint(f"{version} {source.fingerprint}")
+    files, scratch, index = lay_out_files(units, recipe, identity, request)
+    config = source.checkpoint.config
+    texts = output_texts(recipe, config, source.modules, units, request, choices.dtype, output, index)
+    return Layout(identity, files, scratch, texts)
 
 
 def lay_out_files(
@@ -121,8 +159,9 @@ def _adapter_config(
         scaling=recipe.scaling,
         task_type=modules.task_type,
         base_model=str(output),
-        # Only a dense Conv1D keeps its [in, out] orientation at run time.
-        fan_in_fan_out=get_container(recipe.format).keeps_conv1d and any(target.kind == "conv1d" for target in targets),
+        # Only a dense module keeps its [in, out] orientation at run time.
+        fan_in_fan_out=get_container(recipe.format).keeps_conv1d
+        and any(orientation_of(target.kind).transposed for target in targets),
     )
 
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from loftq_cli.checkpoint.base import QUANTIZABLE, TensorInfo
 from loftq_cli.errors import LoftqError
+from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import TensorRole
 from loftq_cli.recipe.model import Recipe, Rule
 
@@ -19,12 +20,12 @@ class Decision:
     Attributes:
         bits: 0 leaves it in full precision.
         rank: of its adapter; 0 gives it none.
-        reason: why it is in full precision; "" where it is quantized.
+        reason: why it stays in full precision; None where it is quantized.
     """
 
     bits: int
     rank: int
-    reason: str
+    reason: Reason | None = None
 
 
 def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
@@ -34,12 +35,12 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
         LoftqError: a matrix that would be quantized holds no floating-point numbers.
     """
     reason = role.keep or _filtered(role, recipe)
-    if reason:
+    if reason is not None:
         return Decision(0, 0, reason)
     assert role.module is not None, "a tensor that may be quantized is a module's weight"
     rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))
     if rule.keep == "skip":
-        return Decision(0, 0, f"rule '{rule.pattern}=skip'")
+        return Decision(0, 0, Reason(Why.RULE_SKIP, rule.pattern))
     if info.dtype not in QUANTIZABLE:
         raise LoftqError(
             f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')}: loftq quantizes "
@@ -49,10 +50,10 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
     # A rank above the matrix's own adds nothing.
     rank = min(rule.rank or recipe.rank, *info.shape[-2:])
     if rule.keep == "dense":
-        return Decision(0, rank, f"rule '{rule.pattern}=dense'")
+        return Decision(0, rank, Reason(Why.RULE_DENSE, rule.pattern))
     if role.kind == "embedding" and recipe.embeddings == "quantize":
         rank = 0
-    return Decision(rule.bits or recipe.base_bits, rank, "")
+    return Decision(rule.bits or recipe.base_bits, rank)
 
 
 def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
@@ -66,23 +67,24 @@ def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
     return unused
 
 
-def _filtered(role: TensorRole, recipe: Recipe) -> str:
+def _filtered(role: TensorRole, recipe: Recipe) -> Reason | None:
+    """The reason that the recipe's filters and its options for kinds of matrices give."""
     if role.kind == "other" or role.module is None:
-        return "not a linear layer"
+        return Reason(Why.NOT_LINEAR)
     if any(fnmatchcase(role.module, glob) for glob in recipe.exclude):
-        return "--exclude"
+        return Reason(Why.EXCLUDED)
     included = any(fnmatchcase(role.module, glob) for glob in recipe.include)
     if recipe.include and not included:
-        return "not in --include"
+        return Reason(Why.NOT_INCLUDED)
     if role.kind == "expert" and recipe.experts == "keep":
-        return "expert (--experts keep)"
+        return Reason(Why.EXPERTS_KEPT)
     if role.kind == "head" and recipe.lm_head == "keep":
-        return "output head (--lm-head keep)"
+        return Reason(Why.HEAD_KEPT)
     if role.kind == "embedding" and role.tied and recipe.embeddings != "quantize":
         # An adapter on the table alone would part the two.
-        return f"tied to {role.tied}"
+        return Reason(Why.TIED, role.tied)
     if role.kind == "embedding" and recipe.embeddings == "keep":
-        return "embedding (--embeddings keep)"
+        return Reason(Why.EMBEDDINGS_KEPT)
     if role.tower != "text" and not included:
-        return f"{role.tower} tower (choose it with --include)"
-    return ""
+        return Reason(Why.OTHER_TOWER, role.tower)
+    return None

@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+from loftq_cli.tensorfile.entry_names import entries_name, entry_name
+
 
 @dataclass(frozen=True)
 class OutputTensor:
@@ -25,11 +27,11 @@ class OutputTensor:
 
     def piece(self, index: int) -> OutputTensor:
         """One entry of the first dimension."""
-        return OutputTensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], self, index * self.row_bytes)
+        return OutputTensor(entry_name(self.name, index), self.dtype, self.shape[1:], self, index * self.row_bytes)
 
     def rows(self, first: int, count: int) -> OutputTensor:
         """`count` entries of the first dimension."""
-        name, shape = f"{self.name}[{first}:{first + count}]", (count, *self.shape[1:])
+        name, shape = entries_name(self.name, first, count), (count, *self.shape[1:])
         return OutputTensor(name, self.dtype, shape, self, first * self.row_bytes)
 
     @property

@@ -112,7 +112,7 @@ def test_requantize_says_what_it_costs(name: str, form: str, tmp_path: Path) -> 
     for record in manifest.matrices:
         if record.expert is not None:
             stack = exact.get_parameter(record.parameter)[record.expert.index]
-            weight = stack.T if record.transposed else stack
+            weight = record.orientation.turn(stack)
             weight = weight[record.expert.part * record.shape[0] :][: record.shape[0]]
             left = float((weight - loftq_cli.decode(tmp_path / "merged", record.module)).norm() / weight.norm())
             assert left == pytest.approx(report.errors[record.module], rel=1e-4) and 0.01 < left < 1

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.modules.keep_rules import FLOAT32
+from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap, TensorRole, map_modules
 
 
@@ -37,7 +37,7 @@ def test_every_tensor_has_a_role_that_fits_the_real_model(name: str) -> None:
 
     assert [role.tensor for role in found.roles] == list(shapes)
     assert (found.architecture, found.notes, found.missing) == (type(model).__name__, (), ())
-    assert not [role for role in found.roles if "not part of" in (role.keep or "")]
+    assert not [role for role in found.roles if role.keep and role.keep.why is Why.UNKNOWN]
     for role in found.roles:
         if role.kind == "expert":
             check_expert(model, role, shapes[role.tensor])
@@ -145,7 +145,9 @@ def test_tied_embedding_and_head_keep_each_other() -> None:
     assert (embedding.kind, embedding.keep, embedding.tied) == ("embedding", None, "lm_head.weight")
     # Some checkpoints store both.
     both = _by_tensor(map_modules(config, shapes | {"lm_head.weight": (96, 64)}))
-    assert (both["lm_head.weight"].kind, both["lm_head.weight"].keep) == ("head", "tied to model.embed_tokens.weight")
+    assert both["lm_head.weight"].kind == "head"
+    assert both["lm_head.weight"].keep == Reason(Why.TIED, "model.embed_tokens.weight")
+    assert str(both["lm_head.weight"].keep) == "tied to model.embed_tokens.weight"
 
 
 def test_untied_embedding_and_head_may_be_quantized() -> None:
@@ -160,7 +162,7 @@ def test_untied_embedding_and_head_may_be_quantized() -> None:
 
 KEPT = {
     "t5": {
-        "encoder.block.0.layer.1.DenseReluDense.wo.weight": FLOAT32,
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight": "kept in float32 by transformers (_keep_in_fp32_modules)",
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position embedding",
         "shared.weight": None,
     },
@@ -215,7 +217,8 @@ KEPT = {
 def test_reasons(name: str, tensor: str) -> None:
     checkpoint = saved(name)
     config, shapes = checkpoint.config, checkpoint.shapes
-    assert _by_tensor(map_modules(config, shapes))[tensor].keep == KEPT[name][tensor]
+    keep = _by_tensor(map_modules(config, shapes))[tensor].keep
+    assert (keep and str(keep)) == KEPT[name][tensor]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,8 @@ def test_base_model_weights_under_a_class_with_a_head() -> None:
     assert (role.module, role.keep) == ("bert.encoder.layer.0.attention.self.query", None)
     assert found.missing == ("cls.predictions.transform.dense.weight",)
     # BertForMaskedLM has no pooler: transformers would ignore it.
-    assert _by_tensor(found)["pooler.dense.weight"].keep == "not part of BertForMaskedLM (ignored by transformers)"
+    keep = _by_tensor(found)["pooler.dense.weight"].keep
+    assert str(keep) == "not part of BertForMaskedLM (ignored by transformers)"
 
 
 def test_old_names_of_the_hub() -> None:
@@ -281,7 +285,7 @@ def test_old_names_of_the_hub() -> None:
     checkpoint = saved("bert_classifier")
     config, shapes = checkpoint.config, checkpoint.shapes
     old = {tensor.replace("LayerNorm.weight", "LayerNorm.gamma"): shape for tensor, shape in shapes.items()}
-    assert _by_tensor(map_modules(config, old))["bert.embeddings.LayerNorm.gamma"].keep == "normalization"
+    assert str(_by_tensor(map_modules(config, old))["bert.embeddings.LayerNorm.gamma"].keep) == "normalization"
 
 
 def test_unknown_tensors_are_kept_and_counted() -> None:
@@ -289,8 +293,9 @@ def test_unknown_tensors_are_kept_and_counted() -> None:
     config, shapes = checkpoint.config, checkpoint.shapes
     found = map_modules(config, {"extra.weight": (64, 64), **shapes})
     assert found.roles[0] == TensorRole(
-        "extra.weight", None, "other", "not part of LlamaForCausalLM (ignored by transformers)"
+        "extra.weight", None, "other", Reason(Why.UNKNOWN, "LlamaForCausalLM")
     )
+    assert str(found.roles[0].keep) == "not part of LlamaForCausalLM (ignored by transformers)"
     assert found.notes == ("1 tensor is not part of LlamaForCausalLM, so transformers ignores: extra.weight",)
 
 
@@ -315,6 +320,6 @@ def test_a_matrix_that_transformers_splits_is_kept(tmp_path: Path) -> None:
     checkpoint = save(model, tmp_path)
     shapes = checkpoint.shapes
     found = map_modules(checkpoint.config, shapes)
-    [fused] = [role for role in found.roles if "split" in (role.keep or "") and len(shapes[role.tensor]) == 2]
+    [fused] = [role for role in found.roles if "split" in str(role.keep or "") and len(shapes[role.tensor]) == 2]
     assert (fused.module, fused.kind, shapes[fused.tensor]) == (None, "other", (192, 64))
     assert found.missing == () and "layers.0.self_attn.q_proj" in found.linear_modules

@@ -189,7 +189,7 @@ def _quantize(
     """Run LoftQ on one matrix; the float32 weight is freed when this returns."""
     assert unit.matrix is not None
     weight = _weight(unit, tensor, device, buffer)
-    _check_finite(unit, weight.T if unit.matrix.transposed else weight)
+    _check_finite(unit, unit.matrix.orientation.turn(weight))
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
@@ -219,7 +219,7 @@ def _weight(unit: Unit, tensor: Tensor, device: torch.device, buffer: Float32Buf
     assert unit.matrix is not None
     there = tensor.to(device)
     weight = there.float() if buffer is None or device.type != "cpu" else buffer.float32(there)
-    return weight.T if unit.matrix.transposed else weight
+    return unit.matrix.orientation.turn(weight)
 
 
 def _refine(

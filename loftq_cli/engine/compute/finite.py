@@ -43,5 +43,5 @@ def find_nonfinite(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> di
     for unit in sorted(plan.matrices, key=lambda unit: (unit.source.file, unit.source.start)):
         bad = first_nonfinite(unit.read(checkpoint))
         if bad is not None:
-            found[unit.tensor] = f"holds {bad}"
+            found[unit.tensor] = str(bad)
     return found

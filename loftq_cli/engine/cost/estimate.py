@@ -112,7 +112,7 @@ class _Trials:
         assert unit.matrix is not None
         matrix = replace(unit.matrix, out_features=shape[0], in_features=shape[1], heads=0)
         target = unit.target and replace(unit.target, out_features=shape[0], in_features=shape[1])
-        stored = shape[::-1] if matrix.transposed else shape
+        stored = matrix.orientation.turn_shape(shape)
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
 

@@ -35,18 +35,18 @@ class DenseFormat(FormatDefaults):
         return replace(found, signed=False) if isinstance(found, BlockGrid) else found
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+        shape = matrix.orientation.turn_shape(matrix.shape)
         return (matrix.stored(matrix.tensor, matrix.grid.value_dtype, shape),)
 
     def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         dense = dequantize(quantized, matrix.grid).to(matrix.grid.value_dtype)
         (weight,) = self.tensors(matrix)
-        return {weight.name: dense.T.contiguous() if matrix.transposed else dense}
+        return {weight.name: matrix.orientation.turn(dense).contiguous()}
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
         (weight,) = self.tensors(matrix)
         dense = read(weight.name).float()
-        return dense.T.contiguous() if matrix.transposed else dense
+        return matrix.orientation.turn(dense).contiguous()
 
     def quantization_config(
         self,

@@ -135,7 +135,7 @@ class PackedFormat(FormatDefaults):
         for matrix in matrices:
             modules, parameters = groups.setdefault(matrix.grid, ([], {}))
             if matrix.parameter:
-                transposed = matrix.expert is not None and matrix.expert.transposed
+                transposed = matrix.orientation.transposed
                 parameters[matrix.parameter] = {"in_features": matrix.in_features, "transposed": transposed}
             else:
                 modules.append(matrix.module)

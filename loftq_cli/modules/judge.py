@@ -1,0 +1,127 @@
+"""The judgement on one tensor of a known model: what kind of matrix it is, and why it may have to stay as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from loftq_cli.modules import keep_rules as rules
+from loftq_cli.modules.reasons import Reason, Why
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from loftq_cli.modules.experts import Expert
+    from loftq_cli.modules.names import RuntimeName
+    from loftq_cli.modules.view import ModelView
+
+Kind = Literal["linear", "conv1d", "head", "embedding", "expert", "other"]
+
+
+def judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tuple[Kind, Reason | None]:
+    """The kind of a known tensor that is no expert's, and why it has to stay in full precision; None if it need not."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    module = view.modules[path]
+    if name.merged or parameter != "weight" or not isinstance(module, nn.Linear | Conv1D):
+        table = parameter == "weight" and path in view.embedding and not name.merged
+        if table and isinstance(module, nn.Embedding):
+            keep = _why_embedding(module) or _float32(view, name) or _read(view, path)
+            tied = None if keep is None and _ties_are_plain(view, name) else _tied(view, name)
+            return "embedding", tied or keep
+        return "other", _why_other(view, name, path, parameter)
+    keep = _tied(view, name) or _why_linear(view, name, path) or _float32(view, name) or _read(view, path)
+    if path in view.heads:
+        return "head", keep
+    outside = view.base and not path.startswith(view.base)
+    if keep is None and (outside or rules.TASK_HEAD_NAME.match(path)):
+        keep = Reason(Why.TASK_HEAD)
+    return "conv1d" if isinstance(module, Conv1D) else "linear", keep
+
+
+def why_expert(view: ModelView, name: RuntimeName, expert: Expert | None) -> Reason | None:
+    """Why a tensor of experts has to stay in full precision; `expert` is of `find_expert`."""
+    return _tied(view, name) or _float32(view, name) or (None if expert else Reason(Why.REARRANGED))
+
+
+def _tied(view: ModelView, name: RuntimeName) -> Reason | None:
+    other = view.tied.get(name.key or "")
+    return Reason(Why.TIED, other) if other else None
+
+
+def _ties_are_plain(view: ModelView, name: RuntimeName) -> bool:
+    """True if all that share a table look it up or multiply by it, as packed layers do."""
+    from torch import nn
+
+    sharing = view.sharing(name.key or "")
+    for key in sharing:
+        path, _, parameter = key.rpartition(".")
+        module = view.modules[path]
+        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and path not in view.readers
+        if parameter != "weight" or not plain or (view.float32 and view.float32.search(key)):
+            return False
+    return True
+
+
+def _float32(view: ModelView, name: RuntimeName) -> Reason | None:
+    return Reason(Why.FLOAT32) if view.float32 and view.float32.search(name.key or "") else None
+
+
+def _read(view: ModelView, path: str) -> Reason | None:
+    return Reason(Why.READ_DIRECTLY, view.readers[path]) if path in view.readers else None
+
+
+def _why_linear(view: ModelView, name: RuntimeName, path: str) -> Reason | None:
+    """Reasons that lie in the Linear itself: it routes, or its forward is not x @ W.T + b."""
+    from torch import nn
+
+    if is_router(view, path):
+        return Reason(Why.ROUTER)
+    cls = type(view.modules[path])
+    own_forward = isinstance(view.modules[path], nn.Linear) and cls.forward is not nn.Linear.forward
+    custom = own_forward and cls.__name__ not in rules.PLAIN_LINEAR_CLASSES
+    return Reason(Why.CUSTOM_MODULE, cls.__name__) if custom else None
+
+
+def _why_embedding(module: nn.Embedding) -> Reason | None:
+    """A packed table gives its rows as they are; some models scale them in a forward of their own."""
+    from torch import nn
+
+    plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return None if plain else Reason(Why.CUSTOM_MODULE, type(module).__name__)
+
+
+def is_router(view: ModelView, path: str) -> bool:
+    """True if a module decides between experts, or lies inside one that does."""
+    parts = path.split(".")
+    around = (view.modules[".".join(parts[:length])] for length in range(1, len(parts) + 1))
+    if any(rules.ROUTER_CLASS.search(type(module).__name__) for module in around):
+        return True
+    parent = view.modules[".".join(parts[:-1])]
+    return parts[-1].endswith("router") or (parts[-1] in rules.ROUTER_NAMES and hasattr(parent, "experts"))
+
+
+def _why_other(view: ModelView, name: RuntimeName, path: str, parameter: str) -> Reason:
+    """The reason for a tensor that is no Linear's, Conv1D's or embedding table's weight."""
+    from torch import nn
+
+    module, key = view.modules[path], name.key or ""
+    if parameter.endswith("bias"):
+        return Reason(Why.BIAS)
+    if "Norm" in type(module).__name__:
+        return Reason(Why.NORM)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return Reason(Why.CONVOLUTION)
+    if isinstance(module, nn.Embedding):
+        positional = any(word in path.lower() for word in rules.POSITION_WORDS)
+        return _tied(view, name) or Reason(Why.POSITION if positional else Why.EMBEDDING)
+    if view.state[key].ndim > 1 and is_router(view, path):
+        return Reason(Why.ROUTER)
+    if view.state[key].ndim > 1 and "expert" in f"{key} {type(module).__name__}".lower():
+        return Reason(Why.EXPERTS)
+    if name.merged:
+        return Reason(Why.REARRANGED)
+    if ".parametrizations." in f".{key}":
+        return Reason(Why.PARAMETRIZED)
+    matrix = parameter == "weight" and view.state[key].ndim == 2
+    return Reason(Why.CUSTOM_MODULE, type(module).__name__) if matrix else Reason(Why.NOT_MATRIX)

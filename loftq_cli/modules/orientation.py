@@ -1,0 +1,41 @@
+"""How a checkpoint stores a matrix: most are [out, in], as the layer computes; a few are [in, out]."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.modules.experts import Expert
+
+
+class Orientation(Enum):
+    """The order of a stored matrix's dimensions. Turning goes both ways: from stored to [out, in], and back."""
+
+    OUT_IN = "[out, in]"
+    IN_OUT = "[in, out]"
+
+    @property
+    def transposed(self) -> bool:
+        """True if the checkpoint stores [in, out]."""
+        return self is Orientation.IN_OUT
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """A view of a matrix in the other order: [out, in] of a stored one, or the reverse."""
+        return weight.T if self.transposed else weight
+
+    def turn_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape that `turn` gives."""
+        return (shape[1], shape[0]) if self.transposed else shape
+
+
+def orientation_of(kind: str, expert: Expert | None = None) -> Orientation:
+    """The orientation of a matrix: transformers' Conv1D is [in, out], and so are some tensors of stacked experts.
+
+    Args:
+        kind: as in `modules.roles.TensorRole`.
+    """
+    transposed = kind == "conv1d" or (expert is not None and expert.transposed)
+    return Orientation.IN_OUT if transposed else Orientation.OUT_IN

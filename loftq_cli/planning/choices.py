@@ -1,0 +1,114 @@
+"""Stage 2 of a plan: the recipe with every `auto` settled, and bits and rank of every tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, Request
+from loftq_cli.modules.reasons import Reason, Why
+from loftq_cli.modules.roles import ModuleMap
+from loftq_cli.planning.checks import refuse_together
+from loftq_cli.planning.resolve import resolve
+from loftq_cli.planning.select import Decision, decide, unused_filters
+from loftq_cli.planning.source import Source
+from loftq_cli.recipe.model import Recipe
+from loftq_cli.tensorfile.entry_names import whole_name
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is asked of every tensor and of the output as a whole, before the container has its say.
+
+    Attributes:
+        recipe: the user's, with every `auto` settled.
+        decisions: by tensor.
+        dtype: the model's.
+        request: what the container may ask about the whole.
+        nonfinite: as given to `choose`; empty where nothing was found.
+        notes: sentences for the user.
+    """
+
+    recipe: Recipe
+    decisions: Mapping[str, Decision]
+    dtype: torch.dtype
+    request: Request
+    nonfinite: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None = None) -> Choices:
+    """Settle the recipe for this model.
+
+    Args:
+        nonfinite: the first number that is not finite and its place, such as "nan at [3, 5]", of every matrix that has
+            one, by tensor; None where no weight was read.
+
+    Raises:
+        UsageError: flags contradict each other, or the container cannot hold this model.
+        LoftqError: nothing is left to quantize, or a matrix holds no floating-point numbers.
+    """
+    checkpoint, modules = source.checkpoint, source.modules
+    decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
+    decisions |= _spoiled(modules, nonfinite or {})
+    if not any(decision.bits for decision in decisions.values()):
+        raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
+    settled = resolve(recipe, modules, decisions)
+    request = Request(modules.task_type, settled.dequantize, checkpoint.config, source.tokenizer)
+    refuse_together((), settled, request)
+    return Choices(
+        recipe=settled,
+        decisions=decisions,
+        dtype=_model_dtype(recipe, source, decisions),
+        request=request,
+        nonfinite=dict(nonfinite or {}),
+        notes=(*_filter_notes(recipe, modules), *_nonfinite_notes(recipe, nonfinite)),
+    )
+
+
+def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
+    """Tensors that stay in full precision for NaN or infinity; experts of a layer are packed together or not at all."""
+    decisions = {name: Decision(0, 0, Reason(Why.NONFINITE, found=found)) for name, found in nonfinite.items()}
+    experts = [role for role in modules.roles if role.expert is not None]
+    for name, found in nonfinite.items():
+        parameters = {role.parameter for role in experts if role.tensor == whole_name(name)}
+        beside = Decision(0, 0, Reason(Why.BESIDE_NONFINITE, name, found))
+        for role in experts:
+            if role.parameter in parameters:
+                decisions.setdefault(role.tensor, beside)
+    return decisions
+
+
+def _model_dtype(recipe: Recipe, source: Source, decisions: Mapping[str, Decision]) -> torch.dtype:
+    """The dtype transformers will load the model in: the user's, the config's, or that of most weights."""
+    if recipe.dtype != "auto":
+        return DTYPES[recipe.dtype]
+    config, tensors = source.checkpoint.config, source.checkpoint.tensors
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    if named in DTYPES:
+        return DTYPES[named]
+    bytes_by_dtype: Counter[torch.dtype] = Counter()
+    for name, decision in decisions.items():
+        if decision.bits:
+            bytes_by_dtype[tensors[name].dtype] += tensors[name].nbytes
+    most = bytes_by_dtype.most_common(1)[0][0]
+    return most if most in DTYPE_NAMES else torch.float32
+
+
+def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
+    return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+
+
+def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:
+    if nonfinite:
+        return [
+            f"{name} {Reason(Why.NONFINITE, found=found)} and stays in full precision."
+            for name, found in nonfinite.items()
+        ]
+    if recipe.allow_nonfinite and nonfinite is None:
+        return ["no weight was read: a matrix that holds NaN or infinity will stay in full precision."]
+    return []

@@ -1,0 +1,64 @@
+"""Names of parts of a tensor: the only place that makes and reads them.
+
+| name | what it is |
+|---|---|
+| `X[3]` | entry 3 of the first dimension of tensor X |
+| `X[8:12]` | entries 8 to 11 of it |
+| `P[3]`, `P[3].1` | the matrix of expert 3 in the stacked parameter P; its part 1, where the parameter joins several |
+| `X[3.1]` | the share that expert 3 (part 1) has in the joint adapter factor X, before it is gathered |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ENTRIES = re.compile(r"(?P<whole>.*)\[(?P<first>\d+)(?::(?P<end>\d+))?\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of the first dimension of the tensor `whole`: one at `index`, or from there up to `end`.
+
+    Attributes:
+        end: the first entry after them; None for a single entry, whose tensor has one dimension less.
+    """
+
+    whole: str
+    index: int
+    end: int | None = None
+
+
+def entry_name(whole: str, index: int) -> str:
+    """The name of one entry of a tensor."""
+    return f"{whole}[{index}]"
+
+
+def entries_name(whole: str, first: int, count: int) -> str:
+    """The name of `count` entries of a tensor."""
+    return f"{whole}[{first}:{first + count}]"
+
+
+def parse_entries(name: str) -> Entries | None:
+    """The parts of a name that `entry_name` or `entries_name` made; None for the name of a whole tensor."""
+    found = _ENTRIES.fullmatch(name)
+    if found is None:
+        return None
+    return Entries(found["whole"], int(found["first"]), None if found["end"] is None else int(found["end"]))
+
+
+def whole_name(name: str) -> str:
+    """The tensor that an entry belongs to; a whole tensor's name as it is."""
+    found = parse_entries(name)
+    return name if found is None else found.whole
+
+
+def expert_name(parameter: str, index: int, part: int, parts: int) -> str:
+    """The name of one expert's matrix in a stacked parameter; the part counts where the parameter joins `parts` > 1."""
+    name = entry_name(parameter, index)
+    return f"{name}.{part}" if parts > 1 else name
+
+
+def share_name(factor: str, index: int, part: int) -> str:
+    """The name of one expert's share of an adapter factor that all experts of a parameter have together."""
+    return f"{factor}[{index}.{part}]"
