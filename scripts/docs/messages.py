@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "loftq_cli"
@@ -94,6 +95,19 @@ def _texts(node: ast.expr, values: dict[str, ast.expr], functions: dict[str, ast
     return [text] if text else []
 
 
+@cache
+def constants() -> dict[str, str]:
+    """The package's string constants by name: messages share some, such as what to use instead."""
+    found: dict[str, str] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                name = _name(node.targets[0])
+                if name.isupper() and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                    found[name] = node.value.value
+    return found
+
+
 def _returned(function: ast.FunctionDef) -> list[ast.expr]:
     return [item.value for item in ast.walk(function) if isinstance(item, ast.Return) and item.value]
 
@@ -104,7 +118,7 @@ def _text(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(part) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return f"<{_label(node.value)}>"
+        return constants().get(_name(node.value)) or f"<{_label(node.value)}>"
     return ""
 
 
@@ -116,7 +130,7 @@ def _label(node: ast.expr) -> str:
         return _label(node.args[0])
     if isinstance(node, ast.Subscript):
         return _label(node.value)
-    return _name(node).replace("_", " ").strip() or "value"
+    return _name(node).replace("_", " ").strip().lower() or "value"
 
 
 def _name(node: ast.expr) -> str:

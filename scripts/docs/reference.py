@@ -33,7 +33,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def commands() -> str:
     """Every command with its arguments and options, grouped as `--help` groups them."""
     root: Any = typer.main.get_command(app)
-    return "\n\n".join(_command(name, command) for name, command in root.commands.items() if not command.hidden)
+    context = root.make_context("loftq", [], resilient_parsing=True)
+    # As when it is called: only then does a command have all its options.
+    found = {name: root.resolve_command(context, [name])[1] for name in root.list_commands(context)}
+    return "\n\n".join(_command(name, command) for name, command in found.items() if not command.hidden)
 
 
 def _command(name: str, command: Any) -> str:
