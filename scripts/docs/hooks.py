@@ -6,6 +6,7 @@ has the names. A link `[text](repo:path)` leads to a file of this repository, be
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
 _MARKER = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 _LINK = re.compile(r"\]\(repo:([^)#\s]*)(#[^)\s]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    """Show warnings in strict mode: with --quiet MkDocs would not see them, and so not count them as errors."""
+    log = logging.getLogger("mkdocs")
+    if config.strict and log.level > logging.WARNING:
+        log.setLevel(logging.WARNING)
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support.paths import ROOT
@@ -120,3 +121,22 @@ def test_messages_of(code: str, expected: list[str]) -> None:
     from messages import messages_of
 
     assert messages_of(code) == expected
+
+
+def test_the_hook_fills_pages_and_refuses_what_does_not_exist() -> None:
+    exceptions = pytest.importorskip("mkdocs.exceptions", reason="mkdocs is not installed (extra 'docs')")
+    import hooks
+
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+
+    def render(text: str) -> str:
+        return hooks.on_page_markdown(text, page=page, config={"repo_url": "https://example.org/x/"}, files=None)
+
+    assert render("<!-- generated: exit-codes -->") == generate("exit-codes")
+    assert render("[a](repo:README.md#b) [c](repo:docs)") == (
+        "[a](https://example.org/x/blob/main/README.md#b) [c](https://example.org/x/tree/main/docs)"
+    )
+    with pytest.raises(exceptions.PluginError, match=r"page\.md asks for 'nothing'"):
+        render("<!-- generated: nothing -->")
+    with pytest.raises(exceptions.PluginError, match=r"page\.md links to nowhere\.md"):
+        render("[a](repo:nowhere.md)")
