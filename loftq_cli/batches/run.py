@@ -71,7 +71,11 @@ def batch(
         files: YAML recipes.
         output: directory for the outputs whose file names none; by default the working directory.
         jobs: how many conversions run at the same time.
-        device, num_processes, max_memory, stream, overwrite: as in `quantize`, for every recipe.
+        device: as in `quantize`, for every recipe.
+        num_processes: as in `quantize`, for every recipe.
+        max_memory: as in `quantize`, for every recipe.
+        stream: as in `quantize`, for every recipe.
+        overwrite: as in `quantize`, for every recipe.
         dry_run: plan every recipe and convert none.
         verbose: let the processes name every matrix.
         summary: file for the report as JSON.

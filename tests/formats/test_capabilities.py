@@ -1,4 +1,4 @@
-"""The table of containers: complete, current in the README, and every claim backed."""
+"""The table of containers: complete, current in the docs, and every claim backed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from support.paths import ROOT
 
 from loftq_cli.formats import FORMATS, get_format
 from loftq_cli.formats.base import GridRequest, Refusal
+from loftq_cli.formats.capabilities import markdown_table
 from loftq_cli.formats.container import UPSTREAM, Container
 from loftq_cli.recipe.model import BITS, FORMAT_NAMES
 
@@ -43,10 +44,10 @@ def test_claims_name_tests_that_exist(item: Container) -> None:
     assert row.exact.proof != UPSTREAM and row.trains.proof != UPSTREAM
 
 
-def test_readme_shows_the_current_table() -> None:
-    spec = importlib.util.spec_from_file_location("formats_table", ROOT / "scripts" / "formats_table.py")
+def test_the_docs_show_the_current_table() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "docs" / "reference.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script.BEGIN in readme and script.with_table(readme) == readme, "run python scripts/formats_table.py"
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert "\n<!-- generated: formats -->\n" in page and script.containers() == markdown_table()
