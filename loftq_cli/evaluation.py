@@ -169,8 +169,6 @@ def evaluate(
     )
 
 
-
-
 @dataclass
 class _Tally:
     """What one model has summed up: nats and tokens, or ‖h − h_source‖² and ‖h_source‖² of hidden states."""

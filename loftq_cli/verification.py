@@ -261,8 +261,6 @@ def _is_copied(path: Path, record: KeptRecord, original: Tensor) -> bool:
     return written.shape == original.shape and tensor_bytes(written) == tensor_bytes(original.to(written.dtype))
 
 
-
-
 def _agrees(residual: float, recorded: float) -> bool:
     return abs(residual - recorded) <= max(RELATIVE_TOLERANCE * recorded, ABSOLUTE_TOLERANCE)
 

@@ -68,8 +68,6 @@ def converted(small_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-
-
 def test_agrees_with_transformers_and_peft(converted: Path, small_llama: Path, text_file: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,8 +106,6 @@ def test_table_and_json(converted: Path, text_file: Path) -> None:
     assert values["tokens"] == 4 * 63 and values["peak_memory_bytes"] > 0
     again = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
     assert [score["loss"] for score in again["scores"]] == [score["loss"] for score in values["scores"]]
-
-
 
 
 @pytest.mark.parametrize(

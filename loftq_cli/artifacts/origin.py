@@ -15,7 +15,6 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.recipe.model import Recipe
 
 if TYPE_CHECKING:
-
     from loftq_cli.checkpoint import Checkpoint
 
 

@@ -36,12 +36,6 @@ class TextSizes:
     card: int
 
 
-
-
-
-
-
-
 def build_manifest(
     plan: Plan,
     source_fingerprint: str,
@@ -83,8 +77,6 @@ def pad(content: bytes, size: int) -> bytes:
     """Fill up with blanks before the last line feed, which neither JSON nor Markdown minds."""
     assert len(content) <= size and content.endswith(b"\n"), "the planned size is the widest one"
     return content[:-1] + b" " * (size - len(content)) + b"\n"
-
-
 
 
 def _planned_totals(plan: Plan) -> Totals:

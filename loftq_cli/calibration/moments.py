@@ -16,10 +16,6 @@ KINDS = ("diagonal", "full")
 _FORMAT = "loftq second moments 1"
 
 
-
-
-
-
 @dataclass(frozen=True)
 class Moments:
     """A file that `write_moments` wrote; tensors are read when they are asked for.

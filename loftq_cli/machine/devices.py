@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 def choose_device(name: str) -> torch.device:
     """`auto` is the first GPU where there is one.
 

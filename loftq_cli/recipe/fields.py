@@ -222,9 +222,9 @@ class RecipeFields:
             expects="give a mean rank from 1 on",
         ),
     ] = None
-    iters: Annotated[
-        From0, UnsetIsNone, Help("Alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16")
-    ] = None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
+    iters: Annotated[From0, UnsetIsNone, Help("Alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16")] = (
+        None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
+    )
     levels: Annotated[
         str | None,
         Choices(c.LEVELS),

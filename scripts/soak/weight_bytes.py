@@ -90,27 +90,36 @@ def models(folder: Path, llama: Path | None) -> dict[str, Path]:
 def tiny_models() -> Iterator[tuple[str, transformers.PreTrainedModel]]:
     """A random model of each family that names or stores its weights in a way of its own."""
     torch.manual_seed(0)
-    yield "gpt2", transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    yield (
+        "gpt2",
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+        ),
     )
-    yield "mixtral", transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=64,
-            **IDS,
-        )
+    yield (
+        "mixtral",
+        transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                vocab_size=96,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                max_position_embeddings=64,
+                **IDS,
+            )
+        ),
     )
-    yield "t5", transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
-        )
+    yield (
+        "t5",
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+            )
+        ),
     )
 
 

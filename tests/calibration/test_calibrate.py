@@ -47,8 +47,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-
-
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
 @pytest.mark.parametrize(("name", "pieces"), [("llama", 2), ("gpt2", 3), ("bert", 2), ("bart", 2), ("bloom", 2)])
 def test_moments_are_those_of_the_model_s_own_forward(name: str, pieces: int, kind: str, tmp_path: Path) -> None:

@@ -45,8 +45,6 @@ def twin_of(model, path: Path, manifest):
     return model
 
 
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -292,9 +292,7 @@ def test_unknown_tensors_are_kept_and_counted() -> None:
     checkpoint = saved("llama")
     config, shapes = checkpoint.config, checkpoint.shapes
     found = map_modules(config, {"extra.weight": (64, 64), **shapes})
-    assert found.roles[0] == TensorRole(
-        "extra.weight", None, "other", Reason(Why.UNKNOWN, "LlamaForCausalLM")
-    )
+    assert found.roles[0] == TensorRole("extra.weight", None, "other", Reason(Why.UNKNOWN, "LlamaForCausalLM"))
     assert str(found.roles[0].keep) == "not part of LlamaForCausalLM (ignored by transformers)"
     assert found.notes == ("1 tensor is not part of LlamaForCausalLM, so transformers ignores: extra.weight",)
 

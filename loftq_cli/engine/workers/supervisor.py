@@ -28,7 +28,6 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.progress import Reporter
 
 if TYPE_CHECKING:
-
     from loftq_cli.engine.workers.launcher import World
     from loftq_cli.engine.workers.order import Order
     from loftq_cli.planning.plan import Plan

@@ -24,7 +24,6 @@ _APPEAR_SECONDS = 60.0
 _LOOK_SECONDS = 0.2
 
 
-
 def main() -> None:
     """`python -m loftq_cli.engine.workers.worker`: read the order, one line of stdin; exit when stdin ends."""
     try:
@@ -114,9 +113,7 @@ def _work(order: Order, update: Callable[..., None]) -> Cost:
     work = session.work_list()
     with open_source(Recipe(**order.recipe), stream=order.stream) as (checkpoint, recipe), on_full_disk(output):
         recipe = pin_calibration(recipe)
-        plan = make_plan(
-            recipe, checkpoint, output, __version__, work.nonfinite if recipe.allow_nonfinite else None
-        )
+        plan = make_plan(recipe, checkpoint, output, __version__, work.nonfinite if recipe.allow_nonfinite else None)
         if plan.fingerprint != work.fingerprint:
             raise LoftqError(
                 f"this worker's source or loftq version differs from the main process's ({output / STATE}): use the "

@@ -100,8 +100,6 @@ class FeedingQuantizer(FittingQuantizer, Protocol):
         """`numerics.feedback.feed_back` with the residual of `step`, in one pass over memory."""
 
 
-
-
 def blocks_of(step: QuantizeStep) -> QuantizedBlocks:
     """What a codebook grid gave."""
     assert isinstance(step.quantized, QuantizedBlocks), "blocks belong to a codebook grid"
