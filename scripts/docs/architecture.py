@@ -11,25 +11,27 @@ PACKAGE = ROOT / "loftq_cli"
 
 
 def tree() -> str:
-    """The package's directories and top-level files, each with the first sentence of its docstring."""
-    lines = ["loftq_cli/"]
+    """The package's directories and top-level files, each with the first sentence of its docstring, as a table."""
+    lines = []
     for path in sorted(PACKAGE.iterdir(), key=lambda path: (path.is_file(), path.name)):
-        lines += _entries(path, depth=1)
-    width = max(len(line.split("\0")[0]) for line in lines) + 2
-    rows = [line.split("\0") for line in lines]
-    text = "\n".join(row[0] if len(row) == 1 else f"{row[0]:<{width}}{row[1]}" for row in rows)
-    return f"```text\n{text}\n```"
+        lines += _entries(path, "")
+    return "\n".join(["| `loftq_cli/` | |", "|---|---|", *lines])
 
 
-def _entries(path: Path, depth: int) -> list[str]:
-    indent = "  " * depth
+def _entries(path: Path, above: str) -> list[str]:
+    name = f"{above}{path.name}"
     if path.is_file():
         named = path.suffix == ".py" and path.name != "__init__.py"
-        return [f"{indent}{path.name}\0{_summary(path)}"] if named else []
+        return [_row(name, path)] if named else []
     if not (path / "__init__.py").exists():
         return []
-    inner = [line for child in sorted(path.iterdir()) if child.is_dir() for line in _entries(child, depth + 1)]
-    return [f"{indent}{path.name}/\0{_summary(path / '__init__.py')}", *inner]
+    inner = [line for child in sorted(path.iterdir()) if child.is_dir() for line in _entries(child, f"{name}/")]
+    return [_row(f"{name}/", path / "__init__.py"), *inner]
+
+
+def _row(name: str, path: Path) -> str:
+    summary = _summary(path).replace("|", "\\|")
+    return f"| `{name}` | {summary} |"
 
 
 def _summary(path: Path) -> str:
@@ -40,14 +42,65 @@ def _summary(path: Path) -> str:
 
 
 def layers() -> str:
-    """The layers of pyproject.toml as a Mermaid graph, highest first."""
-    rows = [[name.strip() for name in re.split(r"[|:]", layer)] for layer in _contract()]
-    lines = ["```mermaid", "flowchart TB"]
+    """The layers of pyproject.toml as a drawing, highest first."""
+    rows = [[name.strip(" ()") for name in re.split(r"[|:]", layer)] for layer in _contract()]
+    height, width = 44, 640
+    parts = []
     for number, names in enumerate(rows):
-        label = "&nbsp;&nbsp;·&nbsp;&nbsp;".join(name.strip("()") for name in names)
-        lines.append(f'  L{number}["{label}"]')
-    lines.append("  " + " --> ".join(f"L{number}" for number in range(len(rows))))
-    return "\n".join([*lines, "```"])
+        top, share = number * height, width / len(names)
+        for place, name in enumerate(names):
+            parts.append(_box(place * share + 2, top, share - 4, 28, [name]))
+        if number + 1 < len(rows):
+            parts.append(_arrow(width / 2, top + 28, width / 2, top + height))
+    return _svg(
+        width, (len(rows) - 1) * height + 30, parts, "Import layers: each package imports only from those below it"
+    )
+
+
+def flow() -> str:
+    """The way of the data, from the recipe to what is done with a finished directory."""
+    boxes = {
+        "recipe": (0, 10, 170, ["recipe", "what the user asks"]),
+        "headers": (0, 90, 170, ["checkpoint headers", "names, shapes, dtypes"]),
+        "plan": (205, 40, 190, ["plan", "units of work and every", "output byte's place"]),
+        "engine": (430, 40, 200, ["engine", "read, LoftQ, encode, write,", "one matrix at a time"]),
+        "manifest": (665, 40, 160, ["manifest", "what was done, hashed"]),
+        "after": (860, 40, 130, ["verify, merge,", "eval, push, load"]),
+    }
+    parts = [_box(x, y, w, 26 + 18 * (len(text) - 1), text) for x, y, w, text in boxes.values()]
+    parts += [_arrow(170, 32, 205, 60), _arrow(170, 112, 205, 84)]
+    parts += [_arrow(395, 71, 430, 71), _arrow(630, 62, 665, 62), _arrow(825, 62, 860, 62)]
+    return _svg(992, 140, parts, "Recipe and headers give the plan, the engine carries it out, the manifest records it")
+
+
+def _svg(width: float, height: float, parts: list[str], title: str) -> str:
+    """An inline drawing in the colours of the page, light or dark."""
+    marker = (
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0,0 L8,4 L0,8 z" fill="currentColor"/></marker></defs>'
+    )
+    style = f"max-width:{width:.0f}px;width:100%;height:auto;color:var(--md-default-fg-color)"
+    head = f'<svg role="img" aria-label="{title}" viewBox="0 0 {width:.0f} {height:.0f}" style="{style}">'
+    return f"<figure>{head}{marker}{''.join(parts)}</svg></figure>"
+
+
+def _box(x: float, y: float, width: float, height: float, lines: list[str]) -> str:
+    """A box with its name in bold, and what it is below."""
+    shape = (
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{height:.0f}" rx="4" fill="none" '
+        'stroke="currentColor"/>'
+    )
+    weights = ["bold", *["normal"] * (len(lines) - 1)]
+    texts = "".join(
+        f'<text x="{x + width / 2:.0f}" y="{y + 18 + 18 * number:.0f}" text-anchor="middle" font-size="13" '
+        f'font-weight="{weight}" fill="currentColor">{line}</text>'
+        for number, (weight, line) in enumerate(zip(weights, lines))
+    )
+    return shape + texts
+
+
+def _arrow(x: float, y: float, to_x: float, to_y: float) -> str:
+    return f'<path d="M{x:.0f},{y:.0f} L{to_x:.0f},{to_y:.0f}" stroke="currentColor" marker-end="url(#tip)"/>'
 
 
 def _contract() -> list[str]:

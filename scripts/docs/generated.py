@@ -15,6 +15,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "python-api": reference.python_names,
     "exit-codes": reference.exit_codes,
     "messages": messages.all_messages,
+    "flow": architecture.flow,
     "layers": architecture.layers,
     "tree": architecture.tree,
 }

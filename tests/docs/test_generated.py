@@ -74,9 +74,10 @@ def test_every_exit_code_is_listed() -> None:
 
 def test_the_tree_shows_every_package_with_its_purpose() -> None:
     text = generate("tree")
-    packages = [path.parent.name for path in (ROOT / "loftq_cli").rglob("__init__.py")]
+    package = ROOT / "loftq_cli"
+    packages = [path.parent.relative_to(package).as_posix() for path in package.rglob("__init__.py")]
     for name in packages[1:]:
-        assert re.search(rf"^ *{name}/ +\S", text, re.MULTILINE), f"{name} has no docstring"
+        assert re.search(rf"^\| `{name}/` \| \S", text, re.MULTILINE), f"{name} has no docstring"
 
 
 def test_the_layers_are_all_of_the_package() -> None:
