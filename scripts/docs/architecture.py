@@ -59,18 +59,25 @@ def layers() -> str:
 
 def flow() -> str:
     """The way of the data, from the recipe to what is done with a finished directory."""
-    boxes = {
-        "recipe": (0, 10, 170, ["recipe", "what the user asks"]),
-        "headers": (0, 90, 170, ["checkpoint headers", "names, shapes, dtypes"]),
-        "plan": (205, 40, 190, ["plan", "units of work and every", "output byte's place"]),
-        "engine": (430, 40, 200, ["engine", "read, LoftQ, encode, write,", "one matrix at a time"]),
-        "manifest": (665, 40, 160, ["manifest", "what was done, hashed"]),
-        "after": (860, 40, 130, ["verify, merge,", "eval, push, load"]),
-    }
-    parts = [_box(x, y, w, 26 + 18 * (len(text) - 1), text) for x, y, w, text in boxes.values()]
-    parts += [_arrow(170, 32, 205, 60), _arrow(170, 112, 205, 84)]
-    parts += [_arrow(395, 71, 430, 71), _arrow(630, 62, 665, 62), _arrow(825, 62, 860, 62)]
-    return _svg(992, 140, parts, "Recipe and headers give the plan, the engine carries it out, the manifest records it")
+    middle, steps = (
+        320,
+        [
+            ["plan", "units of work and every output byte's place"],
+            ["engine", "read, LoftQ, encode, write, one matrix at a time"],
+            ["manifest", "what was done, hashed"],
+            ["verify, merge, eval, push, load"],
+        ],
+    )
+    parts = [_box(60, 2, 250, 44, ["recipe", "what the user asks"])]
+    parts += [_box(330, 2, 250, 44, ["checkpoint headers", "names, shapes, dtypes"])]
+    parts += [_arrow(185, 46, 250, 72), _arrow(455, 46, 390, 72)]
+    for number, lines in enumerate(steps):
+        top = 74 + 72 * number
+        parts.append(_box(middle - 180, top, 360, 26 + 18 * (len(lines) - 1), lines))
+        if number + 1 < len(steps):
+            parts.append(_arrow(middle, top + 44, middle, top + 70))
+    title = "Recipe and headers give the plan, the engine carries it out, the manifest records it"
+    return _svg(640, 320, parts, title)
 
 
 def _svg(width: float, height: float, parts: list[str], title: str) -> str:
@@ -81,7 +88,7 @@ def _svg(width: float, height: float, parts: list[str], title: str) -> str:
     )
     style = f"max-width:{width:.0f}px;width:100%;height:auto;color:var(--md-default-fg-color)"
     head = f'<svg role="img" aria-label="{title}" viewBox="0 0 {width:.0f} {height:.0f}" style="{style}">'
-    return f"<figure>{head}{marker}{''.join(parts)}</svg></figure>"
+    return f"<div>{head}{marker}{''.join(parts)}</svg></div>"
 
 
 def _box(x: float, y: float, width: float, height: float, lines: list[str]) -> str:
