@@ -1,7 +1,7 @@
-"""`pytorch_model.bin`, single or sharded: what `torch.save` writes, read without running anything in it.
+"""Read `pytorch_model.bin`, single or sharded, as `torch.save` writes it, without running any code in it.
 
-`torch.load(weights_only=True)` refuses every call that does not rebuild a tensor. Zip files (torch 1.6 on) are mapped:
-only what is copied out is read. Older files cannot be mapped and stand in memory whole, one at a time.
+`torch.load(weights_only=True)` refuses every call that does not rebuild a tensor. Zip files (torch 1.6 and later) are
+mapped, so that only the requested tensors are read. Older files cannot be mapped and are loaded whole, one at a time.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ SINGLE = "pytorch_model.bin"
 SHARDS = "pytorch_model-*.bin"
 _NESTED = ("state_dict", "model", "module")
 _RESIDENT = 256 << 20
-_REPEATED = 64 << 20  # a view may repeat its elements; a hostile one could do so without end
+_REPEATED = 64 << 20  # bytes of a view that repeats its elements; a malicious file could describe one of any size
 
 
 class TensorReader(Protocol):
-    """Tensors of pickled files, by file and name; `checkpoint.remote_pickled` has one for files on the Hub."""
+    """Reads tensors of pickled files by file and name; `checkpoint.remote.pickled` implements it for the Hub."""
 
     def infos(self, file: str) -> list[TensorInfo]:
-        """The tensors of one file, in the order in which safetensors would store them; second views of a tensor last.
+        """Return the tensors of one file in the order in which safetensors would store them, repeated views last.
 
         Raises:
-            LoftqError: the file is damaged, wants to run code, or holds tensors of an unknown kind.
+            LoftqError: the file is damaged, tries to run code, or contains tensors of an unsupported kind.
         """
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
-        """Copy one tensor into `target`, of its shape."""
+        """Copy one tensor into `target`, which has its shape."""
 
     def shape(self, file: str, name: str) -> tuple[int, ...]:
-        """The shape of one tensor."""
+        """Return the shape of one tensor."""
 
     def row(self, file: str, name: str, index: int) -> Tensor:
-        """One row of a matrix, or one entry of any tensor's first dimension."""
+        """Return one row of a matrix, or one entry of any tensor's first dimension."""
 
     def cancel(self) -> None:
         """See `checkpoint.base.Checkpoint.cancel`."""
 
     def close(self) -> None:
-        """Give memory back."""
+        """Release memory."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class PickleReader:
     """Implements `TensorReader` for files in a directory, in bounded memory.
 
     Attributes:
-        resident: bytes of one file that may be read before its map is given back and made anew (a few milliseconds):
-            pages of a map count as this process's memory until then.
-        unmapped: how many files of the old kind may stand in memory at once.
+        resident: bytes of one file that may be read before its map is released and created again (a few
+            milliseconds): until then the pages of a map count as this process's memory.
+        unmapped: number of files in the old format that may be in memory at once.
     """
 
     directory: Path
@@ -82,7 +82,7 @@ class PickleReader:
         found = [state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())]
         if is_mapped(self.directory / file):
             self.forget(file)
-        return in_order(found)
+        return storage_order(found)
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
         source = self._state(file)[name]
@@ -92,7 +92,7 @@ class PickleReader:
         self._touch(file, touched)
 
     def _touch(self, file: str, nbytes: int) -> None:
-        """Give a map back when enough of it has been read."""
+        """Release a map once enough of it has been read."""
         touched = self._touched[file] = self._touched.get(file, 0) + nbytes
         if touched > self.resident and is_mapped(self.directory / file):
             self.forget(file)
@@ -106,12 +106,12 @@ class PickleReader:
         return tuple(self._state(file)[name].shape)
 
     def forget(self, file: str) -> None:
-        """Give the file's map, or its memory, back."""
+        """Release the file's map or memory."""
         self._states.pop(file, None)
         self._touched.pop(file, None)
 
     def cancel(self) -> None:
-        """Nothing waits for a network."""
+        """Do nothing: local reads do not wait for a network."""
 
     def close(self) -> None:
         self._states.clear()
@@ -156,7 +156,7 @@ class PickledCheckpoint:
 
 
 def has_pickles(directory: Path) -> bool:
-    """Whether there is something for `open_pickled`."""
+    """True if the directory contains files that `open_pickled` reads."""
     return any((directory / name).is_file() for name in (INDEX, SINGLE)) or any(directory.glob(SHARDS))
 
 
@@ -164,7 +164,7 @@ def open_pickled(directory: Path) -> PickledCheckpoint:
     """Read config.json, the index and every shard's list of tensors.
 
     Raises:
-        LoftqError: a file is missing, damaged or wants to run code, or index and shards contradict each other.
+        LoftqError: a file is missing, damaged or tries to run code, or the index and the shards contradict each other.
     """
     index = read_index(directory / INDEX, ".bin") if (directory / INDEX).exists() else None
     files = find_files(directory, SINGLE, SHARDS) if index is None else sorted(set(index.values()))
@@ -174,7 +174,7 @@ def open_pickled(directory: Path) -> PickledCheckpoint:
 def read_lists(
     directory: Path, files: Iterable[str], index: Mapping[str, str] | None, reader: TensorReader
 ) -> PickledCheckpoint:
-    """The checkpoint in `files`, wherever `reader` reads them; `directory` holds config.json.
+    """Return the checkpoint in `files`, which `reader` reads; `directory` contains config.json.
 
     Raises:
         LoftqError: as `open_pickled`.
@@ -185,16 +185,16 @@ def read_lists(
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether the file is a zip archive, which torch can map."""
+    """True if the file is a zip archive, which torch can map."""
     with open(path, "rb") as handle:
         return handle.read(4) == b"PK\x03\x04"
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of one file; nothing in the file is executed.
+    """Return the state dict of one file without executing anything in the file.
 
     Raises:
-        LoftqError: the file cannot be read, is damaged, wants to run code or holds no named tensors.
+        LoftqError: the file cannot be read, is damaged, tries to run code or contains no named tensors.
     """
     with pickle_errors(path):
         check_file(path)
@@ -210,7 +210,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def pickle_errors(path: PurePath) -> Iterator[None]:
-    """Turn what torch raises for a bad file into one sentence."""
+    """Turn the exceptions that torch raises for a bad file into one sentence."""
     try:
         yield
     except LoftqError:
@@ -221,17 +221,17 @@ def pickle_errors(path: PurePath) -> Iterator[None]:
         wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if wanted and isinstance(error, pickle.UnpicklingError):
             raise LoftqError(
-                f"{path} wants to run {wanted[1]}, which no weights need, and was not loaded: get the model as "
-                "safetensors, or from somebody you trust."
+                f"{path} tries to run {wanted[1]}, which weights never need, and was not loaded: get the model as "
+                "safetensors, or from a source you trust."
             ) from error
         raise LoftqError(
-            f"{path} is no file of weights that torch can read safely, or is damaged: download it again, or get the "
+            f"{path} is damaged or is not a weight file that torch can read safely: download it again, or get the "
             "model as safetensors."
         ) from error
 
 
-def in_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """As safetensors would store them; second views of the same memory last."""
+def storage_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Sort tensors as safetensors would store them, with repeated views of the same memory last."""
     seen: set[object] = set()
     again = set()
     found = list(infos)
@@ -243,15 +243,15 @@ def in_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def read_archive(handle: IO[bytes], path: PurePath) -> zipfile.ZipFile:
-    """The archive's list of contents. Its bytes are used as they lie, so they must lie uncompressed.
+    """Open an archive and check that its entries are uncompressed, since their bytes are used in place.
 
     Raises:
-        LoftqError: it is cut off or compressed.
+        LoftqError: the archive is incomplete or compressed.
     """
     try:
         archive = zipfile.ZipFile(handle)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise LoftqError(f"{path} is no complete archive ({error}): download it again.") from error
+        raise LoftqError(f"{path} is not a complete archive ({error}): download it again.") from error
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise LoftqError(f"{path} is compressed, which torch.save never does: download the original file.")
@@ -259,10 +259,10 @@ def read_archive(handle: IO[bytes], path: PurePath) -> zipfile.ZipFile:
 
 
 def named_tensors(path: PurePath, content: object, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a state dict, or of the one inside a training checkpoint; other entries are not weights.
+    """Return the tensors of a state dict, or of the one inside a training checkpoint; other entries are ignored.
 
     Raises:
-        LoftqError: there are none, or one is of a kind that safetensors does not have.
+        LoftqError: there are none, or one is of a kind that safetensors does not support.
     """
     if isinstance(content, Mapping):
         for candidate in (*(content.get(name) for name in _NESTED), content):
@@ -271,21 +271,21 @@ def named_tensors(path: PurePath, content: object, device: str = "cpu") -> dict[
             tensors = {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
             if tensors and all(isinstance(name, str) for name in tensors):
                 return {name: _checked(path, name, tensor, device) for name, tensor in tensors.items()}
-    raise LoftqError(f"{path} holds no tensors by name: it is no checkpoint of a model.")
+    raise LoftqError(f"{path} contains no named tensors: give the checkpoint of a model.")
 
 
 def _checked(path: PurePath, name: str, tensor: Tensor, device: str) -> Tensor:
     plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == device
     if not plain or tensor.dtype not in SAFETENSORS_NAMES:
         kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
-        raise LoftqError(f"tensor {name} in {path} is of the unknown kind {kind}: save it as plain bfloat16 first.")
+        raise LoftqError(f"tensor {name} in {path} has the unsupported type {kind}: save it as plain bfloat16 first.")
     if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), _REPEATED):
-        raise LoftqError(f"tensor {name} in {path} claims to be larger than what the file holds: download it again.")
+        raise LoftqError(f"tensor {name} in {path} claims to be larger than the data in the file: download it again.")
     return tensor.detach()
 
 
 def state_info(file: str, name: str, tensor: Tensor, number: int, first: int) -> TensorInfo:
-    """The place of a tensor in memory, counted from `first`; `number` is negative and its own."""
-    # Only whole contiguous tensors can be told by their place alone; the others get a number of their own.
+    """Return the location of a tensor in memory relative to `first`; `number` is negative and unique to the tensor."""
+    # Only contiguous tensors are identified by their location alone; the others get the unique number.
     start = tensor.data_ptr() - first if tensor.numel() and tensor.is_contiguous() else number
     return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, start)

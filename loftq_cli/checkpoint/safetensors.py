@@ -1,7 +1,7 @@
 """safetensors checkpoints, single or sharded, with or without an index.
 
 File layout: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data;
-offsets count from the end of the header, in order and without gaps (safetensors' own format document).
+offsets count from the end of the header, in order and without gaps (safetensors' format specification).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "*.safetensors"
-_PIECE = 16 << 20  # bytes that are mapped and copied at a time
+_PIECE = 16 << 20  # bytes mapped and copied at a time
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SafetensorsCheckpoint:
         for done in range(0, info.nbytes, _PIECE):
             count, offset = min(_PIECE, info.nbytes - done), info.start + done
             copy[done : done + count] = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=offset)
-            # Give the pages back at once, so that resident memory does not grow with the tensor or the checkpoint.
+            # Release the pages at once, so that resident memory does not grow with the tensor or the checkpoint.
             first = offset // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, first, offset + count - first)
         return copy.view(info.dtype).reshape(info.shape)
@@ -60,7 +60,7 @@ class SafetensorsCheckpoint:
         return find_side_files(self.path)
 
     def cancel(self) -> None:
-        """Nothing waits for a network."""
+        """Do nothing: local reads do not wait for a network."""
 
     def close(self) -> None:
         while self._maps:
@@ -69,21 +69,21 @@ class SafetensorsCheckpoint:
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
             with open(self.path / file, "rb") as handle:
-                # A private mapping is writable, as torch wants its buffers; nothing ever writes to it.
+                # torch requires writable buffers and a private mapping is writable, although nothing writes to it.
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
 
 
 def has_safetensors(directory: Path) -> bool:
-    """Whether there is something for `open_safetensors`."""
+    """True if the directory contains files that `open_safetensors` reads."""
     return (directory / INDEX).exists() or bool(find_files(directory, SINGLE, SHARDS))
 
 
 def open_safetensors(directory: Path) -> SafetensorsCheckpoint:
-    """Read config.json, the index and every shard's header; no weight.
+    """Read config.json, the index and every shard's header, but no weights.
 
     Raises:
-        LoftqError: a file is missing, or headers, index and sizes contradict each other.
+        LoftqError: a file is missing, or the headers, index and sizes contradict each other.
     """
     config = read_json(directory / "config.json", CONFIG_HINT)
     files, index = _find_files(directory)
@@ -93,13 +93,13 @@ def open_safetensors(directory: Path) -> SafetensorsCheckpoint:
 
 
 def _find_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The shards in order, and the index's tensor → shard map where there is one."""
+    """Return the shards in order, and the index's map of tensors to shards if there is an index."""
     if (directory / INDEX).exists():
         index = read_index(directory / INDEX, ".safetensors")
         return sorted(set(index.values())), index
     files = find_files(directory, SINGLE, SHARDS)
     if not files:
-        raise LoftqError(f"{directory} holds no *.safetensors weights: give a directory with a safetensors checkpoint.")
+        raise LoftqError(f"{directory} contains no *.safetensors: give a directory with a safetensors checkpoint.")
     return files, None
 
 
@@ -111,26 +111,26 @@ def _read_header(path: Path) -> list[TensorInfo]:
 
 
 def header_length(path: PurePath, start: bytes, size: int) -> int:
-    """The length of the JSON header that follows the first 8 bytes of a file of `size` bytes.
+    """Return the length of the JSON header that follows the first 8 bytes of a file of `size` bytes.
 
     Raises:
-        LoftqError: the file cannot hold such a header.
+        LoftqError: the header would not fit into the file.
     """
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
-        raise LoftqError(f"{path} is no complete safetensors file: download it again.")
+        raise LoftqError(f"{path} is not a complete safetensors file: download it again.")
     return length
 
 
 def parse_header(path: PurePath, raw: bytes, size: int) -> list[TensorInfo]:
-    """The tensors of one file in the order of their bytes; `path` is for messages and the file's name.
+    """Return the tensors of one file in byte order; `path` is used for messages and for the file's name.
 
     Raises:
         LoftqError: the header is damaged or contradicts the file's size.
     """
     length = len(raw)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_doubles)
+        header = json.loads(raw, object_pairs_hook=_reject_duplicates)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         tensors = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
@@ -142,14 +142,14 @@ def parse_header(path: PurePath, raw: bytes, size: int) -> list[TensorInfo]:
             raise LoftqError(f"tensor {info.name} in {path} overlaps its neighbour or leaves a gap: download it again.")
         position += info.nbytes
     if position != size:
-        raise LoftqError(f"{path} is {size} bytes long but its header tells {position}: download it again.")
+        raise LoftqError(f"{path} has {size} bytes but its header describes {position}: download it again.")
     return tensors
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("it contains a name twice")
     return found
 
 
@@ -158,10 +158,10 @@ def _tensor_info(path: PurePath, name: str, entry: Mapping[str, Any], data: int)
         raise LoftqError(f"tensor {name} in {path} has the unknown type {entry['dtype']!r}: convert it to BF16 first.")
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
-    name.encode()  # JSON can hold halves of characters, files cannot
+    name.encode()  # JSON can contain lone surrogates, which cannot be encoded in files
     # `True` is an int to Python, and 8.0 equals 8.
     if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, start, end)):
-        raise ValueError(f"shape or place of {name}")
+        raise ValueError(f"invalid shape or offsets of {name}")
     info = TensorInfo(name, TORCH_DTYPES[entry["dtype"]], shape, path.name, data + start)
     if end - start != info.nbytes:
         raise ValueError(f"{name} has {end - start} bytes for shape {list(shape)}")

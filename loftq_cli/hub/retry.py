@@ -12,19 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 from loftq_cli.errors import ExitCode, LoftqError
 
 ATTEMPTS = 7
 OPENING_ATTEMPTS = 3  # no work is lost yet, so fail after seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-
-
 _LONGEST_RETRY_AFTER = 600.0  # seconds; the Hub counts requests in windows of five minutes
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 T = TypeVar("T")

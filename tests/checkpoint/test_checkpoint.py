@@ -1,4 +1,4 @@
-"""Sources: tensors as safetensors reads them; damaged ones end in one sentence."""
+"""Sources: tensors equal those that safetensors reads; damaged files are reported in one sentence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_tensors_outlive_the_checkpoint(sharded: Path) -> None:
     assert torch.equal(tensor, expected)
 
 
-def test_fingerprint_tells_sources_apart(sharded: Path) -> None:
+def test_fingerprints_of_different_sources_differ(sharded: Path) -> None:
     before = open_checkpoint(sharded).fingerprint
     assert open_checkpoint(sharded).fingerprint == before
     (sharded / "config.json").write_text('{"a": 1}')
@@ -116,7 +116,7 @@ def test_bad_indexes_end_in_one_sentence(sharded: Path, index: object, sentence:
         open_checkpoint(sharded)
 
 
-def test_missing_things_are_named(tmp_path: Path, sharded: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path, sharded: Path) -> None:
     with pytest.raises(LoftqError, match="there is no directory"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(LoftqError, match="is a file"):
@@ -131,7 +131,7 @@ def test_missing_things_are_named(tmp_path: Path, sharded: Path) -> None:
     empty = tmp_path / "no weights"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
-    with pytest.raises(LoftqError, match="holds no"):
+    with pytest.raises(LoftqError, match="contains no"):
         open_checkpoint(empty)
 
 

@@ -1,4 +1,4 @@
-"""Pickled sources and the choice between several: the same output as from safetensors, nothing executed."""
+"""Pickled sources and the precedence of formats: the same output as from safetensors, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_pickles_give_the_bytes_of_safetensors(layout: dict, random_llama: Path,
 
 @pytest.mark.parametrize("family", ["llama_tied", "t5"])
 def test_tied_weights_of_a_pickle_are_written_once(family: str, tmp_path: Path) -> None:
-    """A pickle holds both names of a tied weight, safetensors one; the output is the same."""
+    """A pickle contains both names of a tied weight, safetensors only one; the output is the same."""
     from support.families import FAMILIES
 
     model = FAMILIES[family]()
@@ -80,7 +80,7 @@ def test_views_and_training_checkpoints(tmp_path: Path) -> None:
 
 
 def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read counts against this process only until the map is given back."""
+    """Pages of a map count as resident memory only until the map is released."""
     from loftq_cli.checkpoint import pickled
 
     def resident() -> int:
@@ -105,7 +105,7 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch
 
 
 class Harm:
-    """What a hostile pickle does: a call while it is loaded."""
+    """A malicious object: it makes a call when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -150,10 +150,10 @@ def hostile(kind: str, path: Path, mark: Path) -> None:
 
 
 KINDS = {
-    "zip": "wants to run", "legacy": "wants to run", "plain pickle": "wants to run", "truncated": "download it again",
-    "half a zip": "no complete archive", "compressed": "is compressed", "no tensors": "no tensors by name",
-    "a list": "no tensors by name", "sparse": "unknown kind sparse", "complex": "unknown kind complex64",
-    "endless view": "larger than what the file holds", "empty": "is damaged", "garbage": "is damaged",
+    "zip": "tries to run", "legacy": "tries to run", "plain pickle": "tries to run", "truncated": "download it again",
+    "half a zip": "is not a complete archive", "compressed": "is compressed", "no tensors": "contains no named tensors",
+    "a list": "contains no named tensors", "sparse": "unsupported type sparse", "complex": "unsupported type complex64",
+    "endless view": "larger than the data in the file", "empty": "is damaged", "garbage": "is damaged",
     "text": "is damaged",
 }  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_safetensors_win_over_pickles(random_llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["tf_model.h5", "model.gguf", "flax_model.msgpack"])
-def test_what_loftq_does_not_read_is_named(name: str, tmp_path: Path) -> None:
+def test_unsupported_formats_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(LoftqError, match=f"{name}, which loftq does not read"):

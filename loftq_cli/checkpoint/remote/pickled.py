@@ -1,9 +1,9 @@
-"""Pickled files on the Hub, read by range requests: what `torch.save` writes, without a copy on the disk.
+"""Read pickled files on the Hub, as `torch.save` writes them, by range requests without a copy on disk.
 
-A zip file (torch 1.6 on) stores every tensor's bytes as they are: its list of contents and its pickle are fetched, the
-pickle is read by the unpickler that `torch.load(weights_only=True)` uses, and a tensor is one range. A file of the old
-kind has no such list: it is read from beginning to end, once for its list of tensors and once for their bytes, and
-stands in memory meanwhile.
+A zip file (torch 1.6 and later) stores every tensor's bytes uncompressed: its central directory and its pickle are
+fetched, the pickle is read by the unpickler that `torch.load(weights_only=True)` uses, and each tensor is one range. A
+file in the old format has no such directory: it is read from beginning to end, once for its list of tensors and once
+for their bytes, and is held in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.base import TensorInfo
-from loftq_cli.checkpoint.pickled import in_order, named_tensors, pickle_errors, read_archive, state_info
+from loftq_cli.checkpoint.pickled import named_tensors, pickle_errors, read_archive, state_info, storage_order
 from loftq_cli.checkpoint.remote.ranges import RemoteFile
 from loftq_cli.errors import LoftqError
 from loftq_cli.hub.retry import HubModel
 
-_TAIL = 64 << 10  # holds the list of contents of nearly every file
+_TAIL = 64 << 10  # contains the central directory of nearly every file
 _BUFFER = 64 << 10
 _MAX_PICKLE = 256 << 20  # a pickle without its tensors' bytes
 _LOCAL_HEADER = 30  # bytes before an entry's name and extra field, whose lengths are its last two numbers
@@ -35,7 +35,7 @@ _LOCAL_HEADER = 30  # bytes before an entry's name and extra field, whose length
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor of a zip file lies: in the stored entry `key`, whose local header starts at `header`."""
+    """The location of one tensor of a zip file: in the entry `key`, whose local header starts at `header`."""
 
     key: str
     header: int
@@ -43,7 +43,7 @@ class Piece:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last."""
+        """Return the number of elements from the first to the last."""
         if self.tensor.numel() == 0:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.tensor.shape, self.tensor.stride()))
@@ -54,8 +54,8 @@ class RemotePickles:
     """Implements `checkpoint.pickled.TensorReader` over range requests.
 
     Attributes:
-        files: by the names the checkpoint calls them.
-        whole: how many files of the old kind may stand in memory at once.
+        files: the files by their names in the checkpoint.
+        whole: number of files in the old format that may be in memory at once.
     """
 
     files: Mapping[str, RemoteFile]
@@ -68,12 +68,14 @@ class RemotePickles:
     def infos(self, file: str) -> list[TensorInfo]:
         if is_zip(self.files[file]):
             self._pieces[file] = _read_pieces(self.files[file])
-            return in_order(
+            return storage_order(
                 _piece_info(file, name, piece, -1 - i) for i, (name, piece) in enumerate(self._pieces[file].items())
             )
         state = self._state(file)
         first = min((tensor.data_ptr() for tensor in state.values() if tensor.numel()), default=0)
-        return in_order(state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items()))
+        return storage_order(
+            state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())
+        )
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
         target.copy_(self._read(file, name) if file in self._pieces else self._state(file)[name])
@@ -104,16 +106,16 @@ class RemotePickles:
         width = tensor.dtype.itemsize
         start = self._start(file, piece) + int(tensor.storage_offset()) * width
         if start + piece.span * width > remote.size:
-            raise LoftqError(f"{remote.where} is shorter than its list of contents says: try another --revision.")
+            raise LoftqError(f"{remote.where} is shorter than its central directory says: try another --revision.")
         found = remote.read(start, piece.span * width).view(tensor.dtype)
         return found.as_strided(tensor.shape, tensor.stride(), 0)
 
     def _start(self, file: str, piece: Piece) -> int:
-        """Where an entry's bytes begin: only its local header tells the length of what stands before them."""
+        """Return the offset of an entry's bytes; only the local header has the lengths of the fields before them."""
         if (file, piece.key) not in self._starts:
             local = self.files[file].read(piece.header, _LOCAL_HEADER).numpy().tobytes()
             if local[:4] != b"PK\x03\x04":
-                raise LoftqError(f"{self.files[file].where} is no complete archive: try another --revision.")
+                raise LoftqError(f"{self.files[file].where} is not a complete archive: try another --revision.")
             lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
             self._starts[file, piece.key] = piece.header + _LOCAL_HEADER + lengths
         return self._starts[file, piece.key]
@@ -127,18 +129,18 @@ class RemotePickles:
 
 
 def remote_pickles(model: HubModel, folder: str, files: list[str], *, whole: int = 1) -> RemotePickles:
-    """A reader for `files` of a commit, which lie in its folder `folder` ("" or ending in a slash)."""
+    """Return a reader for `files` in the folder `folder` of a commit ("" or a name that ends in a slash)."""
     stop = threading.Event()
     return RemotePickles({name: RemoteFile(model, folder + name, stop) for name in files}, stop, whole)
 
 
 def is_zip(file: RemoteFile) -> bool:
-    """Whether parts of the file can be read."""
+    """True if the file is a zip archive, so that parts of it can be read."""
     return file.read(0, min(file.size, 4)).numpy().tobytes() == b"PK\x03\x04"
 
 
 class _Ranges(io.RawIOBase):
-    """A file on the Hub as Python's file object. Its end is fetched once: zip files have their contents there."""
+    """A file on the Hub as a Python file object. Its end, where zip files have their directory, is fetched once."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -159,7 +161,7 @@ class _Ranges(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise ValueError("before the beginning of the file")
+            raise ValueError("seek before the beginning of the file")
         self._at = base + offset
         return self._at
 
@@ -178,12 +180,12 @@ class _Ranges(io.RawIOBase):
 
 
 def _read_pieces(file: RemoteFile) -> dict[str, Piece]:
-    """Every tensor of a zip file, on the meta device with its place.
+    """Return every tensor of a zip file, on the meta device, with its location.
 
     Raises:
-        LoftqError: the file is damaged or wants to run code.
+        LoftqError: the file is damaged or tries to run code.
     """
-    # Private, but it is what torch.load itself calls, with the same signature since torch 1.13.
+    # Private, but torch.load calls it itself, with the same signature since torch 1.13.
     from torch._weights_only_unpickler import Unpickler
 
     storages: dict[int, str] = {}
@@ -216,10 +218,10 @@ def _read_pieces(file: RemoteFile) -> dict[str, Piece]:
 
 
 def _read_pickle(archive: zipfile.ZipFile, file: RemoteFile) -> tuple[bytes, str, dict[str, zipfile.ZipInfo]]:
-    """The pickle of an archive, the folder everything lies in, and all entries by name.
+    """Return the pickle of an archive, the folder that contains all entries, and the entries by name.
 
     Raises:
-        LoftqError, ValueError: it is not as torch.save writes it, or was written for the other order of bytes.
+        LoftqError, ValueError: torch.save did not write the archive, or the byte order differs from this machine's.
     """
     entries = {entry.filename: entry for entry in archive.infolist()}
     (name,) = (name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1)
@@ -228,12 +230,12 @@ def _read_pickle(archive: zipfile.ZipFile, file: RemoteFile) -> tuple[bytes, str
         raise ValueError("the pickle is too large")
     order = f"{folder}byteorder"
     if order in entries and archive.read(order).decode() != sys.byteorder:
-        raise LoftqError(f"{file.where} was saved with the other order of bytes: leave --stream out.")
+        raise LoftqError(f"{file.where} was saved with a different byte order: leave out --stream.")
     return archive.read(name), folder, entries
 
 
 def _read_whole(file: RemoteFile) -> dict[str, Tensor]:
-    """A file of the old kind, in memory."""
+    """Load a file in the old format into memory."""
     with pickle_errors(file.where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         handle = io.BufferedReader(_Ranges(file), _BUFFER)
