@@ -7,15 +7,17 @@ offsets count from the end of the header, in order and without gaps (safetensors
 from __future__ import annotations
 
 import json
-import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 from loftq_cli.checkpoint.base import SideFile, TensorInfo, entry, fingerprint
+from loftq_cli.checkpoint.files import LocalFile, open_regular
 from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
@@ -25,18 +27,18 @@ _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "*.safetensors"
-_PIECE = 16 << 20  # bytes mapped and copied at a time
+_MAX_DIMENSIONS = 64  # of a tensor in torch
 
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint:
-    """Implements `checkpoint.base.Checkpoint` over memory maps."""
+    """Implements `checkpoint.base.Checkpoint` over files in a directory."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     fingerprint: str
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[str, LocalFile] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str) -> torch.Tensor:
         return self._read(self.tensors[name])
@@ -47,14 +49,7 @@ class SafetensorsCheckpoint:
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        mapped, copy = self._map(info.file), torch.empty(info.nbytes, dtype=torch.uint8)
-        for done in range(0, info.nbytes, _PIECE):
-            count, offset = min(_PIECE, info.nbytes - done), info.start + done
-            copy[done : done + count] = torch.frombuffer(mapped, dtype=torch.uint8, count=count, offset=offset)
-            # Release the pages at once, so that resident memory does not grow with the tensor or the checkpoint.
-            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, first, offset + count - first)
-        return copy.view(info.dtype).reshape(info.shape)
+        return self._file(info.file).read(info.start, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def side_files(self) -> tuple[SideFile, ...]:
         return find_side_files(self.path)
@@ -63,15 +58,11 @@ class SafetensorsCheckpoint:
         """Do nothing: local reads do not wait for a network."""
 
     def close(self) -> None:
-        while self._maps:
-            self._maps.popitem()[1].close()
+        while self._files:
+            self._files.popitem()[1].close()
 
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with open(self.path / file, "rb") as handle:
-                # torch requires writable buffers and a private mapping is writable, although nothing writes to it.
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
+    def _file(self, name: str) -> LocalFile:
+        return self._files.setdefault(name, LocalFile(self.path / name))
 
 
 def has_safetensors(directory: Path) -> bool:
@@ -105,8 +96,8 @@ def _find_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def _read_header(path: Path) -> list[TensorInfo]:
     check_file(path)
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
         return parse_header(path, handle.read(header_length(path, handle.read(8), size)), size)
 
 
@@ -161,6 +152,9 @@ def _tensor_info(path: PurePath, name: str, entry: Mapping[str, Any], data: int)
     name.encode()  # JSON can contain lone surrogates, which cannot be encoded in files
     # `True` is an int to Python, and 8.0 equals 8.
     if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, start, end)):
+        raise ValueError(f"invalid shape or offsets of {name}")
+    # Even an empty tensor must have strides, and the product of very many sizes takes for ever.
+    if len(shape) > _MAX_DIMENSIONS or prod(size for size in shape if size) >= 2**60:
         raise ValueError(f"invalid shape or offsets of {name}")
     info = TensorInfo(name, TORCH_DTYPES[entry["dtype"]], shape, path.name, data + start)
     if end - start != info.nbytes:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, reason, with_retries
+from loftq_cli.hub.secrets import redact, scrub
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
 _TRAINING = re.compile(r"(^|[-_./])train")
@@ -53,6 +54,7 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
             raise UsageError(f"{flag} {name}: {where} has no {', '.join(suffixes)} file: give one that has.")
         return Path(with_retries(lambda: _download(repo, file, found.sha)))
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, CutShort) as error:
+        scrub(error)
         raise _sentence(error, name, repo, flag) from error
 
 
@@ -74,7 +76,7 @@ def _download(repo: str, file: str, commit: str | None) -> str:
 
 
 def _sentence(error: Exception, name: str, repo: str, flag: str) -> LoftqError:
-    endpoint = HfApi().endpoint
+    endpoint = redact(HfApi().endpoint)
     if isinstance(error, OfflineModeIsEnabled) or is_offline_mode():
         return LoftqError(
             f"{flag} {name}: there is no such file or directory, and HF_HUB_OFFLINE is set: unset it, or give a file."

@@ -21,19 +21,28 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.retry import CutShort, HubModel, is_transient, reason
+from loftq_cli.hub.secrets import redact, scrub
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
 def hub_errors(model: HubModel, *, stream: bool = False) -> Iterator[None]:
-    """Turn the exceptions of huggingface_hub into one sentence with the next step."""
+    """Turn the exceptions of huggingface_hub into one sentence with the next step.
+
+    Errors and their causes are left without tokens and signatures of links, because `--debug` prints them.
+    """
     try:
         yield
-    except LoftqError:
+    except LoftqError as error:
+        scrub(error)
         raise
     except (HTTPError, EntryNotFoundError, CutShort, OSError) as error:
+        scrub(error)
         raise _sentence(error, model, stream) from error
+    except Exception as error:
+        scrub(error)
+        raise
 
 
 def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:
@@ -54,7 +63,7 @@ def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:
 
 
 def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
-    endpoint = HfApi().endpoint
+    endpoint = redact(HfApi().endpoint)
     page = f"{endpoint}/{model.repo}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError):
@@ -89,8 +98,8 @@ def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
 
 def _unreachable(model: HubModel, problem: str) -> LoftqError:
     return LoftqError(
-        f"{HfApi().endpoint} {problem}; {model} cannot be read: check the network, then run the same command again to "
-        "continue.",
+        f"{redact(HfApi().endpoint)} {problem}; {model} cannot be read: check the network, then run the same command "
+        "again to continue.",
         exit_code=ExitCode.INCOMPLETE,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from loftq_cli.checkpoint.meta.tokenizer import MetaTokenizer, read_tokenizer
 from loftq_cli.checkpoint.pickled import PickleReader, TensorReader
 from loftq_cli.checkpoint.side_files import find_side_files, local_file
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.confined import ConfinedFolder
 
 _RESIDENT = 256 << 20
 _COMPARED = 64  # evenly spaced rows to compare to detect tied matrices
@@ -106,11 +107,17 @@ class MetaCheckpoint:
 
 
 def find_meta(directory: Path) -> Path | None:
-    """Return the folder with Meta's weights: the directory itself, or `original` as in Hugging Face's repositories."""
-    for folder in (directory, directory / "original"):
-        if (folder / "params.json").is_file() and _ranks(folder):
-            return folder
-    return None
+    """Return the folder with Meta's weights: the directory itself, or `original` as in Hugging Face's repositories.
+
+    Raises:
+        LoftqError: `original` is a link, which may lead out of the directory.
+    """
+    if (directory / "params.json").is_file() and _ranks(directory):
+        return directory
+    original = directory / "original"
+    if not (original / "params.json").is_file() or not _ranks(original):
+        return None
+    return ConfinedFolder(directory).path("original")
 
 
 def open_meta(directory: Path, folder: Path, version: str = "auto") -> MetaCheckpoint:
@@ -144,7 +151,7 @@ def read_ranks(
     tied = _is_tied(reader, infos[files[0]], files[0])
     tensors: dict[str, TensorInfo] = {}
     slices: dict[str, Slices] = {}
-    for source, target in _names(params, tied).items():
+    for source, target in _names(params, tied):  # which ends at the first name that a rank lacks
         pieces = [_piece(folder, infos[file], file, source) for file in files]
         tensors[target], slices[target] = _join(target, pieces, params)
     _check_unknown(folder, infos[files[0]], params)
@@ -193,14 +200,14 @@ def _find_tokenizer(folder: Path) -> Path:
     raise LoftqError(f"{folder} has no tokenizer.model: put the one that came with these weights beside params.json.")
 
 
-def _names(params: MetaParams, tied: bool) -> dict[str, str]:
-    """Return a map of Meta's names to transformers' names."""
-    names = {f"{source}.weight": f"{target}.weight" for source, target in _TOP.items()}
-    if tied:
-        del names["output.weight"]
+def _names(params: MetaParams, tied: bool) -> Iterator[tuple[str, str]]:
+    """Yield Meta's names and transformers' names one by one, since params.json may claim any number of layers."""
+    for source, target in _TOP.items():
+        if source != "output" or not tied:
+            yield f"{source}.weight", f"{target}.weight"
     for i in range(params.n_layers):
-        names |= {f"layers.{i}.{s}.weight": f"model.layers.{i}.{t}.weight" for s, t in _LAYER.items()}
-    return names
+        for source, target in _LAYER.items():
+            yield f"layers.{i}.{source}.weight", f"model.layers.{i}.{target}.weight"
 
 
 def _is_tied(reader: TensorReader, infos: Mapping[str, TensorInfo], file: str) -> bool:
@@ -274,7 +281,7 @@ def _expected(target: str, params: MetaParams) -> tuple[int | None, ...]:
 
 
 def _check_unknown(folder: Path, infos: Mapping[str, TensorInfo], params: MetaParams) -> None:
-    known = {*_names(params, tied=False), "rope.freqs"}
+    known = {*(name for name, _ in _names(params, tied=False)), "rope.freqs"}
     unknown = [name for name in infos if name not in known]
     if unknown:
         raise LoftqError(

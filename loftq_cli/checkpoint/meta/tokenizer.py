@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.base import SideFile
+from loftq_cli.checkpoint.files import MAX_TOKENIZER, read_bounded
+from loftq_cli.checkpoint.local import check_file
 from loftq_cli.checkpoint.side_files import made_file
 from loftq_cli.errors import LoftqError
 
@@ -25,6 +27,8 @@ _LLAMA3_SPLIT = (
 )
 _BEGIN, _END, _TURN, _MESSAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
 _BPE = 2  # TrainerSpec.ModelType
+_MAX_TOKEN = 1024  # characters or bytes of a token; merges are sought at every place within it
+_MAX_SPECIAL = 65_536  # Llama 3 has 256
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # SentencePiece.Type
 
 
@@ -91,7 +95,8 @@ def read_tokenizer(path: Path) -> MetaTokenizer:
         LoftqError: the file is in neither format.
     """
     try:
-        content = path.read_bytes()
+        check_file(path)
+        content = read_bounded(path, MAX_TOKENIZER)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             return MetaTokenizer(path, ranks=_read_ranks(content))
         return MetaTokenizer(path, pieces=_read_pieces(content))
@@ -109,6 +114,11 @@ def special_tokens(version: str, count: int) -> list[str]:
     else:
         names = (_BEGIN, _END, "", "", "<|finetune_right_pad_id|>", "", "<|start_header_id|>", "<|end_header_id|>",
                  _MESSAGE, _TURN, "<|python_tag|>")  # fmt: skip
+    if count > _MAX_SPECIAL:
+        raise LoftqError(
+            f"the embedding has {count} rows for special tokens, more than any Llama has: use the tokenizer.model that "
+            "came with these weights."
+        )
     if count < len(names):
         raise LoftqError(
             f"the embedding has {count} rows for special tokens but Llama {version} has {len(names)}: use the "
@@ -207,7 +217,10 @@ def _read_ranks(content: bytes) -> tuple[bytes, ...]:
     pairs = [line.split() for line in content.splitlines() if line.strip()]
     if any(len(pair) != 2 or int(pair[1]) != i for i, pair in enumerate(pairs)):
         raise ValueError("the ranks are not 0, 1, 2 …")
-    return tuple(base64.b64decode(token, validate=True) for token, _ in pairs)
+    tokens = tuple(base64.b64decode(token, validate=True) for token, _ in pairs)
+    if any(len(token) > _MAX_TOKEN for token in tokens):
+        raise ValueError("a token is too long")
+    return tokens
 
 
 def _read_pieces(content: bytes) -> tuple[Piece, ...]:
@@ -221,6 +234,8 @@ def _read_pieces(content: bytes) -> tuple[Piece, ...]:
             model_type = dict(_fields(value)).get(3, 1)
     if len(pieces) < 3 or len({piece.text for piece in pieces}) < len(pieces) or model_type != _BPE:
         raise ValueError("not a sentencepiece BPE model")
+    if any(len(piece.text) > _MAX_TOKEN for piece in pieces):
+        raise ValueError("a token is too long")
     return tuple(pieces)
 
 

@@ -7,6 +7,7 @@ and used until the host refuses it; the Hub's token is never sent to that host.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import ATTEMPTS, CutShort, HubModel, is_transient, wait, with_retries
+from loftq_cli.hub.retry import Attempts, CutShort, HubModel, limit_library_waits, with_retries
 
 _CHUNK = 16 << 20
 _CONNECTIONS = 4  # one connection seldom uses the full bandwidth
 _TIMEOUT = 30.0  # seconds without data
+_SLOW, _SLOWEST = 120.0, 1000  # a transfer is given up if, after these seconds, it has fewer bytes per second
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Link:
 
 
 class RemoteFile:
-    """Reads ranges of one file of a commit; thread-safe. Setting `stop` ends waiting; see `hub.retry.wait`."""
+    """Reads ranges of one file of a commit; thread-safe. Setting `stop` ends waiting; see `hub.retry.Attempts`."""
 
     def __init__(self, model: HubModel, name: str, stop: threading.Event | None = None) -> None:
         self.model = model
@@ -82,21 +84,26 @@ class RemoteFile:
 
     def _fill(self, start: int, target: memoryview) -> None:
         """Read into `target`; after a failure, continue after the last byte received."""
-        done = failures = 0
+        done, tried = 0, Attempts(stop=self.stop)
         while done < len(target):
+            limit_library_waits()
             try:
                 with self._request(start + done, start + len(target)) as pieces:
+                    began, first = time.monotonic(), done
                     for piece in pieces:
                         piece = piece[: len(target) - done]
                         target[done : done + len(piece)] = piece
-                        done, failures = done + len(piece), 0
-                if done < len(target):
-                    raise CutShort(f"the transfer of {self.where} was interrupted")
+                        done += len(piece)
+                        if piece:
+                            tried.progressed()
+                        if done == len(target):  # more may come from a host that ignores ranges
+                            return
+                        seconds = time.monotonic() - began
+                        if seconds > _SLOW and (done - first) / seconds < _SLOWEST:
+                            raise CutShort(f"the transfer of {self.where} is slower than {_SLOWEST} bytes per second")
+                raise CutShort(f"the transfer of {self.where} was interrupted")
             except Exception as error:
-                failures += 1
-                if not is_transient(error) or failures >= ATTEMPTS:
-                    raise
-                wait(error, failures, self.stop)
+                tried.failed(error)
 
     @contextmanager
     def _request(self, start: int, end: int) -> Iterator[Iterator[bytes]]:
@@ -110,11 +117,13 @@ class RemoteFile:
             if response.status_code == 416:
                 raise LoftqError(f"{self.where} is shorter than the Hub says: try another --revision.")
             hf_raise_for_status(response)
-            given = response.headers.get("Content-Range", "bytes 0-")
-            if not given.startswith(f"bytes {start}-"):
+            whole = response.status_code != 206 and (start, end) == (0, link.size)
+            given = response.headers.get("Content-Range", "")
+            encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+            if encoded or not (whole or given.startswith(f"bytes {start}-")):
                 host = urlsplit(link.url).hostname
                 raise LoftqError(f"{host} does not serve parts of files: leave out --stream to download {self.model}.")
-            yield response.iter_bytes()
+            yield response.iter_raw()
 
     def _locate(self) -> Link:
         with self._lock:
@@ -122,7 +131,7 @@ class RemoteFile:
                 url = hf_hub_url(self.model.repo, self.name, revision=self.model.revision)
                 found = get_hf_file_metadata(url)
                 foreign = _origin(found.location) != _origin(url)
-                if found.size is None:
+                if found.size is None or found.size < 0:
                     raise LoftqError(f"the Hub did not return the size of {self.where}: leave out --stream.")
                 headers = build_hf_headers(token=False if foreign else None)
                 self._link = Link(found.location, headers, found.size, foreign)
