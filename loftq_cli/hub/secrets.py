@@ -36,6 +36,10 @@ def scrub(error: BaseException) -> None:
         for name, value in list(getattr(one, "__dict__", {}).items()):
             if isinstance(value, str):
                 setattr(one, name, redact(value))
+        if isinstance(one, OSError):  # which prints these, not its arguments
+            for name in ("strerror", "filename", "filename2"):
+                if isinstance(value := getattr(one, name, None), str):
+                    setattr(one, name, redact(value))
         if notes := getattr(one, "__notes__", None):
             one.__notes__ = [redact(str(note)) for note in notes]
         rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

@@ -27,12 +27,11 @@ from loftq_cli.checkpoint.meta.config import (
     read_params,
 )
 from loftq_cli.checkpoint.meta.tokenizer import MetaTokenizer, read_tokenizer
-from loftq_cli.checkpoint.pickled import PickleReader, TensorReader
+from loftq_cli.checkpoint.pickled import TensorReader, local_pickles
 from loftq_cli.checkpoint.side_files import find_side_files, local_file
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.confined import ConfinedFolder
 
-_RESIDENT = 256 << 20
 _COMPARED = 64  # evenly spaced rows to compare to detect tied matrices
 _LAYER = {
     "attention.wq": "self_attn.q_proj",
@@ -132,7 +131,7 @@ def open_meta(directory: Path, folder: Path, version: str = "auto") -> MetaCheck
         UsageError: the version does not match the tokenizer.
     """
     files = _ranks(folder)
-    reader = PickleReader(folder, resident=_RESIDENT // len(files), unmapped=len(files))
+    reader = local_pickles(folder, files, whole=len(files))
     return read_ranks(directory, folder, files, reader, version)
 
 

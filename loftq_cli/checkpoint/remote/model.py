@@ -18,10 +18,11 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from loftq_cli.checkpoint import pickled, safetensors
+from loftq_cli.checkpoint.archives import is_zip
 from loftq_cli.checkpoint.base import Checkpoint
 from loftq_cli.checkpoint.local import pick_files, read_index
 from loftq_cli.checkpoint.meta.checkpoint import read_ranks
-from loftq_cli.checkpoint.remote.pickled import is_zip, remote_pickles
+from loftq_cli.checkpoint.remote.pickled import remote_pickles
 from loftq_cli.checkpoint.remote.ranges import open_remote
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels

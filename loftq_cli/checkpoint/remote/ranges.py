@@ -71,8 +71,17 @@ class RemoteFile:
             LoftqError: the Hub refuses the request, or keeps failing (exit code 4).
         """
         found = torch.empty(count, dtype=torch.uint8)
-        view = found.numpy().data
-        parts = [(start + at, view[at : at + _CHUNK]) for at in range(0, count, _CHUNK)]
+        self.read_into(start, found)
+        return found
+
+    def read_into(self, start: int, target: torch.Tensor) -> None:
+        """Fill `target`, contiguous bytes, from `start`.
+
+        Raises:
+            LoftqError: see `read`.
+        """
+        view = target.numpy().data
+        parts = [(start + at, view[at : at + _CHUNK]) for at in range(0, len(view), _CHUNK)]
         with hub_errors(self.model, stream=True):
             if len(parts) < 2:
                 for part in parts:
@@ -80,7 +89,6 @@ class RemoteFile:
             else:
                 with connections(self.stop) as pool:
                     list(pool.map(self._fill, *zip(*parts)))
-        return found
 
     def _fill(self, start: int, target: memoryview) -> None:
         """Read into `target`; after a failure, continue after the last byte received."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +21,9 @@ from support.meta_reference import (
 
 import loftq_cli
 from loftq_cli.checkpoint import open_checkpoint
+from loftq_cli.checkpoint.meta import tokenizer
 from loftq_cli.checkpoint.meta.config import MetaParams, MetaShape, infer_version
-from loftq_cli.checkpoint.meta.tokenizer import special_tokens
+from loftq_cli.checkpoint.meta.tokenizer import read_tokenizer, special_tokens
 from loftq_cli.errors import LoftqError, UsageError
 
 IDS = torch.tensor([3, 17, 99, 4, 60, 5, 5, 280, 33])
@@ -214,6 +216,30 @@ def test_the_original_folder_is_used_if_the_root_has_no_weights(
     assert open_checkpoint(tmp_path).tensors["lm_head.weight"].file == "model.safetensors"
 
 
+def test_an_original_folder_that_is_a_link_is_refused(llama2: tuple[Reference, Path], tmp_path: Path) -> None:
+    (tmp_path / "original").symlink_to(llama2[1])
+    with pytest.raises(LoftqError, match=r"original is a link, which could lead out of"):
+        open_checkpoint(tmp_path)
+
+
+def test_tokenizers_are_bounded(
+    llama2: tuple[Reference, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(base64.b64encode(b"a" * 100_000) + b" 0\n")
+    with pytest.raises(LoftqError, match="a token is too long"):
+        read_tokenizer(path)
+    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER", 1_000)
+    with pytest.raises(LoftqError, match="has more than 1000 bytes"):
+        read_tokenizer(path)
+    with pytest.raises(LoftqError, match="has 1000000 rows for special tokens, more than any Llama has"):
+        special_tokens("3", 1_000_000)
+    path.unlink()
+    path.symlink_to(llama2[1] / "tokenizer.model")
+    with pytest.raises(LoftqError, match="outside of the model"):
+        read_tokenizer(path)
+
+
 def damaged(source: Path, target: Path, **params: object) -> Path:
     target.mkdir()
     for path in source.iterdir():
@@ -231,6 +257,7 @@ def damaged(source: Path, target: Path, **params: object) -> Path:
         ({"dim": "x"}, "dim 'x'"),
         ({"n_heads": 7}, "does not match its number of heads"),
         ({"n_layers": 3}, r"does not contain layers\.2\.attention"),
+        ({"n_layers": 2**31 - 1}, r"does not contain layers\.2\.attention"),
         ({"n_layers": 1}, r"layers\.1\.\S+, which a Llama 1 to 3 with 1 layers does not have"),
         ({"norm_eps": -1}, "norm_eps -1"),
     ],

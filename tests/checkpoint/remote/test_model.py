@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,49 @@ def test_a_host_without_ranges(hub: HubServer, llama: dict[str, bytes]) -> None:
     hub.add(REPO, llama)
     hub.ranges = False
     assert "does not serve parts of files: leave out --stream" in refused(stream=True)
+
+
+def test_a_host_that_sends_more_than_was_asked_for(
+    hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not read to its end: a host could send for ever."""
+    hub.add(REPO, llama)
+    hub.surplus = 1 << 30
+    assert same(read_all(), load(llama["model.safetensors"]))
+    assert hub.sent_surplus < 1 << 28
+
+
+def test_no_signed_link_reaches_a_traceback(hub: HubServer, llama: dict[str, bytes]) -> None:
+    hub.add(REPO, llama)
+    hub.fail("", host="cdn", status=418, times=1_000)
+    with pytest.raises(LoftqError) as caught:
+        loftq_cli.plan(REPO, stream=True)
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "418" in printed and "Signature=***" not in str(caught.value) and "secret-" not in printed, printed
+
+
+@pytest.mark.parametrize("path", ["/api/models/.*", "config.json"])
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Retry-After": "31536000"}, "wait 365 days"),
+        ({"Retry-After": "9" * 400}, "wait 1000000 days"),
+        ({"RateLimit": '"api";r=0;t=7300'}, "wait 2 hours"),
+    ],
+)
+def test_a_server_that_asks_for_a_long_wait(
+    path: str,
+    headers: dict[str, str],
+    said: str,
+    hub: HubServer,
+    llama: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.add(REPO, llama)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    for method in ("GET", "HEAD"):
+        hub.fail(path, status=429, headers=headers, method=method, times=1_000)
+    assert said in refused(ExitCode.INCOMPLETE, stream=True)
 
 
 def test_offline(hub: HubServer, llama: dict[str, bytes], random_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
