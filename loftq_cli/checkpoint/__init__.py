@@ -1,4 +1,4 @@
-"""Sources: open a checkpoint by its headers, then read one tensor at a time."""
+"""Checkpoint sources: open a checkpoint by reading its headers, then read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _FOREIGN = ("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.ckpt*", "*.npz
 
 @contextmanager
 def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -> Iterator[tuple[Checkpoint, Recipe]]:
-    """The checkpoint a recipe names, a directory or a model on the Hub, and the recipe with the Hub's commit in it.
+    """Open the checkpoint that a recipe names and yield it with the recipe, in which a Hub model is pinned to a commit.
 
     Args:
-        stream: read a model on the Hub by range requests and keep no copy.
-        weights: whether weights will be read; a model on the Hub is not downloaded for its headers.
+        stream: read a model on the Hub by range requests without keeping a copy.
+        weights: True if weights will be read; a model on the Hub is not downloaded just for its headers.
 
     Raises:
         UsageError: a revision or `stream` is given for a directory.
-        LoftqError: there is no such checkpoint, or it cannot be read.
+        LoftqError: the checkpoint does not exist or cannot be read.
     """
     source = parse_model(recipe.model, recipe.revision)
     if isinstance(source, Path):
         if stream and source.exists():
-            raise UsageError(f"--stream is for a model on the Hub, but {recipe.model} is here on the disk: drop it.")
+            raise UsageError(f"--stream is for a model on the Hub, but {recipe.model} is a local path: leave it out.")
         checkpoint = open_checkpoint(source, recipe.meta_version)
     else:
         checkpoint, commit = open_hub(
@@ -59,17 +59,17 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
 
 
 def open_checkpoint(model: str | Path, meta_version: str = "auto") -> Checkpoint:
-    """Open the checkpoint in a directory without reading a weight.
+    """Open the checkpoint in a directory without reading any weights.
 
-    Where a directory holds several, safetensors win over pickles, and both over Meta's files. FP8 and MXFP4 weights
-    are shown as the bfloat16 weights they stand for.
+    If a directory contains several formats, safetensors take precedence over pickles, and both over Meta's files. FP8
+    and MXFP4 weights are presented as the bfloat16 weights they represent.
 
     Args:
-        meta_version: which Llama Meta's files are; "auto" infers it.
+        meta_version: the Llama version of Meta's files; "auto" infers it.
 
     Raises:
-        LoftqError: there is no such directory, it holds no checkpoint, or its headers are damaged.
-        UsageError: a version is given for something that is not Meta's.
+        LoftqError: the directory does not exist, contains no checkpoint, or the headers are damaged.
+        UsageError: a version is given for a checkpoint that is not in Meta's format.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -77,7 +77,7 @@ def open_checkpoint(model: str | Path, meta_version: str = "auto") -> Checkpoint
             f"there is no directory {path}: give the path of a checkpoint, or org/name for a model on the Hub."
         )
     if not path.is_dir():
-        raise LoftqError(f"{path} is a file: give the directory that holds it and its config.json.")
+        raise LoftqError(f"{path} is a file: give the directory that contains it and its config.json.")
     try:
         return with_scales(_open(path.resolve(), meta_version))
     except OSError as error:
@@ -95,13 +95,15 @@ def _open(path: Path, meta_version: str) -> Checkpoint:
     if has_pickles(path):
         return open_pickled(path)
     foreign = sorted(found.name for pattern in _FOREIGN for found in path.glob(pattern))
-    holds = f" but {foreign[0]}, which loftq does not read" if foreign else ""
+    only = f", only {foreign[0]}, which loftq does not read" if foreign else ""
     raise LoftqError(
-        f"{path} holds no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{holds}: give "
-        "the directory of a downloaded checkpoint."
+        f"{path} contains no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{only}: "
+        "give the directory of a downloaded checkpoint."
     )
 
 
 def _refuse_meta_version(model: str | Path, meta_version: str) -> None:
     if meta_version != "auto":
-        raise UsageError(f"--meta-version is for Meta's consolidated.*.pth, which {model} does not hold: leave it out.")
+        raise UsageError(
+            f"--meta-version is for Meta's consolidated.*.pth, which {model} does not contain: leave it out."
+        )

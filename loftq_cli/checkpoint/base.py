@@ -1,4 +1,4 @@
-"""The small interface every source has: headers first, then one tensor."""
+"""The interface that every source implements: read the headers first, then one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 from loftq_cli.tensorfile.entry_names import entry_name, parse_entries
 
-_NAMES_OF_SOURCE = frozenset({"_name_or_path", "transformers_version"})  # where a copy came from, and who wrote it
+_NAMES_OF_SOURCE = frozenset({"_name_or_path", "transformers_version"})  # the origin of a copy, and its writer
 QUANTIZABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from `start` in `file` (a name inside the checkpoint's directory).
+    """The location of one tensor: `nbytes` bytes from `start` in `file` (a name inside the checkpoint's directory).
 
-    Tensors of one file with the same `start` are views of the same memory (ties in a pickle). A tensor that is computed
-    while it is read has the dtype and shape of the result.
+    Tensors of one file with the same `start` are views of the same memory (tied weights in a pickle). A tensor that is
+    computed while it is read has the dtype and shape of the result.
     """
 
     name: str
@@ -42,7 +42,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file that travels with the model: `nbytes` is known at once, the content is fetched or made by `read`."""
+    """A file that accompanies the weights. `nbytes` is known up front; `read` fetches or generates the content."""
 
     name: str
     nbytes: int
@@ -50,10 +50,10 @@ class SideFile:
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """One hash of what a plan is made from: the config, and every tensor's name, dtype and shape.
+    """Return one hash of everything a plan depends on: the config, and every tensor's name, dtype and shape.
 
-    How tensors are spread over files, in which container and where, does not count, so that the same model gives the
-    same output from every kind of source. Whether the source has changed since is not told by it.
+    The hash does not depend on how tensors are distributed over files, on the file format or on the location, so that
+    the same model produces the same output from every kind of source. It does not detect changed weights.
     """
     entries = sorted((name, SAFETENSORS_NAMES[info.dtype], list(info.shape)) for name, info in tensors.items())
     known = {name: value for name, value in config.items() if name not in _NAMES_OF_SOURCE}
@@ -61,23 +61,23 @@ def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
 
 
 def name_order(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """Sort key that puts `layers.10` behind `layers.9`."""
+    """Return a sort key that orders `layers.10` after `layers.9`."""
     return tuple(
         (True, int(part), "") if part.isdecimal() else (False, 0, part) for part in re.split(r"(\d{1,18})", name)
     )
 
 
 def entry(info: TensorInfo, index: int) -> TensorInfo:
-    """One entry of a tensor's first dimension: its place, dtype and shape."""
+    """Return the location, dtype and shape of one entry of a tensor's first dimension."""
     one = dataclasses.replace(info, name=entry_name(info.name, index), shape=info.shape[1:])
     return dataclasses.replace(one, start=info.start + index * one.nbytes)
 
 
 def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor, or by the name that `entry` gives, such as `experts.down_proj[3]`, one entry of it.
+    """Return a tensor, or one entry of it if `name` is an entry's name such as `experts.down_proj[3]` (see `entry`).
 
     Raises:
-        KeyError: the checkpoint has no such tensor.
+        KeyError: the checkpoint does not contain the tensor.
     """
     if name in checkpoint.tensors:
         return checkpoint.read(name)
@@ -88,8 +88,8 @@ def read_named(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 class Checkpoint(Protocol):
-    """An opened source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with
-    any name, dtype, shape or config field."""
+    """An open source. `tensors` keeps the order of the files; `config` is config.json; `fingerprint` changes with any
+    name, dtype, shape or config field."""
 
     @property
     def path(self) -> Path: ...
@@ -104,16 +104,16 @@ class Checkpoint(Protocol):
     def fingerprint(self) -> str: ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor as `tensors` describes it, in memory of its own on the CPU."""
+        """Return one tensor as `tensors` describes it, in its own CPU memory."""
 
     def read_piece(self, name: str, index: int) -> torch.Tensor:
-        """Entry `index` of a tensor's first dimension, without the others."""
+        """Return entry `index` of a tensor's first dimension without reading the others."""
 
     def side_files(self) -> tuple[SideFile, ...]:
-        """Tokenizer, generation config, licence …: what stands beside the weights, copied or made."""
+        """Return the files that accompany the weights (tokenizer, licence …), copied or generated."""
 
     def cancel(self) -> None:
-        """Let a read that waits for the network in another thread give up at once."""
+        """Abort reads in other threads that are waiting for the network."""
 
     def close(self) -> None:
-        """Give the memory maps back."""
+        """Release files and memory."""

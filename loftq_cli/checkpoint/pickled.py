@@ -1,129 +1,179 @@
-"""`pytorch_model.bin`, single or sharded: what `torch.save` writes, read without running anything in it.
+"""Read `pytorch_model.bin`, single or sharded, as `torch.save` writes it, without running any code in it.
 
-`torch.load(weights_only=True)` refuses every call that does not rebuild a tensor. Zip files (torch 1.6 on) are mapped:
-only what is copied out is read. Older files cannot be mapped and stand in memory whole, one at a time.
+Only the requested tensors of zip files (torch 1.6 and later) are read. Older files are loaded whole, one at a time.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import struct
-import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import IO, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from loftq_cli.checkpoint.archives import ByteSource, Piece, is_zip, pickle_errors, read_pieces, read_whole
 from loftq_cli.checkpoint.base import SideFile, TensorInfo, fingerprint
+from loftq_cli.checkpoint.files import LocalFile
 from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
-from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 SHARDS = "pytorch_model-*.bin"
-_NESTED = ("state_dict", "model", "module")
-_RESIDENT = 256 << 20
-_REPEATED = 64 << 20  # a view may repeat its elements; a hostile one could do so without end
+_LOCAL_HEADER = 30  # bytes before an entry's name and extra field, whose lengths are its last two numbers
 
 
 class TensorReader(Protocol):
-    """Tensors of pickled files, by file and name; `checkpoint.remote_pickled` has one for files on the Hub."""
+    """Reads tensors of pickled files by file and name; see `PickleReader`."""
 
     def infos(self, file: str) -> list[TensorInfo]:
-        """The tensors of one file, in the order in which safetensors would store them; second views of a tensor last.
+        """Return the tensors of one file in the order in which safetensors would store them, repeated views last.
 
         Raises:
-            LoftqError: the file is damaged, wants to run code, or holds tensors of an unknown kind.
+            LoftqError: the file is damaged, tries to run code, or contains tensors of an unsupported kind.
         """
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
-        """Copy one tensor into `target`, of its shape."""
+        """Copy one tensor into `target`, which has its shape."""
 
     def shape(self, file: str, name: str) -> tuple[int, ...]:
-        """The shape of one tensor."""
+        """Return the shape of one tensor."""
 
     def row(self, file: str, name: str, index: int) -> Tensor:
-        """One row of a matrix, or one entry of any tensor's first dimension."""
+        """Return one row of a matrix, or one entry of any tensor's first dimension."""
 
     def cancel(self) -> None:
         """See `checkpoint.base.Checkpoint.cancel`."""
 
     def close(self) -> None:
-        """Give memory back."""
+        """Release memory."""
 
 
 @dataclass(frozen=True)
 class PickleReader:
-    """Implements `TensorReader` for files in a directory, in bounded memory.
+    """Implements `TensorReader` over local files or files on the Hub.
 
     Attributes:
-        resident: bytes of one file that may be read before its map is given back and made anew (a few milliseconds):
-            pages of a map count as this process's memory until then.
-        unmapped: how many files of the old kind may stand in memory at once.
+        files: the files by their names in the checkpoint.
+        stop: set by `cancel`; ends waiting for the network.
+        whole: number of files in the old format that may be in memory at once.
     """
 
-    directory: Path
-    resident: int = _RESIDENT
-    unmapped: int = 1
+    files: Mapping[str, ByteSource]
+    stop: threading.Event = field(default_factory=threading.Event)
+    whole: int = 1
+    _pieces: dict[str, Mapping[str, Piece] | None] = field(default_factory=dict, repr=False, compare=False)
     _states: dict[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False, compare=False)
-    _touched: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _starts: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)
 
     def infos(self, file: str) -> list[TensorInfo]:
+        pieces = self._zipped(file)
+        if pieces is not None:
+            return storage_order(
+                _piece_info(file, name, piece, -1 - i) for i, (name, piece) in enumerate(pieces.items())
+            )
         state = self._state(file)
         first = min((tensor.data_ptr() for tensor in state.values() if tensor.numel()), default=0)
-        found = [state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())]
-        if is_mapped(self.directory / file):
-            self.forget(file)
-        return in_order(found)
+        return storage_order(
+            state_info(file, name, tensor, -1 - i, first) for i, (name, tensor) in enumerate(state.items())
+        )
 
     def copy(self, file: str, name: str, target: Tensor) -> None:
-        source = self._state(file)[name]
-        target.copy_(source)
-        touched = source.numel() * source.element_size()
-        del source
-        self._touch(file, touched)
-
-    def _touch(self, file: str, nbytes: int) -> None:
-        """Give a map back when enough of it has been read."""
-        touched = self._touched[file] = self._touched.get(file, 0) + nbytes
-        if touched > self.resident and is_mapped(self.directory / file):
-            self.forget(file)
-
-    def row(self, file: str, name: str, index: int) -> Tensor:
-        found = self._state(file)[name][index].clone()
-        self._touch(file, found.nbytes)
-        return found
+        pieces = self._zipped(file)
+        if pieces is None:
+            target.copy_(self._state(file)[name])
+            return
+        piece = pieces[name]
+        direct = piece.tensor.is_contiguous() and target.is_contiguous() and target.dtype == piece.tensor.dtype
+        if direct and not piece.swapped and target.numel():
+            self.files[file].read_into(self._place(file, piece), target.reshape(-1).view(torch.uint8))
+        else:
+            target.copy_(self._fetch(file, piece))
 
     def shape(self, file: str, name: str) -> tuple[int, ...]:
-        return tuple(self._state(file)[name].shape)
+        pieces = self._zipped(file)
+        return tuple((self._state(file)[name] if pieces is None else pieces[name].tensor).shape)
 
-    def forget(self, file: str) -> None:
-        """Give the file's map, or its memory, back."""
-        self._states.pop(file, None)
-        self._touched.pop(file, None)
+    def row(self, file: str, name: str, index: int) -> Tensor:
+        pieces = self._zipped(file)
+        if pieces is None:
+            return self._state(file)[name][index].clone()
+        piece = pieces[name]
+        return self._fetch(file, Piece(piece.key, piece.header, piece.tensor[index], piece.swapped))
 
     def cancel(self) -> None:
-        """Nothing waits for a network."""
+        self.stop.set()
 
     def close(self) -> None:
+        self.cancel()
         self._states.clear()
-        self._touched.clear()
+        for file in self.files.values():
+            if isinstance(file, LocalFile):
+                file.close()
+
+    def _zipped(self, file: str) -> Mapping[str, Piece] | None:
+        """Return the tensors of a zip file, or None for a file in the old format."""
+        if file not in self._pieces:
+            self._pieces[file] = read_pieces(self.files[file]) if is_zip(self.files[file]) else None
+        return self._pieces[file]
+
+    def _fetch(self, file: str, piece: Piece) -> Tensor:
+        tensor, width = piece.tensor, piece.tensor.dtype.itemsize
+        found = self.files[file].read(self._place(file, piece), piece.span * width)
+        if piece.swapped and width > 1:
+            found = found.view(-1, width).flip(1).reshape(-1)
+        return found.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), 0)
+
+    def _place(self, file: str, piece: Piece) -> int:
+        """Return the offset of a tensor's first byte.
+
+        Raises:
+            LoftqError: the tensor lies beyond the end of the file.
+        """
+        width = piece.tensor.dtype.itemsize
+        start = self._start(file, piece) + int(piece.tensor.storage_offset()) * width
+        if start + piece.span * width > self.files[file].size:
+            raise LoftqError(
+                f"{self.files[file].where} is shorter than its central directory says: download it again, or try "
+                "another --revision."
+            )
+        return start
+
+    def _start(self, file: str, piece: Piece) -> int:
+        """Return the offset of an entry's bytes; only the local header has the lengths of the fields before them."""
+        if (file, piece.key) not in self._starts:
+            local = self.files[file].read(piece.header, _LOCAL_HEADER).numpy().tobytes()
+            if local[:4] != b"PK\x03\x04":
+                raise LoftqError(
+                    f"{self.files[file].where} is not a complete archive: download it again, or try another --revision."
+                )
+            lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            self._starts[file, piece.key] = piece.header + _LOCAL_HEADER + lengths
+        return self._starts[file, piece.key]
 
     def _state(self, file: str) -> Mapping[str, Tensor]:
         if file not in self._states:
-            whole = [name for name in self._states if not is_mapped(self.directory / name)]
-            if len(whole) >= self.unmapped and not is_mapped(self.directory / file):
-                self.forget(whole[0])
-            self._states[file] = load_state(self.directory / file)
+            while len(self._states) >= self.whole:
+                del self._states[next(iter(self._states))]
+            self._states[file] = read_whole(self.files[file])
         return self._states[file]
+
+
+def local_pickles(directory: Path, files: Iterable[str], *, whole: int = 1) -> PickleReader:
+    """Return a reader for files in a directory.
+
+    Raises:
+        LoftqError: a file is missing, or is a link out of the directory.
+    """
+    found = {name: LocalFile(directory / name) for name in files}
+    for file in found.values():
+        with pickle_errors(file.where):
+            check_file(file.where)
+    return PickleReader(found, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -156,7 +206,7 @@ class PickledCheckpoint:
 
 
 def has_pickles(directory: Path) -> bool:
-    """Whether there is something for `open_pickled`."""
+    """True if the directory contains files that `open_pickled` reads."""
     return any((directory / name).is_file() for name in (INDEX, SINGLE)) or any(directory.glob(SHARDS))
 
 
@@ -164,17 +214,17 @@ def open_pickled(directory: Path) -> PickledCheckpoint:
     """Read config.json, the index and every shard's list of tensors.
 
     Raises:
-        LoftqError: a file is missing, damaged or wants to run code, or index and shards contradict each other.
+        LoftqError: a file is missing, damaged or tries to run code, or the index and the shards contradict each other.
     """
     index = read_index(directory / INDEX, ".bin") if (directory / INDEX).exists() else None
     files = find_files(directory, SINGLE, SHARDS) if index is None else sorted(set(index.values()))
-    return read_lists(directory, files, index, PickleReader(directory))
+    return read_lists(directory, files, index, local_pickles(directory, files))
 
 
 def read_lists(
     directory: Path, files: Iterable[str], index: Mapping[str, str] | None, reader: TensorReader
 ) -> PickledCheckpoint:
-    """The checkpoint in `files`, wherever `reader` reads them; `directory` holds config.json.
+    """Return the checkpoint in `files`, which `reader` reads; `directory` contains config.json.
 
     Raises:
         LoftqError: as `open_pickled`.
@@ -184,54 +234,8 @@ def read_lists(
     return PickledCheckpoint(directory, tensors, config, fingerprint(config, tensors), reader)
 
 
-def is_mapped(path: Path) -> bool:
-    """Whether the file is a zip archive, which torch can map."""
-    with open(path, "rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of one file; nothing in the file is executed.
-
-    Raises:
-        LoftqError: the file cannot be read, is damaged, wants to run code or holds no named tensors.
-    """
-    with pickle_errors(path):
-        check_file(path)
-        mapped = is_mapped(path)
-        if mapped:
-            with open(path, "rb") as handle:
-                read_archive(handle, path).close()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    return named_tensors(path, content)
-
-
-@contextmanager
-def pickle_errors(path: PurePath) -> Iterator[None]:
-    """Turn what torch raises for a bad file into one sentence."""
-    try:
-        yield
-    except LoftqError:
-        raise
-    except OSError as error:
-        raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if wanted and isinstance(error, pickle.UnpicklingError):
-            raise LoftqError(
-                f"{path} wants to run {wanted[1]}, which no weights need, and was not loaded: get the model as "
-                "safetensors, or from somebody you trust."
-            ) from error
-        raise LoftqError(
-            f"{path} is no file of weights that torch can read safely, or is damaged: download it again, or get the "
-            "model as safetensors."
-        ) from error
-
-
-def in_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """As safetensors would store them; second views of the same memory last."""
+def storage_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Sort tensors as safetensors would store them, with repeated views of the same memory last."""
     seen: set[object] = set()
     again = set()
     found = list(infos)
@@ -242,50 +246,15 @@ def in_order(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
     return sorted(found, key=lambda info: (info.name in again, -info.dtype.itemsize, info.name))
 
 
-def read_archive(handle: IO[bytes], path: PurePath) -> zipfile.ZipFile:
-    """The archive's list of contents. Its bytes are used as they lie, so they must lie uncompressed.
-
-    Raises:
-        LoftqError: it is cut off or compressed.
-    """
-    try:
-        archive = zipfile.ZipFile(handle)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise LoftqError(f"{path} is no complete archive ({error}): download it again.") from error
-    for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise LoftqError(f"{path} is compressed, which torch.save never does: download the original file.")
-    return archive
-
-
-def named_tensors(path: PurePath, content: object, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a state dict, or of the one inside a training checkpoint; other entries are not weights.
-
-    Raises:
-        LoftqError: there are none, or one is of a kind that safetensors does not have.
-    """
-    if isinstance(content, Mapping):
-        for candidate in (*(content.get(name) for name in _NESTED), content):
-            if not isinstance(candidate, Mapping):
-                continue
-            tensors = {name: value for name, value in candidate.items() if isinstance(value, Tensor)}
-            if tensors and all(isinstance(name, str) for name in tensors):
-                return {name: _checked(path, name, tensor, device) for name, tensor in tensors.items()}
-    raise LoftqError(f"{path} holds no tensors by name: it is no checkpoint of a model.")
-
-
-def _checked(path: PurePath, name: str, tensor: Tensor, device: str) -> Tensor:
-    plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == device
-    if not plain or tensor.dtype not in SAFETENSORS_NAMES:
-        kind = str(tensor.dtype if plain else tensor.layout).removeprefix("torch.")
-        raise LoftqError(f"tensor {name} in {path} is of the unknown kind {kind}: save it as plain bfloat16 first.")
-    if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), _REPEATED):
-        raise LoftqError(f"tensor {name} in {path} claims to be larger than what the file holds: download it again.")
-    return tensor.detach()
-
-
 def state_info(file: str, name: str, tensor: Tensor, number: int, first: int) -> TensorInfo:
-    """The place of a tensor in memory, counted from `first`; `number` is negative and its own."""
-    # Only whole contiguous tensors can be told by their place alone; the others get a number of their own.
+    """Return the location of a tensor in memory relative to `first`; `number` is negative and unique to the tensor."""
+    # Only contiguous tensors are identified by their location alone; the others get the unique number.
     start = tensor.data_ptr() - first if tensor.numel() and tensor.is_contiguous() else number
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, start)
+
+
+def _piece_info(file: str, name: str, piece: Piece, number: int) -> TensorInfo:
+    tensor = piece.tensor
+    whole = tensor.numel() and tensor.is_contiguous()
+    start = piece.header + int(tensor.storage_offset()) * tensor.dtype.itemsize if whole else number
     return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, start)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, reason, with_retries
+from loftq_cli.hub.secrets import redact, scrub
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
 _TRAINING = re.compile(r"(^|[-_./])train")
@@ -35,12 +36,12 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
 
     Args:
         name: ORG/NAME, or ORG/NAME/PLACE with a file or folder of the dataset. Of several files the first by name is
-            taken, from the training split if a file is named after it.
+            used, from the training split if there is one.
         flag: the option that `name` was given with, for messages.
 
     Raises:
-        UsageError: there is no such dataset, or no text in it.
-        LoftqError: the Hub refuses it, or does not answer.
+        UsageError: the dataset does not exist or contains no text.
+        LoftqError: the Hub refuses the request or does not respond.
     """
     match = _NAME.fullmatch(name)
     assert match is not None, "check with may_be_dataset first"
@@ -50,9 +51,10 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
         file = _choose([sibling.rfilename for sibling in found.siblings or ()], place, suffixes)
         if file is None:
             where = f"{place} of the dataset {repo}" if place else f"the dataset {repo}"
-            raise UsageError(f"{flag} {name}: {where} has no {', '.join(suffixes)} file; give one that has.")
+            raise UsageError(f"{flag} {name}: {where} has no {', '.join(suffixes)} file: give one that has.")
         return Path(with_retries(lambda: _download(repo, file, found.sha)))
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, CutShort) as error:
+        scrub(error)
         raise _sentence(error, name, repo, flag) from error
 
 
@@ -69,21 +71,22 @@ def _choose(names: Iterable[str], place: str, suffixes: tuple[str, ...]) -> str 
 def _download(repo: str, file: str, commit: str | None) -> str:
     try:
         return hf_hub_download(repo, file, repo_type="dataset", revision=commit)
-    except RuntimeError as error:  # what hf_xet raises when the network fails
-        raise CutShort(f"the download of {file} broke off ({error})") from error
+    except RuntimeError as error:  # hf_xet raises it when the network fails
+        raise CutShort(f"the download of {file} was interrupted ({error})") from error
 
 
 def _sentence(error: Exception, name: str, repo: str, flag: str) -> LoftqError:
-    endpoint = HfApi().endpoint
+    endpoint = redact(HfApi().endpoint)
     if isinstance(error, OfflineModeIsEnabled) or is_offline_mode():
         return LoftqError(
             f"{flag} {name}: there is no such file or directory, and HF_HUB_OFFLINE is set: unset it, or give a file."
         )
     if isinstance(error, GatedRepoError):
-        return LoftqError(f"{flag} {name}: {repo} is gated; ask for access at {endpoint}/datasets/{repo}.")
+        return LoftqError(f"{flag} {name}: {repo} is gated: request access at {endpoint}/datasets/{repo}.")
     if isinstance(error, RepositoryNotFoundError):
         return UsageError(
-            f"{flag} {name}: there is no such file or directory, and {endpoint} shows no dataset of that name."
+            f"{flag} {name}: there is no such file or directory, and {endpoint} has no visible "
+            "dataset of that name: check the spelling."
         )
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         status = error.response.status_code
@@ -91,7 +94,7 @@ def _sentence(error: Exception, name: str, repo: str, flag: str) -> LoftqError:
             f"{flag} {name}: {endpoint} refuses the download (HTTP status {status}): give a file instead."
         )
     return LoftqError(
-        f"{flag} {name}: there is no such file or directory, and {endpoint} does not answer ({reason(error)}): give a "
+        f"{flag} {name}: there is no such file or directory, and {endpoint} does not respond ({reason(error)}): give a "
         "file, or run the same command again.",
         exit_code=ExitCode.INCOMPLETE,
     )

@@ -1,4 +1,4 @@
-"""Turn failures to read a model from the Hub into one sentence with the next step."""
+"""Turn failures to read a model from the Hub into one sentence each, with the next step."""
 
 from __future__ import annotations
 
@@ -21,19 +21,28 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.retry import CutShort, HubModel, is_transient, reason
+from loftq_cli.hub.secrets import redact, scrub
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
 def hub_errors(model: HubModel, *, stream: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence with the next step."""
+    """Turn the exceptions of huggingface_hub into one sentence with the next step.
+
+    Errors and their causes are left without tokens and signatures of links, because `--debug` prints them.
+    """
     try:
         yield
-    except LoftqError:
+    except LoftqError as error:
+        scrub(error)
         raise
     except (HTTPError, EntryNotFoundError, CutShort, OSError) as error:
+        scrub(error)
         raise _sentence(error, model, stream) from error
+    except Exception as error:
+        scrub(error)
+        raise
 
 
 def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:
@@ -43,35 +52,37 @@ def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:
     if isinstance(cause, HTTPError) or isinstance(error, HTTPError):
         return _network_sentence(cause if isinstance(cause, HTTPError) else error, model)
     if isinstance(error, CutShort):
-        return _unreachable(model, f"stopped answering: {reason(error)}")
+        return _unreachable(model, f"stopped responding: {reason(error)}")
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
         return LoftqError(
-            f"the Hub cache is full ({error.strerror}): make room, or give --stream, which keeps no copy of the "
-            "weights.",
+            f"the disk of the Hub cache is full ({error.strerror}): free some space, or give --stream, which keeps no "
+            "copy of the weights.",
             exit_code=ExitCode.INCOMPLETE,
         )
     return LoftqError(f"{model} could not be fetched ({reason(error)}): run the same command again.")
 
 
 def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
-    endpoint = HfApi().endpoint
+    endpoint = redact(HfApi().endpoint)
     page = f"{endpoint}/{model.repo}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError):
         login = "" if get_token() else ", then log in with `hf auth login`"
-        return LoftqError(f"{model.repo} is gated: ask for access at {page}{login} and run the same command again.")
+        return LoftqError(f"{model.repo} is gated: request access at {page}{login} and run the same command again.")
     if isinstance(error, RevisionNotFoundError):
-        return LoftqError(f"{model.repo} has no revision {model.revision}: {page}/tree/main lists branches and tags.")
+        return LoftqError(
+            f"{model.repo} has no revision {model.revision}: choose a branch or tag listed at {page}/tree/main."
+        )
     if isinstance(error, RepositoryNotFoundError):
         return LoftqError(
-            f"there is no directory {model.repo}, and {endpoint} shows no model of that name: check the spelling, or "
-            "log in with `hf auth login` if it is private."
+            f"there is no directory {model.repo}, and {endpoint} has no visible model of that name: check the "
+            "spelling, or log in with `hf auth login` if it is private."
         )
     if isinstance(error, DisabledRepoError):
         return LoftqError(f"{model.repo} was disabled on {endpoint}: give another model.")
     if status == 401:
         return LoftqError(
-            f"{endpoint} does not accept the token: make a new one at {endpoint}/settings/tokens and log in with "
+            f"{endpoint} does not accept the token: create a new one at {endpoint}/settings/tokens and log in with "
             "`hf auth login`, or correct HF_TOKEN."
         )
     if status == 403:
@@ -79,24 +90,24 @@ def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
             f"the token may not read {model.repo}: give one with read access from {endpoint}/settings/tokens."
         )
     if isinstance(error, EntryNotFoundError):
-        return LoftqError(f"a file of {model} is gone from {endpoint}: run the same command again.")
+        return LoftqError(f"a file of {model} was removed from {endpoint}: run the same command again.")
     if isinstance(error, HfHubHTTPError) and not is_transient(error):
-        return LoftqError(f"{endpoint} refuses to send {model} (HTTP status {status}): look at {page}.")
-    return _unreachable(model, f"does not answer: {reason(error)}")
+        return LoftqError(f"{endpoint} refuses to send {model} (HTTP status {status}): see {page}.")
+    return _unreachable(model, f"does not respond: {reason(error)}")
 
 
-def _unreachable(model: HubModel, what: str) -> LoftqError:
+def _unreachable(model: HubModel, problem: str) -> LoftqError:
     return LoftqError(
-        f"{HfApi().endpoint} {what}; {model} cannot be read: check the network, then run the same command again to go "
-        "on.",
+        f"{redact(HfApi().endpoint)} {problem}; {model} cannot be read: check the network, then run the same command "
+        "again to continue.",
         exit_code=ExitCode.INCOMPLETE,
     )
 
 
 def _offline(model: HubModel, stream: bool) -> str:
     if stream:
-        return "--stream reads from the Hub, but HF_HUB_OFFLINE is set: unset it, or leave --stream out."
+        return "--stream reads from the Hub, but HF_HUB_OFFLINE is set: unset it, or leave out --stream."
     return (
-        f"HF_HUB_OFFLINE is set and the Hub cache has no complete copy of {model}: unset it, or fetch the model before "
-        f"with `hf download {model.repo}`."
+        f"HF_HUB_OFFLINE is set and the Hub cache has no complete copy of {model}: unset it, or download the model "
+        f"first with `hf download {model.repo}`."
     )

@@ -1,4 +1,4 @@
-"""Retry requests to the Hub after transient failures."""
+"""Retry requests to the Hub after transient failures, for a bounded time."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.hub.secrets import redact
 
 ATTEMPTS = 7
 OPENING_ATTEMPTS = 3  # no work is lost yet, so fail after seconds
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-
-
+LONGEST_TOTAL = 1800.0  # seconds that one request may wait, all attempts together
 _LONGEST_RETRY_AFTER = 600.0  # seconds; the Hub counts requests in windows of five minutes
+_SHOWN = 5.0  # seconds; longer pauses are shown to the user
+_DIGITS = re.compile(r"[0-9]{1,15}")
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,6 +45,45 @@ class CutShort(Exception):
     """An answer ended before it was complete, or the link to a file is no longer valid."""
 
 
+@dataclass
+class Attempts:
+    """Counts the failures of one request and waits after each.
+
+    Attributes:
+        most: failures in a row that end the request.
+        stop: ends the waiting when it is set; a reading thread cannot be interrupted otherwise.
+    """
+
+    most: int = ATTEMPTS
+    stop: threading.Event | None = None
+    _failures: int = field(default=0, init=False)
+    _waited: float = field(default=0.0, init=False)
+
+    def progressed(self) -> None:
+        """Start counting again, because data arrived; the time spent waiting still counts."""
+        self._failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """Wait before the next attempt.
+
+        Raises:
+            Exception: `error` itself, if it is not transient, if this was the last attempt, or if the server asks for
+                a longer wait than allowed.
+            LoftqError: `stop` was set.
+        """
+        self._failures += 1
+        failure = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        if not is_transient(error) or self._failures >= self.most:
+            raise error
+        seconds = pause(failure, self._failures)
+        if seconds > _LONGEST_RETRY_AFTER or self._waited + seconds > LONGEST_TOTAL:
+            raise error
+        self._waited += seconds
+        level = logging.WARNING if seconds >= _SHOWN else logging.INFO
+        log.log(level, "The Hub: %s; waiting %.0f s before the next attempt.", reason(failure), seconds)
+        _sleep(seconds, self.stop)
+
+
 def is_transient(error: BaseException) -> bool:
     """True if the same request may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
@@ -59,37 +97,45 @@ def pause(error: BaseException, failures: int) -> float:
     """Return the seconds to wait after the `failures`-th failure in a row: what the server asks for, or exponential
     backoff with jitter."""
     if isinstance(error, HfHubHTTPError):
-        asked = _retry_after(error)
+        asked = retry_after(error.response)
         if asked is not None:
-            return min(asked, _LONGEST_RETRY_AFTER)
+            return asked
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
 
 
 def with_retries(call: Callable[[], T], attempts: int = ATTEMPTS, stop: threading.Event | None = None) -> T:
-    """Return the result of `call`, retrying it after transient failures; `stop` is explained in `wait`."""
-    for failures in range(1, attempts):
+    """Return the result of `call`, retrying it after transient failures; `stop` is explained in `Attempts`."""
+    tried = Attempts(attempts, stop)
+    while True:
+        limit_library_waits()
         try:
             return call()
         except Exception as error:
-            if not is_transient(error):
-                raise
-            wait(error, failures, stop)
-    return call()
+            tried.failed(error)
 
 
-def wait(error: BaseException, failures: int, stop: threading.Event | None = None) -> None:
-    """Sleep before the next attempt.
+def limit_library_waits() -> None:
+    """Bound the pauses that huggingface_hub itself makes between attempts: it sleeps for as long as a server asks."""
+    hooks = getattr(get_session(), "event_hooks", None)
+    if isinstance(hooks, dict) and _check_wait not in hooks.setdefault("response", []):
+        hooks["response"].append(_check_wait)
 
-    Args:
-        stop: ends the sleep and the attempts when it is set; a reading thread cannot be interrupted otherwise.
+
+def _check_wait(response: Any) -> None:
+    """Refuse a response that asks for too long a wait, and show long waits to the user.
 
     Raises:
-        LoftqError: `stop` was set.
+        HfHubHTTPError: the server asks to wait longer than allowed.
     """
-    error = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    seconds = pause(error, failures)
-    log.info("%s; trying again in %.1f s", reason(error), seconds)
-    _sleep(seconds, stop)
+    if response.status_code not in _TRANSIENT:
+        return
+    seconds = retry_after(response)
+    if seconds is None:
+        response.headers.pop("Retry-After", None)  # malformed: huggingface_hub would fail to parse some values
+    elif seconds > _LONGEST_RETRY_AFTER:
+        raise HfHubHTTPError(f"HTTP status {response.status_code}", response=response)
+    elif seconds >= _SHOWN:
+        log.warning("The Hub asks to wait %.0f s (HTTP status %d).", seconds, response.status_code)
 
 
 def _sleep(seconds: float, stop: threading.Event | None) -> None:
@@ -102,19 +148,27 @@ def _sleep(seconds: float, stop: threading.Event | None) -> None:
 def reason(error: BaseException) -> str:
     """Describe an error in a few words and without URLs, because links to files are signed."""
     if isinstance(error, HfHubHTTPError):
-        return f"HTTP status {error.response.status_code}"
-    return re.sub(r"https?://\S+", "…", " ".join(str(error).split())) or type(error).__name__
+        asked = retry_after(error.response)
+        long = asked is not None and asked > _LONGEST_RETRY_AFTER
+        return f"HTTP status {error.response.status_code}{_too_long(asked) if long and asked else ''}"
+    return redact(re.sub(r"https?://\S+", "…", " ".join(str(error).split()))) or type(error).__name__
 
 
-def _retry_after(error: HfHubHTTPError) -> float | None:
+def _too_long(seconds: float) -> str:
+    span = f"{seconds / 3600:.0f} hours" if seconds < 172_800 else f"{min(seconds / 86_400, 1e6):.0f} days"
+    return f", with the request to wait {span}" if seconds >= 7200 else f", with the request to wait {seconds:.0f} s"
+
+
+def retry_after(response: Any) -> float | None:
     """Return the seconds in `Retry-After` (or until its date) or in `RateLimit: "api";r=0;t=55`; None without them."""
-    headers = error.response.headers
-    after = str(headers.get("Retry-After", "")).strip()
-    if after.isdigit():
-        return float(after)
+    after = str(response.headers.get("Retry-After", "")).strip()
+    if after.isascii() and after.isdigit():
+        return float(after) if _DIGITS.fullmatch(after) else float("inf")
     try:
         return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         pass
-    window = re.search(r"\bt\s*=\s*(\d+)", str(headers.get("RateLimit", "")))
-    return float(window[1]) + 1 if window and error.response.status_code == 429 else None
+    window = re.search(r"\bt\s*=\s*([0-9]+)", str(response.headers.get("RateLimit", "")))
+    if window is None or response.status_code != 429:
+        return None
+    return float(window[1]) + 1 if _DIGITS.fullmatch(window[1]) else float("inf")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -17,9 +17,8 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.retry import CutShort, is_transient, reason
+from loftq_cli.hub.secrets import redact, scrub
 
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
-_SIGNATURE = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _XET_REFUSAL = re.compile(r"HTTP status client error \((\d{3})")
 _CONFLICTS = frozenset({409, 412})
 
@@ -32,15 +31,8 @@ def push_errors(repo: str) -> Iterator[None]:
     except LoftqError:
         raise
     except (HTTPError, CutShort, OfflineModeIsEnabled, OSError, ValueError) as error:
-        _scrub(error)
+        scrub(error)
         raise _sentence(error, repo) from error
-
-
-def redact(text: str) -> str:
-    """Return the text without the user's token, anything that looks like one, and signatures of links."""
-    token = get_token()
-    text = text.replace(token, "***") if token else text
-    return _SIGNATURE.sub(r"\1?***", _TOKEN.sub("***", text))
 
 
 def nobody_logged_in() -> LoftqError:
@@ -65,19 +57,6 @@ def network_cause(error: BaseException) -> BaseException | None:
     while found is not None and not isinstance(found, HTTPError):
         found = found.__cause__
     return found
-
-
-def _scrub(error: BaseException) -> None:
-    """Remove tokens from an error and all of its causes, because `--debug` prints them."""
-    seen: set[int] = set()
-    rest: list[BaseException | None] = [error]
-    while rest:
-        one = rest.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        one.args = tuple(redact(item) if isinstance(item, str) else item for item in one.args)
-        rest += [one.__cause__, one.__context__]
 
 
 def _sentence(error: Exception, repo: str) -> LoftqError:

@@ -1,8 +1,9 @@
-"""Sources: tensors as safetensors reads them; damaged ones end in one sentence."""
+"""Sources: tensors equal those that safetensors reads; damaged files are reported in one sentence."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loftq_cli.checkpoint import open_checkpoint
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import ExitCode, LoftqError
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_tensors_outlive_the_checkpoint(sharded: Path) -> None:
     assert torch.equal(tensor, expected)
 
 
-def test_fingerprint_tells_sources_apart(sharded: Path) -> None:
+def test_fingerprints_of_different_sources_differ(sharded: Path) -> None:
     before = open_checkpoint(sharded).fingerprint
     assert open_checkpoint(sharded).fingerprint == before
     (sharded / "config.json").write_text('{"a": 1}')
@@ -81,6 +82,8 @@ DAMAGED = {
     "negative": header(a=entry(-4, 4)) + b"x" * 4,
     "shape lies": header(a=entry(0, 4, [2])) + b"x" * 4,
     "negative shape": header(a=entry(0, 4, [-1, -1])) + b"x" * 4,
+    "endless product": header(a=entry(0, 4, [2**62] * 100_000)) + b"x" * 4,
+    "endless strides": header(a=entry(0, 0, [0, 2**40, 2**40])),
     "unknown dtype": header(a=entry(0, 4, dtype="F7")) + b"x" * 4,
     "no offsets": header(a={"dtype": "F32", "shape": [1]}) + b"x" * 4,
     "entry is a list": header(a=[1, 2]) + b"x" * 4,
@@ -116,7 +119,7 @@ def test_bad_indexes_end_in_one_sentence(sharded: Path, index: object, sentence:
         open_checkpoint(sharded)
 
 
-def test_missing_things_are_named(tmp_path: Path, sharded: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path, sharded: Path) -> None:
     with pytest.raises(LoftqError, match="there is no directory"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(LoftqError, match="is a file"):
@@ -131,8 +134,28 @@ def test_missing_things_are_named(tmp_path: Path, sharded: Path) -> None:
     empty = tmp_path / "no weights"
     empty.mkdir()
     (empty / "config.json").write_text("{}")
-    with pytest.raises(LoftqError, match="holds no"):
+    with pytest.raises(LoftqError, match="contains no"):
         open_checkpoint(empty)
+
+
+def test_a_file_cut_off_while_it_is_read_ends_in_one_sentence(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    file = sharded / checkpoint.tensors["a.weight"].file
+    os.truncate(file, file.stat().st_size - 40)
+    with pytest.raises(LoftqError, match=r"model-00001-of-00002\.safetensors was cut off while it was read") as caught:
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+    assert caught.value.exit_code == ExitCode.INCOMPLETE
+    checkpoint.close()
+
+
+def test_files_that_are_replaced_by_fifos_are_not_waited_for(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    file = sharded / checkpoint.tensors["a.weight"].file
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(LoftqError, match=r"model-00001-of-00002\.safetensors is not a regular file"):
+        checkpoint.read("a.weight")
 
 
 def test_two_files_with_one_tensor_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pickled sources and the choice between several: the same output as from safetensors, nothing executed."""
+"""Pickled sources and the precedence of formats: the same output as from safetensors, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_pickles_give_the_bytes_of_safetensors(layout: dict, random_llama: Path,
 
 @pytest.mark.parametrize("family", ["llama_tied", "t5"])
 def test_tied_weights_of_a_pickle_are_written_once(family: str, tmp_path: Path) -> None:
-    """A pickle holds both names of a tied weight, safetensors one; the output is the same."""
+    """A pickle contains both names of a tied weight, safetensors only one; the output is the same."""
     from support.families import FAMILIES
 
     model = FAMILIES[family]()
@@ -80,7 +81,7 @@ def test_views_and_training_checkpoints(tmp_path: Path) -> None:
 
 
 def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read counts against this process only until the map is given back."""
+    """Tensors are read into the memory they are wanted in."""
     from loftq_cli.checkpoint import pickled
 
     def resident() -> int:
@@ -93,7 +94,7 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch
     del state
     (tmp_path / "config.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path)
-    reader = pickled.PickleReader(tmp_path, resident=8 << 20)
+    reader = pickled.local_pickles(tmp_path, ["pytorch_model.bin"])
     target = torch.empty(1024, 1024)
     reader.copy("pytorch_model.bin", "w0", target)
     before = resident()
@@ -105,7 +106,7 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch
 
 
 class Harm:
-    """What a hostile pickle does: a call while it is loaded."""
+    """A malicious object: it makes a call when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -150,10 +151,10 @@ def hostile(kind: str, path: Path, mark: Path) -> None:
 
 
 KINDS = {
-    "zip": "wants to run", "legacy": "wants to run", "plain pickle": "wants to run", "truncated": "download it again",
-    "half a zip": "no complete archive", "compressed": "is compressed", "no tensors": "no tensors by name",
-    "a list": "no tensors by name", "sparse": "unknown kind sparse", "complex": "unknown kind complex64",
-    "endless view": "larger than what the file holds", "empty": "is damaged", "garbage": "is damaged",
+    "zip": "tries to run", "legacy": "tries to run", "plain pickle": "tries to run", "truncated": "download it again",
+    "half a zip": "is not a complete archive", "compressed": "is compressed", "no tensors": "contains no named tensors",
+    "a list": "contains no named tensors", "sparse": "unsupported type sparse", "complex": "unsupported type complex64",
+    "endless view": "larger than the data in the file", "empty": "is damaged", "garbage": "is damaged",
     "text": "is damaged",
 }  # fmt: skip
 
@@ -169,6 +170,87 @@ def test_hostile_and_damaged_pickles_end_in_one_sentence(kind: str, random_llama
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.exit_code == 1 and len(lines) == 1 and lines[0].startswith("loftq: "), result.output
     assert KINDS[kind] in lines[0] and not (tmp_path / "harm done").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_pickle_cut_off_while_it_is_read_ends_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a.weight": torch.ones(300, 300)}, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    os.truncate(tmp_path / "pytorch_model.bin", 3_000)
+    with pytest.raises(LoftqError, match=r"pytorch_model\.bin is shorter than its central directory says"):
+        checkpoint.read("a.weight")
+    checkpoint.close()
+
+
+NUMBER = b"\x8a\x05" + (10**11).to_bytes(5, "little") + b"\x85"
+ENORMOUS = {
+    "bytes by global": (b"cbuiltins\nbytearray\n" + NUMBER + b"R", "run builtins.bytearray"),
+    "bytes by name": (b"\x8c\x08builtins\x8c\x09bytearray\x93" + NUMBER + b"R", "bytearray"),
+    "bytes anew": (b"cbuiltins\nbytearray\n" + NUMBER + b"\x81", "run builtins.bytearray"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ENORMOUS)
+def test_small_pickles_that_ask_for_gigabytes_are_refused(kind: str, legacy: bool, tmp_path: Path) -> None:
+    call, said = ENORMOUS[kind]
+    (tmp_path / "config.json").write_text("{}")
+    body = b"\x80\x02}X\x01\x00\x00\x00a" + call + b"s."
+    write_pickle(tmp_path / "pytorch_model.bin", body, legacy=legacy)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LoftqError, match=said):
+            open_checkpoint(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("builtin", ["builtins\nset", "collections\nCounter"])
+def test_pickles_do_not_iterate_over_endless_tensors(builtin: str, tmp_path: Path) -> None:
+    """A view with a stride of zero has any number of rows."""
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.ones(1).expand(2**40)}, tmp_path / "whole.bin")
+    with zipfile.ZipFile(tmp_path / "whole.bin") as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        body = archive.read(name)
+    assert body.startswith(b"\x80\x02}") and body.endswith(b"s.")
+    tensor = body[body.index(b"ctorch._utils") : -2]
+    body = b"\x80\x02}X\x01\x00\x00\x00a" + f"c{builtin}\n".encode() + tensor + b"\x85Rs."
+    write_pickle(tmp_path / "pytorch_model.bin", body, legacy=False)
+    with pytest.raises(LoftqError, match=r"pytorch_model\.bin is damaged or is not a weight file"):
+        open_checkpoint(tmp_path)
+
+
+def write_pickle(path: Path, body: bytes, *, legacy: bool) -> None:
+    """Write a pickle as `torch.save` frames it."""
+    if legacy:
+        machine = {"little_endian": True, "protocol_version": 1001, "type_sizes": {}}
+        head = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, machine)
+        path.write_bytes(b"".join(pickle.dumps(value, protocol=2) for value in head) + body + pickle.dumps([]))
+        return
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", body)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", bytes(16))
+
+
+def test_pickles_with_the_other_byte_order(tmp_path: Path) -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(5, dtype=torch.int16)}
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(state, tmp_path / "own.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "own.bin") as archive,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as other,
+    ):
+        for name in archive.namelist():
+            content = archive.read(name)
+            if "/data/" in name:
+                width = 4 if name.endswith("/0") else 2
+                content = b"".join(content[at : at + width][::-1] for at in range(0, len(content), width))
+            other.writestr(name, b"big" if name.endswith("byteorder") else content)
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
 
 
 def test_incomplete_shards_are_named(random_llama: Path, tmp_path: Path) -> None:
@@ -193,7 +275,7 @@ def test_safetensors_win_over_pickles(random_llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["tf_model.h5", "model.gguf", "flax_model.msgpack"])
-def test_what_loftq_does_not_read_is_named(name: str, tmp_path: Path) -> None:
+def test_unsupported_formats_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(LoftqError, match=f"{name}, which loftq does not read"):

@@ -91,19 +91,19 @@ def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes
 
 NORM = "model.norm.weight"
 HEADERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "truncated data": (lambda c: c[:-100], "bytes long but its header tells"),
-    "truncated header": (lambda c: c[:300], "no complete safetensors file"),
-    "trailing bytes": (lambda c: c + b"x", "bytes long but its header tells"),
-    "100 MB claimed": (lambda c: with_header(*header_of(c), length=100_000_000), "no complete safetensors file"),
-    "exabytes claimed": (lambda c: with_header(*header_of(c), length=2**63), "no complete safetensors file"),
+    "truncated data": (lambda c: c[:-100], "bytes but its header describes"),
+    "truncated header": (lambda c: c[:300], "not a complete safetensors file"),
+    "trailing bytes": (lambda c: c + b"x", "bytes but its header describes"),
+    "100 MB claimed": (lambda c: with_header(*header_of(c), length=100_000_000), "not a complete safetensors file"),
+    "exabytes claimed": (lambda c: with_header(*header_of(c), length=2**63), "not a complete safetensors file"),
     "100 MB of blanks": (lambda _: with_header(b" " * 99_999_000, b""), "is damaged"),
     "overlap": (_edit(lambda h: h.update(again=h[NORM])), "overlaps its neighbour"),
     "beyond the end": (_edit(lambda h: h[NORM].update(data_offsets=[2**40, 2**40 + 256])), "leaves a gap"),
-    "negative": (_edit(lambda h: h[NORM].update(data_offsets=[-256, 0])), "shape or place of"),
-    "fractions": (_edit(lambda h: h[NORM].update(data_offsets=[0.0, 256.0])), "shape or place of"),
-    "true for one": (_edit(lambda h: h[NORM].update(shape=[64, True])), "shape or place of"),
+    "negative": (_edit(lambda h: h[NORM].update(data_offsets=[-256, 0])), "invalid shape or offsets of"),
+    "fractions": (_edit(lambda h: h[NORM].update(data_offsets=[0.0, 256.0])), "invalid shape or offsets of"),
+    "true for one": (_edit(lambda h: h[NORM].update(shape=[64, True])), "invalid shape or offsets of"),
     "shape lies": (_edit(lambda h: h[NORM].update(shape=[65])), "256 bytes for shape [65]"),
-    "endless shape": (_edit(lambda h: h[NORM].update(shape=[0, 10**30])), "shape or place of"),
+    "endless shape": (_edit(lambda h: h[NORM].update(shape=[0, 10**30])), "invalid shape or offsets of"),
     "unknown dtype": (_edit(lambda h: h[NORM].update(dtype="F3")), "unknown type 'F3'"),
     "dtype is a list": (_edit(lambda h: h[NORM].update(dtype=["F32"])), "is damaged"),
     "name twice": (lambda c: with_header(json.dumps(header_of(c)[0]).encode()[:-1] + b', "a": 1, "a": 1}', b""), "twi"),
@@ -111,7 +111,7 @@ HEADERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "deep": (lambda _: with_header(b"[" * 200_000, b""), "is damaged"),
     "a number of 9000 digits": (lambda _: with_header(b'{"a": ' + b"9" * 9000 + b"}", b""), "is damaged"),
     "not a number": (lambda _: with_header(b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0]}}', b""), "is"),
-    "a pointer of git lfs": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "no complete safetensors file"),
+    "a pointer of git lfs": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "not a complete safe"),
 }  # fmt: skip
 
 

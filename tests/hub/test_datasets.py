@@ -1,4 +1,4 @@
-"""Texts by the name of a dataset on the Hub: which file is read, what a run remembers, what a wrong name is told."""
+"""Texts by the name of a dataset on the Hub: the file that is read, the recorded name, the message for wrong names."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def corpus(hub: HubServer) -> HubServer:
         ("org/corpus/other", ("a record", "q\na")),
     ],
 )
-def test_one_file_of_a_dataset_is_read(corpus: HubServer, name: str, records: tuple[str, ...]) -> None:
+def test_one_file_of_a_dataset_is_used(corpus: HubServer, name: str, records: tuple[str, ...]) -> None:
     text = read_text(name, "--text")
     assert text.records == records and str(text.path) == name
     assert not corpus.requests("", authorization="Bearer")
 
 
-def test_what_is_here_comes_before_the_hub(corpus: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_take_precedence_over_the_hub(
+    corpus: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "org" / "corpus").mkdir(parents=True)
     (tmp_path / "org" / "corpus" / "a.txt").write_text("local")
     monkeypatch.chdir(tmp_path)
@@ -54,19 +56,19 @@ def test_what_is_here_comes_before_the_hub(corpus: HubServer, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("org/nothing", r"no such file or directory, and http\S+ shows no dataset of that name"),
+        ("org/nothing", r"no such file or directory, and http\S+ has no visible dataset of that name"),
         ("org/corpus/pictures", r"pictures of the dataset org/corpus has no \.txt"),
         ("data/missing.txt", r"no such file or directory\."),
-        ("./org/corpus", r"shows no dataset|no such file or directory\."),
+        ("./org/corpus", r"has no visible dataset|no such file or directory\."),
         ("missing", r"no such file or directory\."),
     ],
 )
-def test_a_wrong_name_is_told_in_a_sentence(corpus: HubServer, name: str, said: str) -> None:
+def test_a_wrong_name_is_reported(corpus: HubServer, name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         read_text(name, "--text")
 
 
-def test_an_offline_machine_is_told_so(corpus: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_reported(corpus: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -74,17 +76,15 @@ def test_an_offline_machine_is_told_so(corpus: HubServer, monkeypatch: pytest.Mo
         read_text("org/corpus", "--text")
 
 
-def test_a_failing_hub_is_asked_again(corpus: HubServer) -> None:
+def test_failed_requests_are_retried(corpus: HubServer) -> None:
     corpus.fail("/api/datasets/.*", status=503, times=2)
     assert read_text("org/corpus", "--text").records == ("first of the training",)
     corpus.fail("/datasets/org/corpus/resolve/.*", status=500, times=99)
-    with pytest.raises(LoftqError, match=r"refuses the download|does not answer"):
+    with pytest.raises(LoftqError, match=r"refuses the download|does not respond"):
         read_text("org/corpus/raw/train-00001.txt", "--text")
 
 
-def test_a_calibrated_run_remembers_the_dataset_by_name(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_names_the_dataset(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hub.add("org/corpus", {"train.txt": TEXT.encode()})
     asked = {"bits": 2, "rank": 4, "calibration_tokens": 64}

@@ -1,1 +1,1 @@
-"""Meta's own releases: consolidated.*.pth, params.json and tokenizer.model."""
+"""Checkpoints in Meta's own format: consolidated.*.pth, params.json and tokenizer.model."""

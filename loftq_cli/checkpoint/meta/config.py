@@ -1,7 +1,7 @@
-"""Meta's `params.json`: which Llama it describes, and the config.json that transformers wants for it.
+"""Infer the Llama version that Meta's `params.json` describes and make the config.json that transformers needs.
 
-params.json names no version. What differs between versions beyond params.json itself is the context length, the scaling
-of the rotary frequencies and the special tokens.
+params.json does not name the version. Beyond the values in params.json, versions differ in the context length, the
+scaling of the rotary frequencies and the special tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KNOWN = frozenset({*_SIZES, *_LIMITS, "norm_eps", "rope_theta", "use_scaled_rop
 
 @dataclass(frozen=True)
 class MetaParams:
-    """params.json; `rope_theta` and `rope_scaling_factor` are None where it leaves them to the version."""
+    """The values of params.json; `rope_theta` and `rope_scaling_factor` are None if they depend on the version."""
 
     dim: int
     n_layers: int
@@ -44,12 +44,12 @@ class MetaParams:
 
 @dataclass(frozen=True)
 class MetaShape:
-    """What only the weights and the tokenizer tell.
+    """Properties that only the weights and the tokenizer determine.
 
     Attributes:
         tied: the output matrix is the embedding.
-        tiktoken: the tokenizer is Llama 3's kind.
-        folder: path of the directory, the only hint where a Llama 2 has Llama 1's numbers.
+        tiktoken: the tokenizer is in Llama 3's format.
+        folder: path of the directory, the only hint if a Llama 2 has the same numbers as a Llama 1.
     """
 
     vocab: int
@@ -65,12 +65,13 @@ def read_params(path: Path) -> MetaParams:
     Raises:
         LoftqError: it is missing, damaged, or describes something other than a dense Llama 1 to 3.
     """
-    values = read_json(path, "Meta's consolidated.*.pth come with one")
+    values = read_json(path, "Meta distributes one with consolidated.*.pth")
     values = values["model"] if isinstance(values.get("model"), dict) else values
     for name, value in values.items():
         if name not in _KNOWN and value not in (None, False, 0, -1, "", [], {}):
             raise LoftqError(
-                f"{path} has '{name}', which no dense text Llama 1 to 3 has: give the model in Hugging Face's format."
+                f"{path} has '{name}', which dense text models of Llama 1 to 3 do not have: give the model in "
+                "Hugging Face's format."
             )
     heads = _number(path, values, "n_heads")
     params = MetaParams(
@@ -85,12 +86,12 @@ def read_params(path: Path) -> MetaParams:
     )
     odd_heads = values.get("head_dim") not in (None, params.head_dim)
     if params.dim % (2 * heads) or heads % params.n_kv_heads or odd_heads:
-        raise LoftqError(f"{path} has dim {params.dim}, which does not fit its heads: download it again.")
+        raise LoftqError(f"{path} has dim {params.dim}, which does not match its number of heads: download it again.")
     return params
 
 
 def infer_version(params: MetaParams, shape: MetaShape) -> str:
-    """The version whose published params.json looks like this one."""
+    """Return the version whose published params.json matches this one."""
     if shape.tiktoken or params.use_scaled_rope or params.rope_theta == _THETA["3"]:
         if not params.use_scaled_rope:
             return "3"
@@ -103,7 +104,7 @@ def infer_version(params: MetaParams, shape: MetaShape) -> str:
 
 
 def make_config(params: MetaParams, shape: MetaShape, version: str, dtype: str, bos: int) -> dict[str, Any]:
-    """config.json of transformers 5; the end token follows the beginning one in every version's vocabulary."""
+    """Return config.json for transformers 5; in every version's vocabulary `eos` follows `bos`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta or _THETA[version]}
     if version in _SCALING:
         rope |= {"rope_type": "llama3", "factor": params.rope_scaling_factor or _SCALING[version], **_SCALING_RANGE}
@@ -140,12 +141,12 @@ def context_length(version: str) -> int:
 def _number(path: Path, values: Mapping[str, Any], name: str) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise LoftqError(f"{path} has {name} {value!r}, which is no size: download it again.")
+        raise LoftqError(f"{path} has {name} {value!r}, which is not a valid size: download it again.")
     return value
 
 
 def _real(path: Path, values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
     if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30):
-        raise LoftqError(f"{path} has {name} {value!r}, which is no positive number: download it again.")
+        raise LoftqError(f"{path} has {name} {value!r}, which is not a positive number: download it again.")
     return None if value is None else float(value)

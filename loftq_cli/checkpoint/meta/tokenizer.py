@@ -1,7 +1,7 @@
-"""Meta's `tokenizer.model` → `tokenizer.json` and `tokenizer_config.json`, without sentencepiece or tiktoken.
+"""Convert Meta's `tokenizer.model` to `tokenizer.json` and `tokenizer_config.json` without sentencepiece or tiktoken.
 
-Two formats: a sentencepiece ModelProto (Llama 1, 2, Code Llama), and lines of base64 token and rank in tiktoken's way
-(Llama 3). Both are BPE; merges follow from the vocabulary, since a token's id is its rank.
+There are two formats: a sentencepiece ModelProto (Llama 1, 2, Code Llama), and tiktoken's lines of a base64 token and
+its rank (Llama 3). Both are BPE; the merges follow from the vocabulary, since a token's id is its rank.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.base import SideFile
+from loftq_cli.checkpoint.files import MAX_TOKENIZER, read_bounded
+from loftq_cli.checkpoint.local import check_file
 from loftq_cli.checkpoint.side_files import made_file
 from loftq_cli.errors import LoftqError
 
@@ -25,12 +27,14 @@ _LLAMA3_SPLIT = (
 )
 _BEGIN, _END, _TURN, _MESSAGE = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
 _BPE = 2  # TrainerSpec.ModelType
+_MAX_TOKEN = 1024  # characters or bytes of a token; merges are sought at every place within it
+_MAX_SPECIAL = 65_536  # Llama 3 has 256
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # SentencePiece.Type
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of a sentencepiece model, in the order of ids."""
+    """One token of a sentencepiece model."""
 
     text: str
     kind: int
@@ -38,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class MetaTokenizer:
-    """What tokenizer.model holds: `pieces` of a sentencepiece model, or `ranks`, tiktoken's tokens in their order."""
+    """The content of tokenizer.model: `pieces` of a sentencepiece model by id, or tiktoken's tokens by rank."""
 
     path: Path
     pieces: tuple[Piece, ...] = ()
@@ -50,27 +54,27 @@ class MetaTokenizer:
 
     @property
     def bos(self) -> int:
-        """Id of the beginning token; the end token comes right after it."""
+        """Return the id of the beginning token; the end token follows it."""
         return len(self.ranks) if self.ranks else 1
 
     def files(self, version: str, vocab: int, context: int) -> tuple[SideFile, ...]:
-        """tokenizer.json, tokenizer_config.json and generation_config.json.
+        """Return tokenizer.json, tokenizer_config.json and generation_config.json.
 
         Args:
-            vocab: rows of the embedding, which includes tiktoken's special tokens.
+            vocab: number of rows of the embedding, which includes tiktoken's special tokens.
 
         Raises:
-            LoftqError: tokenizer and embedding do not belong together.
+            LoftqError: the tokenizer does not belong to the embedding.
         """
         if not len(self.pieces or self.ranks) <= vocab:
             raise LoftqError(
-                f"{self.path} has {len(self.pieces or self.ranks)} tokens and the embedding {vocab} rows: take the "
-                "tokenizer.model of these weights."
+                f"{self.path} has {len(self.pieces or self.ranks)} tokens but the embedding has {vocab} rows: use "
+                "the tokenizer.model that came with these weights."
             )
         generation: dict[str, Any] = {"bos_token_id": self.bos, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
         if self.ranks:
             special = special_tokens(version, vocab - len(self.ranks))
-            # A base model never says the chat models' end tokens, so that all of them may stop it.
+            # A base model never generates the end tokens of chat models, so all of them can be stop tokens.
             ends = [self.bos + special.index(token) for token in (_END, _MESSAGE, _TURN) if token in special]
             generation["eos_token_id"] = ends
             tokenizer, config = _llama3_tokenizer(self.ranks, special), _llama3_config(context)
@@ -85,34 +89,40 @@ class MetaTokenizer:
 
 
 def read_tokenizer(path: Path) -> MetaTokenizer:
-    """Read either format.
+    """Read a tokenizer in either format.
 
     Raises:
-        LoftqError: the file is neither.
+        LoftqError: the file is in neither format.
     """
     try:
-        content = path.read_bytes()
+        check_file(path)
+        content = read_bounded(path, MAX_TOKENIZER)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             return MetaTokenizer(path, ranks=_read_ranks(content))
         return MetaTokenizer(path, pieces=_read_pieces(content))
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise LoftqError(f"{path} is no tokenizer of a Llama ({error}): download it again.") from error
+        raise LoftqError(f"{path} is not a Llama tokenizer ({error}): download it again.") from error
     except OSError as error:
         raise LoftqError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
 
 
 def special_tokens(version: str, count: int) -> list[str]:
-    """Llama 3's tokens after the ranks; 3.1 gave names to some of the reserved ones (llama-models' tokenizer)."""
+    """Return Llama 3's special tokens, which follow the ranks; 3.1 named some reserved ones (see llama-models)."""
     names: Sequence[str]
     if version == "3":
         names = (_BEGIN, _END, "", "", "", "", "<|start_header_id|>", "<|end_header_id|>", "", _TURN)
     else:
         names = (_BEGIN, _END, "", "", "<|finetune_right_pad_id|>", "", "<|start_header_id|>", "<|end_header_id|>",
                  _MESSAGE, _TURN, "<|python_tag|>")  # fmt: skip
+    if count > _MAX_SPECIAL:
+        raise LoftqError(
+            f"the embedding has {count} rows for special tokens, more than any Llama has: use the tokenizer.model that "
+            "came with these weights."
+        )
     if count < len(names):
         raise LoftqError(
-            f"the embedding has {count} rows for special tokens and Llama {version} {len(names)}: take the "
-            "tokenizer.model of these weights, or give --meta-version."
+            f"the embedding has {count} rows for special tokens but Llama {version} has {len(names)}: use the "
+            "tokenizer.model that came with these weights, or give --meta-version."
         )
     padded = [*names, *[""] * (count - len(names))]
     numbers = iter(range(count))
@@ -120,8 +130,8 @@ def special_tokens(version: str, count: int) -> list[str]:
 
 
 def _llama2_tokenizer(pieces: Sequence[Piece]) -> str:
-    """sentencepiece's own ids: every text starts with a blank, even one that has a blank there, and no words are cut
-    out beforehand."""
+    """Return a tokenizer with sentencepiece's ids: a space is always prepended, even if the text starts with one, and
+    the text is not split into words first."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     vocab = {piece.text: i for i, piece in enumerate(pieces)}
@@ -151,7 +161,7 @@ def _begin_with(token: str, number: int) -> Any:
 
 
 def _llama2_config(pieces: Sequence[Piece], context: int) -> dict[str, Any]:
-    # Not LlamaTokenizer: transformers 5 would build that one anew and leave the blank out where a text has its own.
+    # Not LlamaTokenizer: transformers 5 would rebuild it and not prepend a space to a text that starts with one.
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": pieces[0].text,
@@ -203,15 +213,18 @@ def _llama3_config(context: int) -> dict[str, Any]:
 
 
 def _read_ranks(content: bytes) -> tuple[bytes, ...]:
-    """`base64 rank` a line, ranks counting from 0."""
+    """Parse lines of `base64 rank`, where ranks count from 0."""
     pairs = [line.split() for line in content.splitlines() if line.strip()]
     if any(len(pair) != 2 or int(pair[1]) != i for i, pair in enumerate(pairs)):
-        raise ValueError("its ranks do not count from 0")
-    return tuple(base64.b64decode(token, validate=True) for token, _ in pairs)
+        raise ValueError("the ranks are not 0, 1, 2 …")
+    tokens = tuple(base64.b64decode(token, validate=True) for token, _ in pairs)
+    if any(len(token) > _MAX_TOKEN for token in tokens):
+        raise ValueError("a token is too long")
+    return tokens
 
 
 def _read_pieces(content: bytes) -> tuple[Piece, ...]:
-    """ModelProto: pieces = 1 {piece = 1, score = 2, type = 3}, trainer_spec = 2 {model_type = 3}."""
+    """Parse a ModelProto: pieces = 1 {piece = 1, score = 2, type = 3}, trainer_spec = 2 {model_type = 3}."""
     pieces, model_type = [], 1
     for number, value in _fields(content):
         if number == 1:
@@ -220,14 +233,16 @@ def _read_pieces(content: bytes) -> tuple[Piece, ...]:
         elif number == 2:
             model_type = dict(_fields(value)).get(3, 1)
     if len(pieces) < 3 or len({piece.text for piece in pieces}) < len(pieces) or model_type != _BPE:
-        raise ValueError("no BPE model of sentencepiece")
+        raise ValueError("not a sentencepiece BPE model")
+    if any(len(piece.text) > _MAX_TOKEN for piece in pieces):
+        raise ValueError("a token is too long")
     return tuple(pieces)
 
 
 def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    """Field numbers and raw values of a protobuf message: int, or bytes."""
+    """Yield the field numbers and raw values (int or bytes) of a protobuf message."""
     if not isinstance(message, bytes):
-        raise ValueError("no protobuf message")
+        raise ValueError("not a protobuf message")
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -240,7 +255,7 @@ def _fields(message: Any) -> Iterator[tuple[int, Any]]:
         if kind == 2:
             size, at = _varint(message, at)
         if size is None or at + size > len(message):
-            raise ValueError("no protobuf message")
+            raise ValueError("not a protobuf message")
         yield tag >> 3, message[at : at + size]
         at += size
 
@@ -252,7 +267,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at + shift // 7 + 1
-    raise ValueError("no protobuf message")
+    raise ValueError("not a protobuf message")
 
 
 def _json(content: object) -> bytes:

@@ -1,1 +1,1 @@
-"""A model on the Hub, read by range requests."""
+"""Models on the Hub, read by range requests."""

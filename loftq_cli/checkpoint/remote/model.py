@@ -1,7 +1,7 @@
-"""Models on the Hub: which commit, which files, and from the Hub's cache or over range requests.
+"""Open models on the Hub: choose the commit and the files, and read them from the Hub's cache or by range requests.
 
-Only what a conversion needs is fetched: config, tokenizer and other side files, and one kind of weights: safetensors
-before pickles before Meta's, never another framework's.
+Only the files that a conversion needs are fetched: config, tokenizer and other side files, and weights in one format
+(safetensors, else pickles, else Meta's), never those of another framework.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from loftq_cli.checkpoint import pickled, safetensors
+from loftq_cli.checkpoint.archives import is_zip
 from loftq_cli.checkpoint.base import Checkpoint
 from loftq_cli.checkpoint.local import pick_files, read_index
 from loftq_cli.checkpoint.meta.checkpoint import read_ranks
-from loftq_cli.checkpoint.remote.pickled import is_zip, remote_pickles
+from loftq_cli.checkpoint.remote.pickled import remote_pickles
 from loftq_cli.checkpoint.remote.ranges import open_remote
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels
@@ -29,19 +30,19 @@ from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.read_errors import hub_errors
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, is_transient, with_retries
 
-_BESIDE = ("config.json", "README.md")  # the card tells the licence
+_BESIDE = ("config.json", "README.md")  # the card names the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
 _FOREIGN = re.compile(r".*\.(gguf|ggml|h5|msgpack|onnx|ckpt|npz|pth|pt|bin|safetensors)")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of a repository that hold the weights loftq reads.
+    """The files of a repository that contain the weights to read.
 
     Attributes:
         kind: `safetensors`, `pickled` or `meta`.
-        index: the index that names the files, if any; then `files` is empty.
-        beside: further small files that this kind needs.
+        index: the index that names the files, if there is one; `files` is then empty.
+        beside: further small files that this kind requires.
     """
 
     kind: str
@@ -51,16 +52,16 @@ class Weights:
 
 
 def parse_model(model: str, revision: str | None) -> HubModel | Path:
-    """A directory, or `org/name[@revision]` where no directory has that name.
+    """Return a directory, or the model `org/name[@revision]` if no directory has that name.
 
     Raises:
-        UsageError: two revisions, or one for a directory.
+        UsageError: two revisions are given, or one for a directory.
     """
     path = Path(model).expanduser()
     match = None if path.exists() else re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model, re.ASCII)
     if match is None or not _is_repo_id(match[1]):
         if revision is not None and path.exists():
-            raise UsageError(f"--revision is for a model on the Hub, but {model} is here on the disk: leave it out.")
+            raise UsageError(f"--revision is for a model on the Hub, but {model} is a local path: leave it out.")
         return path
     if match[2] and revision not in (None, match[2]):
         raise UsageError(f"{model} and --revision {revision} contradict each other: give one of them.")
@@ -68,31 +69,31 @@ def parse_model(model: str, revision: str | None) -> HubModel | Path:
 
 
 def open_hub(
-    model: HubModel, opened: Callable[[Path], Checkpoint], *, stream: bool, weights: bool, meta_version: str = "auto"
+    model: HubModel, opener: Callable[[Path], Checkpoint], *, stream: bool, weights: bool, meta_version: str = "auto"
 ) -> tuple[Checkpoint, HubModel]:
-    """Open a model on the Hub, and tell the commit it stands for.
+    """Open a model on the Hub and return it with its commit.
 
     Args:
-        opened: opens a directory.
-        stream: read the weights by range requests and keep no copy.
-        weights: whether weights will be read; headers alone are not worth a download.
+        opener: opens a directory.
+        stream: read the weights by range requests without keeping a copy.
+        weights: True if weights will be read; for headers alone they are not downloaded.
         meta_version: see `checkpoint.open_checkpoint`.
 
     Raises:
-        LoftqError: the Hub does not show the model to this user, cannot be reached, or the model has no weights that
-            loftq reads.
+        LoftqError: the user has no access to the model, the Hub cannot be reached, or the model has no weights in a
+            supported format.
     """
     with hub_errors(model, stream=stream):
         if is_offline_mode() and not stream:
             folder = _cached(model)
-            return opened(folder), _commit(model, folder)
+            return opener(folder), _commit(model, folder)
         try:
             commit, names = _list(model)
         except HTTPError as error:
             if stream or not is_transient(error):
                 raise
             folder = _cached(model, error)
-            return opened(folder), _commit(model, folder)
+            return opener(folder), _commit(model, folder)
         chosen = choose_weights(model, names)
         folder = _fetch_small(model, commit, names, chosen)
         at = dataclasses.replace(model, revision=commit)
@@ -101,7 +102,7 @@ def open_hub(
             checkpoint = _open_parts(at, folder, chosen, files, index, meta_version, stream=stream)
             if checkpoint is not None:
                 return with_scales(checkpoint), at
-        return opened(_snapshot(at, files)), at
+        return opener(_snapshot(at, files)), at
 
 
 def _open_parts(
@@ -114,8 +115,8 @@ def _open_parts(
     *,
     stream: bool,
 ) -> Checkpoint | None:
-    """The checkpoint over range requests; None where a download is better: a pickle of the old kind has to be read
-    whole for its list of tensors."""
+    """Return the checkpoint over range requests, or None if a download is better: a pickle in the old format has to be
+    read whole for its list of tensors."""
     if chosen.kind == "safetensors":
         return open_remote(model, folder, files, index)
     inside = "original/" if files[0].startswith("original/") else ""
@@ -129,10 +130,10 @@ def _open_parts(
 
 
 def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
-    """What to read of a repository with these files, as `open_checkpoint` would choose in a directory.
+    """Choose the weights of a repository with these files, as `open_checkpoint` does in a directory.
 
     Raises:
-        LoftqError: nothing that loftq reads.
+        LoftqError: there are no weights in a supported format.
     """
     top = [name for name in names if "/" not in name]
     known = (
@@ -155,35 +156,37 @@ def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
 
 def _no_weights(model: HubModel, top: Sequence[str]) -> str:
     if any(name.startswith("adapter_model.") for name in top):
-        return f"{model} is an adapter: give the model it was trained on."
+        return f"{model} is an adapter: give the model that it was trained on."
     if any(name.endswith((".safetensors", ".bin")) for name in top) and "config.json" not in top:
         return f"{model} has weights but no config.json: give a model that transformers can load."
     foreign = sorted(name for name in top if _FOREIGN.fullmatch(name))
-    holds = f" but {foreign[0]}, which loftq does not read" if foreign else ""
+    only = f", only {foreign[0]}, which loftq does not read" if foreign else ""
     return (
-        f"{model} holds no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{holds}: "
+        f"{model} contains no *.safetensors, pytorch_model*.bin or Meta's consolidated.*.pth with params.json{only}: "
         "give the full-precision model it was made from."
     )
 
 
 def _list(model: HubModel) -> tuple[str, list[str]]:
-    """The commit and its files."""
+    """Return the commit and its files."""
     found = with_retries(
         lambda: HfApi().model_info(model.repo, revision=model.revision, timeout=30.0), OPENING_ATTEMPTS
     )
     if found.sha is None:
-        raise LoftqError(f"the Hub names no commit of {model}: give one with --revision.")
+        raise LoftqError(f"the Hub did not return a commit for {model}: give one with --revision.")
     return found.sha, [file.rfilename for file in found.siblings or ()]
 
 
 def _fetch_small(model: HubModel, commit: str, names: Sequence[str], chosen: Weights) -> Path:
-    """Everything but the weights, in the snapshot of the commit."""
+    """Fetch all files but the weights and return the snapshot folder of the commit."""
     wanted = [name for name in names if "/" not in name and (travels(name) or name in _BESIDE)]
     wanted += [*chosen.beside, *((chosen.index,) if chosen.index else ())]
-    # Asked for by the name the user gave, so that the cache remembers which commit it stands for.
+    # Fetched by the user's revision, so that the cache records the commit that it refers to.
     folder = _snapshot(model, wanted)
     if folder.name != commit:
-        raise LoftqError(f"{model} is being changed: run the same command again.", exit_code=ExitCode.INCOMPLETE)
+        raise LoftqError(
+            f"{model} is being changed on the Hub: run the same command again.", exit_code=ExitCode.INCOMPLETE
+        )
     folders = sentence_transformers_folders(folder)
     nested = [name for name in names if name.endswith(".json") and name.rpartition("/")[0] in folders]
     return _snapshot(dataclasses.replace(model, revision=commit), nested) if nested else folder
@@ -197,24 +200,24 @@ def _shards(folder: Path, names: Sequence[str], chosen: Weights) -> tuple[list[s
 
 
 def _snapshot(model: HubModel, names: Sequence[str]) -> Path:
-    """These files in the Hub's cache."""
+    """Fetch these files into the Hub's cache and return the snapshot folder."""
     patterns = [glob.escape(name) for name in names]
 
     def fetch() -> Path:
         try:
             folder = Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=patterns))
-        except RuntimeError as error:  # what hf_xet, which downloads large files, raises when the network fails
-            raise CutShort(f"the download of {model} broke off ({error})") from error
-        # Where the Hub does not answer, huggingface_hub gives what it has.
+        except RuntimeError as error:  # hf_xet, which downloads large files, raises it when the network fails
+            raise CutShort(f"the download of {model} was interrupted ({error})") from error
+        # If the Hub does not respond, huggingface_hub returns the files that it has.
         if not all((folder / name).is_file() for name in names):
-            raise CutShort(f"the download of {model} broke off")
+            raise CutShort(f"the download of {model} was interrupted")
         return folder
 
     return with_retries(fetch)
 
 
 def _cached(model: HubModel, error: Exception | None = None) -> Path:
-    """The snapshot that is there, for when the Hub cannot be asked."""
+    """Return the cached snapshot, for use when the Hub cannot be reached."""
     try:
         folder = Path(
             snapshot_download(
@@ -224,7 +227,7 @@ def _cached(model: HubModel, error: Exception | None = None) -> Path:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         choose_weights(model, names)
     except (LocalEntryNotFoundError, LoftqError):
-        # What was streamed once left its small files here: no copy to work with.
+        # An earlier streamed run left only the small files in the cache, which is not a complete copy.
         raise error or LocalEntryNotFoundError("no copy in the cache") from None
     return folder
 

@@ -1,12 +1,13 @@
-"""safetensors files read over HTTP: the header and each tensor by range requests, no copy on the disk.
+"""Read safetensors files over HTTP: the header and each tensor by range requests, without a copy on disk.
 
-A file's address on the Hub redirects large files to a signed link on another host, which expires. The link is asked
-for once and used until the host refuses it; the Hub's token never goes to that host.
+The Hub redirects requests for large files to a signed link on another host, which expires. The link is requested once
+and used until the host refuses it; the Hub's token is never sent to that host.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,16 +26,17 @@ from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import ATTEMPTS, CutShort, HubModel, is_transient, wait, with_retries
+from loftq_cli.hub.retry import Attempts, CutShort, HubModel, limit_library_waits, with_retries
 
 _CHUNK = 16 << 20
-_CONNECTIONS = 4  # one connection seldom fills the line
-_TIMEOUT = 30.0  # seconds without a byte
+_CONNECTIONS = 4  # one connection seldom uses the full bandwidth
+_TIMEOUT = 30.0  # seconds without data
+_SLOW, _SLOWEST = 120.0, 1000  # a transfer is given up if, after these seconds, it has fewer bytes per second
 
 
 @dataclass(frozen=True)
 class Link:
-    """Where a file's bytes are served, and the headers to send there."""
+    """The URL that serves a file's bytes and the headers to send; `foreign` if the host is not the Hub itself."""
 
     url: str
     headers: Mapping[str, str]
@@ -43,7 +45,7 @@ class Link:
 
 
 class RemoteFile:
-    """Ranges of one file of a commit; safe to use from several threads. `stop` ends waiting; see `hub_errors.wait`."""
+    """Reads ranges of one file of a commit; thread-safe. Setting `stop` ends waiting; see `hub.retry.Attempts`."""
 
     def __init__(self, model: HubModel, name: str, stop: threading.Event | None = None) -> None:
         self.model = model
@@ -54,7 +56,7 @@ class RemoteFile:
 
     @property
     def where(self) -> PurePosixPath:
-        """For messages."""
+        """Return the repository and the file, for messages."""
         return PurePosixPath(self.model.repo) / self.name
 
     @property
@@ -63,14 +65,23 @@ class RemoteFile:
             return with_retries(self._locate, stop=self.stop).size
 
     def read(self, start: int, count: int) -> torch.Tensor:
-        """`count` bytes from `start`.
+        """Return `count` bytes from `start`.
 
         Raises:
-            LoftqError: the Hub refuses, or fails again and again (exit code 4).
+            LoftqError: the Hub refuses the request, or keeps failing (exit code 4).
         """
         found = torch.empty(count, dtype=torch.uint8)
-        view = found.numpy().data
-        parts = [(start + at, view[at : at + _CHUNK]) for at in range(0, count, _CHUNK)]
+        self.read_into(start, found)
+        return found
+
+    def read_into(self, start: int, target: torch.Tensor) -> None:
+        """Fill `target`, contiguous bytes, from `start`.
+
+        Raises:
+            LoftqError: see `read`.
+        """
+        view = target.numpy().data
+        parts = [(start + at, view[at : at + _CHUNK]) for at in range(0, len(view), _CHUNK)]
         with hub_errors(self.model, stream=True):
             if len(parts) < 2:
                 for part in parts:
@@ -78,29 +89,33 @@ class RemoteFile:
             else:
                 with connections(self.stop) as pool:
                     list(pool.map(self._fill, *zip(*parts)))
-        return found
 
     def _fill(self, start: int, target: memoryview) -> None:
-        """Read into `target`; after a failure go on behind the last byte that came."""
-        done = failures = 0
+        """Read into `target`; after a failure, continue after the last byte received."""
+        done, tried = 0, Attempts(stop=self.stop)
         while done < len(target):
+            limit_library_waits()
             try:
                 with self._request(start + done, start + len(target)) as pieces:
+                    began, first = time.monotonic(), done
                     for piece in pieces:
                         piece = piece[: len(target) - done]
                         target[done : done + len(piece)] = piece
-                        done, failures = done + len(piece), 0
-                if done < len(target):
-                    raise CutShort(f"{self.where} broke off")
+                        done += len(piece)
+                        if piece:
+                            tried.progressed()
+                        if done == len(target):  # more may come from a host that ignores ranges
+                            return
+                        seconds = time.monotonic() - began
+                        if seconds > _SLOW and (done - first) / seconds < _SLOWEST:
+                            raise CutShort(f"the transfer of {self.where} is slower than {_SLOWEST} bytes per second")
+                raise CutShort(f"the transfer of {self.where} was interrupted")
             except Exception as error:
-                failures += 1
-                if not is_transient(error) or failures >= ATTEMPTS:
-                    raise
-                wait(error, failures, self.stop)
+                tried.failed(error)
 
     @contextmanager
     def _request(self, start: int, end: int) -> Iterator[Iterator[bytes]]:
-        """The bytes [start, end) as they arrive."""
+        """Yield an iterator over the bytes [start, end) as they arrive."""
         link = self._locate()
         headers = {**link.headers, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", link.url, headers=headers, timeout=_TIMEOUT) as response:
@@ -110,11 +125,13 @@ class RemoteFile:
             if response.status_code == 416:
                 raise LoftqError(f"{self.where} is shorter than the Hub says: try another --revision.")
             hf_raise_for_status(response)
-            given = response.headers.get("Content-Range", "bytes 0-")
-            if not given.startswith(f"bytes {start}-"):
+            whole = response.status_code != 206 and (start, end) == (0, link.size)
+            given = response.headers.get("Content-Range", "")
+            encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+            if encoded or not (whole or given.startswith(f"bytes {start}-")):
                 host = urlsplit(link.url).hostname
-                raise LoftqError(f"{host} does not serve parts of files: leave --stream out to download {self.model}.")
-            yield response.iter_bytes()
+                raise LoftqError(f"{host} does not serve parts of files: leave out --stream to download {self.model}.")
+            yield response.iter_raw()
 
     def _locate(self) -> Link:
         with self._lock:
@@ -122,8 +139,8 @@ class RemoteFile:
                 url = hf_hub_url(self.model.repo, self.name, revision=self.model.revision)
                 found = get_hf_file_metadata(url)
                 foreign = _origin(found.location) != _origin(url)
-                if found.size is None:
-                    raise LoftqError(f"the Hub does not tell the size of {self.where}: leave --stream out.")
+                if found.size is None or found.size < 0:
+                    raise LoftqError(f"the Hub did not return the size of {self.where}: leave out --stream.")
                 headers = build_hf_headers(token=False if foreign else None)
                 self._link = Link(found.location, headers, found.size, foreign)
             return self._link
@@ -136,7 +153,7 @@ class RemoteFile:
 
 @contextmanager
 def connections(stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads for requests. When the caller is interrupted they are told to stop, since leaving waits for them."""
+    """Yield threads for requests. On an interrupt they are told to stop, because leaving the block waits for them."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         try:
             yield pool
@@ -147,7 +164,7 @@ def connections(stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """Implements `checkpoint.base.Checkpoint` over range requests; `path` holds the small files only."""
+    """Implements `checkpoint.base.Checkpoint` over range requests; `path` contains only the small files."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -172,19 +189,19 @@ class RemoteCheckpoint:
         self.stop.set()
 
     def close(self) -> None:
-        """Connections belong to huggingface_hub's session."""
+        """Stop waiting reads; the connections belong to huggingface_hub's session."""
         self.cancel()
 
 
 def open_remote(model: HubModel, folder: Path, files: list[str], index: Mapping[str, str] | None) -> RemoteCheckpoint:
-    """Read every shard's header.
+    """Read the header of every shard.
 
     Args:
         model: its revision is a commit.
-        folder: where config.json and the other small files lie.
+        folder: the folder with config.json and the other small files.
 
     Raises:
-        LoftqError: headers, index and sizes contradict each other, or the Hub does not answer.
+        LoftqError: the headers, index and sizes contradict each other, or the Hub does not respond.
     """
     config = read_json(folder / "config.json", CONFIG_HINT)
     stop = threading.Event()

@@ -1,8 +1,10 @@
-"""Meta's files: logits of an independent reference, ids of the original tokenizers, versions, bad input."""
+"""Meta's format: logits of an independent reference, ids of the original tokenizers, versions, bad input."""
 
 from __future__ import annotations
 
+import base64
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ from support.meta_reference import (
 
 import loftq_cli
 from loftq_cli.checkpoint import open_checkpoint
+from loftq_cli.checkpoint.meta import tokenizer
 from loftq_cli.checkpoint.meta.config import MetaParams, MetaShape, infer_version
-from loftq_cli.checkpoint.meta.tokenizer import special_tokens
+from loftq_cli.checkpoint.meta.tokenizer import read_tokenizer, special_tokens
 from loftq_cli.errors import LoftqError, UsageError
 
 IDS = torch.tensor([3, 17, 99, 4, 60, 5, 5, 280, 33])
@@ -51,7 +54,7 @@ def llama3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, Path]:
 
 
 def converted_logits(model_dir: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Backbone and adapter as a user loads them."""
+    """Load the backbone and the adapter as a user does and return the logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -63,7 +66,7 @@ def converted_logits(model_dir: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_conversion_gives_the_reference_logits(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """At full rank the adapter holds all that quantization loses, so that Q + BA is W."""
+    """At full rank the adapter contains the whole quantization error, so that Q + BA is W."""
     reference, folder = request.getfixturevalue(family)
     expected = reference.logits(IDS)
     out = tmp_path / "out"
@@ -164,11 +167,11 @@ def test_version_can_be_given(
     rope = open_checkpoint(llama3[1]).config["rope_parameters"]
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 8.0, 500000.0)
     assert open_checkpoint(llama3[1], "3").config["rope_parameters"]["rope_type"] == "default"
-    with pytest.raises(UsageError, match="--meta-version 2 does not fit"):
+    with pytest.raises(UsageError, match="--meta-version 2 does not match"):
         open_checkpoint(llama3[1], "2")
     with pytest.raises(UsageError, match="--meta-version is for Meta's"):
         open_checkpoint(random_llama, "3")
-    with pytest.raises(UsageError, match="--meta-version cannot be '4'"):
+    with pytest.raises(UsageError, match="--meta-version cannot be 4: choose one of auto, 1, 2,"):
         loftq_cli.plan(llama3[1], meta_version=4)
     assert loftq_cli.plan(llama3[1], meta_version=3.1).recipe.meta_version == "3.1"
 
@@ -188,7 +191,7 @@ def test_repeated_embedding_is_tied(tmp_path: Path) -> None:
 
 
 def test_key_and_value_heads_repeated_on_neighbouring_ranks(tmp_path: Path) -> None:
-    """Four ranks of a model with two key heads hold each of them twice."""
+    """Four ranks of a model with two key heads contain each head twice."""
     reference = make_reference(vocab=512, **SMALL)
     folder = write_meta(reference, tmp_path / "mp4", ranks=4, embedding_dim=0)
     (folder / "tokenizer.model").write_bytes(tiktoken_file(tiktoken_ranks(0)))
@@ -201,16 +204,40 @@ def test_key_and_value_heads_repeated_on_neighbouring_ranks(tmp_path: Path) -> N
     assert torch.equal(open_checkpoint(folder).read("model.layers.0.self_attn.k_proj.weight"), whole)
 
 
-def test_original_folder_serves_where_the_root_has_no_weights(
+def test_the_original_folder_is_used_if_the_root_has_no_weights(
     llama2: tuple[Reference, Path], random_llama: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "original").symlink_to(llama2[1])
+    shutil.copytree(llama2[1], tmp_path / "original")
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config["model_type"] == "llama" and len(checkpoint.tensors) == 21
     for path in random_llama.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert open_checkpoint(tmp_path).tensors["lm_head.weight"].file == "model.safetensors"
+
+
+def test_an_original_folder_that_is_a_link_is_refused(llama2: tuple[Reference, Path], tmp_path: Path) -> None:
+    (tmp_path / "original").symlink_to(llama2[1])
+    with pytest.raises(LoftqError, match=r"original is a link, which could lead out of"):
+        open_checkpoint(tmp_path)
+
+
+def test_tokenizers_are_bounded(
+    llama2: tuple[Reference, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(base64.b64encode(b"a" * 100_000) + b" 0\n")
+    with pytest.raises(LoftqError, match="a token is too long"):
+        read_tokenizer(path)
+    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER", 1_000)
+    with pytest.raises(LoftqError, match="has more than 1000 bytes"):
+        read_tokenizer(path)
+    with pytest.raises(LoftqError, match="has 1000000 rows for special tokens, more than any Llama has"):
+        special_tokens("3", 1_000_000)
+    path.unlink()
+    path.symlink_to(llama2[1] / "tokenizer.model")
+    with pytest.raises(LoftqError, match="outside of the model"):
+        read_tokenizer(path)
 
 
 def damaged(source: Path, target: Path, **params: object) -> Path:
@@ -225,12 +252,13 @@ def damaged(source: Path, target: Path, **params: object) -> Path:
 @pytest.mark.parametrize(
     ("params", "sentence"),
     [
-        ({"moe_args": {"n": 8}}, "'moe_args', which no dense"),
-        ({"dim": 96}, "makes no Llama of params.json's sizes"),
+        ({"moe_args": {"n": 8}}, "'moe_args', which dense text models of Llama 1 to 3 do not have"),
+        ({"dim": 96}, "does not match the sizes in params.json"),
         ({"dim": "x"}, "dim 'x'"),
-        ({"n_heads": 7}, "does not fit its heads"),
-        ({"n_layers": 3}, r"lacks layers\.2\.attention"),
-        ({"n_layers": 1}, r"layers\.1\.\S+, which is no part of"),
+        ({"n_heads": 7}, "does not match its number of heads"),
+        ({"n_layers": 3}, r"does not contain layers\.2\.attention"),
+        ({"n_layers": 2**31 - 1}, r"does not contain layers\.2\.attention"),
+        ({"n_layers": 1}, r"layers\.1\.\S+, which a Llama 1 to 3 with 1 layers does not have"),
         ({"norm_eps": -1}, "norm_eps -1"),
     ],
 )
@@ -244,7 +272,7 @@ def test_params_that_contradict_the_weights(
 def test_missing_pieces_are_named(llama2: tuple[Reference, Path], tmp_path: Path) -> None:
     folder = damaged(llama2[1], tmp_path / "bad")
     (folder / "tokenizer.model").write_bytes(b"\x0a\xff nonsense")
-    with pytest.raises(LoftqError, match="is no tokenizer of a Llama"):
+    with pytest.raises(LoftqError, match="is not a Llama tokenizer"):
         open_checkpoint(folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(LoftqError, match=r"has no tokenizer\.model"):
@@ -252,7 +280,7 @@ def test_missing_pieces_are_named(llama2: tuple[Reference, Path], tmp_path: Path
     (tmp_path / "tokenizer.model").write_bytes((llama2[1] / "tokenizer.model").read_bytes())
     assert open_checkpoint(folder).side_files()
     (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
-    with pytest.raises(LoftqError, match="which are not all ranks"):
+    with pytest.raises(LoftqError, match="which are not all the ranks"):
         open_checkpoint(folder)
     (folder / "consolidated.02.pth").unlink()
     with pytest.raises(LoftqError, match="that all consolidated"):

@@ -1,4 +1,4 @@
-"""Models on the Hub, through the real huggingface_hub client against a Hub on loopback."""
+"""Models on the Hub: the real huggingface_hub client against a Hub server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ NOT_NEEDED_PATTERN = "|".join(rf"/{name}$" for name in NOT_NEEDED)
 
 @pytest.fixture
 def llama(random_llama: Path) -> dict[str, bytes]:
-    """The files of a repository that holds everything repositories hold."""
+    """The files of a repository with every kind of file that repositories contain."""
     return {path.name: path.read_bytes() for path in random_llama.iterdir()} | SIDE | NOT_NEEDED
 
 
@@ -63,7 +64,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def weight_files(home: Path) -> list[str]:
-    """What of weights lies in the cache, blobs included: they are told by their size."""
+    """Weight files in the cache, blobs included, recognised by their size."""
     return [path.name for path in home.rglob("*") if path.is_file() and path.stat().st_size > 50_000]
 
 
@@ -86,7 +87,7 @@ def refused(code: ExitCode = ExitCode.FAILED, **how: object) -> str:
     return str(caught.value)
 
 
-def test_what_is_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_models_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "model").mkdir(parents=True)
     assert parse_model("org/name", None) == HubModel("org/name")
@@ -95,7 +96,7 @@ def test_what_is_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for path in ("here/model", "./org/name", "../name", "/org/name", "name", "a/b/c", "org/name.", "-org/name"):
         assert parse_model(path, None) == Path(path)
     for model, revision in (("org/name@v1", "v2"), ("here/model", "v1")):
-        with pytest.raises(UsageError, match=r"contradict|on the disk"):
+        with pytest.raises(UsageError, match=r"contradict|is a local path"):
             parse_model(model, revision)
     with pytest.raises(UsageError, match="--stream is for a model on the Hub"):
         loftq_cli.plan("here/model", stream=True)
@@ -128,7 +129,7 @@ def test_same_bytes_from_directory_cache_and_stream(
     assert f"loftq quantize {REPO} " in card and str(home) not in card
 
 
-def test_the_recipe_it_writes_repeats_the_commit(
+def test_the_written_recipe_names_the_commit(
     hub: HubServer, llama: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,8 +148,8 @@ def test_the_recipe_it_writes_repeats_the_commit(
     assert loftq_cli.plan(f"{REPO}@main").recipe.revision == repo.refs["main"]
 
 
-def test_another_commit_does_not_go_on(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
-    """It may hold other weights under the same names, of which headers tell nothing."""
+def test_resuming_with_another_commit_is_refused(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
+    """It may contain other weights under the same names, which headers cannot show."""
     repo = hub.add(REPO, llama)
     first = repo.refs["main"]
     hub.fail("", host="cdn", range="bytes=[1-9][0-9]{5}", status=404, times=1_000)
@@ -252,12 +253,14 @@ def test_metas_own_files(below: str, hub: HubServer, tmp_path: Path) -> None:
         (["config.json", "original/params.json", "original/consolidated.00.pth"], "meta", 1),
     ],
 )
-def test_one_kind_of_weights_is_chosen(names: list[str], kind: str, files: int) -> None:
+def test_weights_in_one_format_are_chosen(names: list[str], kind: str, files: int) -> None:
     chosen = choose_weights(HubModel(REPO), names)
     assert chosen.kind == kind and len(chosen.files) == files and set(chosen.files) <= set(names)
 
 
-def test_failures_that_pass(hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_failures_are_retried(
+    hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.add(REPO, llama)
     monkeypatch.setattr(remote, "_CHUNK", 7_000)
     asked: list[float] = []
@@ -273,7 +276,7 @@ def test_failures_that_pass(hub: HubServer, llama: dict[str, bytes], monkeypatch
     assert {11.0, 55.0} <= set(asked) and not any(failure.times for failure in hub.failures)
 
 
-def test_a_cut_tensor_goes_on_behind_the_last_byte(hub: HubServer, llama: dict[str, bytes]) -> None:
+def test_a_cut_transfer_continues_after_the_last_byte(hub: HubServer, llama: dict[str, bytes]) -> None:
     hub.add(REPO, llama)
     with open_source(Recipe(REPO), stream=True) as (checkpoint, _):
         name = "model.layers.0.mlp.up_proj.weight"
@@ -286,7 +289,7 @@ def test_a_cut_tensor_goes_on_behind_the_last_byte(hub: HubServer, llama: dict[s
     assert [entry.range for entry in hub.requests(host="cdn")] == ranges
 
 
-def test_links_that_expire_are_asked_for_again(hub: HubServer, llama: dict[str, bytes]) -> None:
+def test_expired_links_are_requested_again(hub: HubServer, llama: dict[str, bytes]) -> None:
     hub.add(REPO, llama)
     hub.link_uses = 5
     assert same(read_all(), load(llama["model.safetensors"]))
@@ -294,7 +297,7 @@ def test_links_that_expire_are_asked_for_again(hub: HubServer, llama: dict[str, 
     assert 4 <= len(heads) < len(hub.requests(host="cdn")) / 4
 
 
-def test_after_the_last_try_the_same_command_goes_on(
+def test_the_same_command_continues_after_the_last_attempt(
     hub: HubServer, llama: dict[str, bytes], random_llama: Path, tmp_path: Path
 ) -> None:
     hub.add(REPO, llama)
@@ -302,7 +305,7 @@ def test_after_the_last_try_the_same_command_goes_on(
         late = checkpoint.tensors["model.layers.1.self_attn.v_proj.weight"]
     whole = loftq_cli.quantize(REPO, output=tmp_path / "whole", stream=True, **QUICK)
     hub.fail("", host="cdn", range=f"bytes={late.start}-", status=503, times=1_000)
-    with pytest.raises(LoftqError, match="run the same command again to go on") as caught:
+    with pytest.raises(LoftqError, match="run the same command again to continue") as caught:
         loftq_cli.quantize(REPO, output=tmp_path / "out", stream=True, **QUICK)
     assert caught.value.exit_code == ExitCode.INCOMPLETE and "secret" not in str(caught.value)
     assert not (tmp_path / "out" / "config.json").exists()
@@ -318,27 +321,27 @@ def test_access_is_refused_in_a_sentence(
 ) -> None:
     hub.add(REPO, llama, gated=True)
     for stream in (True, False):
-        assert f"{REPO} is gated: ask for access at {hub.url}/{REPO}, then log in" in refused(stream=stream)
-    assert f"{hub.url} shows no model of that name: check the spelling" in refused(model="some-org/nothing")
+        assert f"{REPO} is gated: request access at {hub.url}/{REPO}, then log in" in refused(stream=stream)
+    assert f"{hub.url} has no visible model of that name: check the spelling" in refused(model="some-org/nothing")
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert "is gated" in refused() and "log in" not in refused()
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert f"does not accept the token: make a new one at {hub.url}/settings/tokens" in refused()
+    assert f"does not accept the token: create a new one at {hub.url}/settings/tokens" in refused()
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     hub.tokens["hf_good"].add(REPO)
-    assert "has no revision v9: " in refused(revision="v9")
+    assert "has no revision v9: choose a branch or tag listed at " in refused(revision="v9")
     assert loftq_cli.plan(REPO).matrices
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"config.json": b"{}", "model-Q4.gguf": b"x"}, "but model-Q4.gguf, which loftq does not read"),
+        ({"config.json": b"{}", "model-Q4.gguf": b"x"}, ", only model-Q4.gguf, which loftq does not read"),
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "is an adapter"),
         ({"model.safetensors": b"x"}, "no config.json"),
-        ({"config.json": b"{}"}, "holds no"),
-        ({"config.json": b"{}", "model.safetensors": b"x" * 20}, f"{REPO}/model.safetensors is no complete"),
-        ({"config.json": b"{}", "model.safetensors": b""}, f"{REPO}/model.safetensors is no complete"),
+        ({"config.json": b"{}"}, "contains no"),
+        ({"config.json": b"{}", "model.safetensors": b"x" * 20}, f"{REPO}/model.safetensors is not a complete"),
+        ({"config.json": b"{}", "model.safetensors": b""}, f"{REPO}/model.safetensors is not a complete"),
         ({"config.json": b"[]", "model.safetensors": b"x"}, "no JSON object"),
         (
             {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'},
@@ -346,7 +349,7 @@ def test_access_is_refused_in_a_sentence(
         ),
     ],
 )
-def test_repositories_without_weights_to_read(hub: HubServer, files: dict[str, bytes], said: str) -> None:
+def test_repositories_without_readable_weights(hub: HubServer, files: dict[str, bytes], said: str) -> None:
     hub.add(REPO, files)
     assert said in refused(stream=True)
 
@@ -354,7 +357,50 @@ def test_repositories_without_weights_to_read(hub: HubServer, files: dict[str, b
 def test_a_host_without_ranges(hub: HubServer, llama: dict[str, bytes]) -> None:
     hub.add(REPO, llama)
     hub.ranges = False
-    assert "does not serve parts of files: leave --stream out" in refused(stream=True)
+    assert "does not serve parts of files: leave out --stream" in refused(stream=True)
+
+
+def test_a_host_that_sends_more_than_was_asked_for(
+    hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not read to its end: a host could send for ever."""
+    hub.add(REPO, llama)
+    hub.surplus = 1 << 30
+    assert same(read_all(), load(llama["model.safetensors"]))
+    assert hub.sent_surplus < 1 << 28
+
+
+def test_no_signed_link_reaches_a_traceback(hub: HubServer, llama: dict[str, bytes]) -> None:
+    hub.add(REPO, llama)
+    hub.fail("", host="cdn", status=418, times=1_000)
+    with pytest.raises(LoftqError) as caught:
+        loftq_cli.plan(REPO, stream=True)
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "418" in printed and "Signature=***" not in str(caught.value) and "secret-" not in printed, printed
+
+
+@pytest.mark.parametrize("path", ["/api/models/.*", "config.json"])
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Retry-After": "31536000"}, "wait 365 days"),
+        ({"Retry-After": "9" * 400}, "wait 1000000 days"),
+        ({"RateLimit": '"api";r=0;t=7300'}, "wait 2 hours"),
+    ],
+)
+def test_a_server_that_asks_for_a_long_wait(
+    path: str,
+    headers: dict[str, str],
+    said: str,
+    hub: HubServer,
+    llama: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.add(REPO, llama)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    for method in ("GET", "HEAD"):
+        hub.fail(path, status=429, headers=headers, method=method, times=1_000)
+    assert said in refused(ExitCode.INCOMPLETE, stream=True)
 
 
 def test_offline(hub: HubServer, llama: dict[str, bytes], random_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +432,7 @@ def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for stream in (True, False):
         said = refused(ExitCode.INCOMPLETE, stream=stream)
-        assert "http://127.0.0.1:9 does not answer" in said and "check the network" in said
+        assert "http://127.0.0.1:9 does not respond" in said and "check the network" in said
 
 
 def test_the_command_in_a_process_of_its_own(
@@ -450,7 +496,7 @@ def test_hostile_pickles_are_not_run_when_streamed(hub: HubServer, llama: dict[s
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_workers_read_a_model_on_the_hub_each_for_itself(stream: bool, hub: HubServer, llama, tmp_path: Path) -> None:
+def test_each_worker_reads_the_hub_itself(stream: bool, hub: HubServer, llama, tmp_path: Path) -> None:
     hub.add(REPO, llama)
     alone = loftq_cli.quantize(REPO, output=tmp_path / "alone", stream=stream, **QUICK)
     shared = loftq_cli.quantize(REPO, output=tmp_path / "shared", stream=stream, num_processes=2, **QUICK)

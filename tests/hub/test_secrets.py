@@ -1,0 +1,45 @@
+"""Tokens, passwords and signatures of links are removed from messages and from errors with all of their causes."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+
+from loftq_cli.hub.secrets import redact, scrub
+
+HIDDEN = {
+    "with hf_AbCdEfGhIjKlMnOp in it": "with *** in it",
+    "Authorization: Bearer abc.def-ghi123": "Authorization: Bearer ***",
+    "for url 'https://x.aws/f?X-Amz-Signature=SECRET&a=b' end": "for url 'https://x.aws/f?***' end",
+    "https://user:SECRET@host/f.": "https://***@host/f.",
+    "HTTPS://host/f#token=SECRET": "HTTPS://host/f?***",
+    "GET /f?X-Amz-Credential=SECRET&b=1": "GET /f?X-Amz-Credential=***&b=1",
+    "/f?Expires=1&Signature=SECRET": "/f?Expires=1&Signature=***",
+    "https://host/path, and nothing else": "https://host/path, and nothing else",
+}
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_secrets_are_removed(text: str) -> None:
+    assert redact(text) == HIDDEN[text]
+
+
+def test_the_users_own_token_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-an-unusual-kind")
+    assert redact("sent of-an-unusual-kind to it") == "sent *** to it"
+
+
+def test_causes_attributes_and_notes_are_scrubbed() -> None:
+    link = "https://host/f?Signature=SECRET"
+    try:
+        try:
+            raise OSError(5, f"no {link}")
+        except OSError as cause:
+            error = RuntimeError(f"failed {link}")
+            error.server_message = link  # type: ignore[attr-defined]
+            error.add_note(link) if hasattr(error, "add_note") else None
+            raise error from cause
+    except RuntimeError as caught:
+        scrub(caught)
+        assert "SECRET" not in "".join(traceback.format_exception(caught)) + str(vars(caught))
