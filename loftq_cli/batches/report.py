@@ -1,4 +1,4 @@
-"""What became of a batch, for people, for programs and for CI."""
+"""The results of a batch, for people, programs and CI."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")  # what XML cannot h
 
 @dataclass(frozen=True)
 class Outcome:
-    """One recipe's end.
+    """The result of one recipe.
 
     Attributes:
-        status: `done` now; `finished` before; `planned` in a dry run; `incomplete`, the same command goes on; `failed`;
-            `interrupted`, or not begun when the batch was.
-        exit_code: of its process; negative for a signal; None where there was none.
-        error: the sentence it ended with.
-        resumed: whether it went on where an earlier run had stopped.
-        seconds: of this batch's time.
+        status: `done` in this run; `finished` in an earlier one; `planned` in a dry run; `incomplete` if the same
+            command will continue it; `failed`; `interrupted`, also if the batch was interrupted before it started.
+        exit_code: of its process; negative for a signal; None if no process was started.
+        error: the sentence that explains a failure.
+        resumed: True if it continued an earlier, unfinished run.
+        seconds: wall time in this batch.
     """
 
     name: str
@@ -69,7 +69,7 @@ class BatchReport:
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 only if all are done; 4 where running the same command again is all that is needed."""
+        """Return 0 if all are done, and 4 if running the same command again is all that is needed."""
         if self.interrupted:
             return ExitCode.INTERRUPTED
         left = {outcome.status for outcome in self.outcomes if not outcome.ok}
@@ -78,7 +78,7 @@ class BatchReport:
         return ExitCode.INCOMPLETE if left == {"incomplete"} else ExitCode.FAILED
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for `--summary` and `--json`."""
+        """Return plain values for `--summary` and `--json`."""
         return {
             "ok": self.exit_code == ExitCode.DONE,
             "exit_code": int(self.exit_code),
@@ -89,7 +89,7 @@ class BatchReport:
 
 
 def measured(outcome: Outcome, manifest: Manifest) -> Outcome:
-    """With the numbers of a finished conversion."""
+    """Return the outcome with the numbers of a finished conversion."""
     totals = manifest.totals
     return dataclasses.replace(
         outcome,
@@ -105,7 +105,7 @@ def measured(outcome: Outcome, manifest: Manifest) -> Outcome:
 
 
 def junit(report: BatchReport) -> bytes:
-    """JUnit XML: one test case a recipe, so that CI shows each model."""
+    """Return JUnit XML with one test case for each recipe, so that CI shows every model."""
     counts = report.counts
     suite = ElementTree.Element(
         "testsuite",
@@ -121,9 +121,9 @@ def junit(report: BatchReport) -> bytes:
         case = ElementTree.SubElement(
             suite, "testcase", name=outcome.name, classname=outcome.file, time=f"{outcome.seconds:.3f}"
         )
-        said = _CONTROL.sub("", outcome.error or outcome.status)
+        text = _CONTROL.sub("", outcome.error or outcome.status)
         if outcome.status in tags:
-            ElementTree.SubElement(case, tags[outcome.status], message=said).text = said
+            ElementTree.SubElement(case, tags[outcome.status], message=text).text = text
         else:
             ElementTree.SubElement(case, "system-out").text = f"{outcome.status}: {outcome.output}"
     suites = ElementTree.Element("testsuites")
@@ -133,7 +133,7 @@ def junit(report: BatchReport) -> bytes:
 
 
 def markdown(report: BatchReport) -> str:
-    """A table for a GitHub step summary."""
+    """Return a Markdown table for a GitHub step summary."""
     lines = [
         f"### loftq batch: {', '.join(f'{count} {status}' for status, count in report.counts.items())}",
         "",
@@ -145,13 +145,13 @@ def markdown(report: BatchReport) -> str:
         bits = "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}"
         size = "" if outcome.output_bytes is None else f"{outcome.output_bytes / 1e9:.3f} GB"
         gain = "" if outcome.residual is None else f"{outcome.plain_residual:.4f} → {outcome.residual:.4f}"
-        said = (outcome.error or outcome.status).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {mark} | `{outcome.name}` | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {said} |")
+        text = (outcome.error or outcome.status).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {mark} | `{outcome.name}` | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A report is there completely or not at all."""
+def write_report(path: Path, content: bytes) -> None:
+    """Write a report atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)

@@ -29,15 +29,15 @@ def quantize_command(
     debug: o.Debug = False,
     **recipe: Any,
 ) -> None:
-    """Convert a checkpoint: quantized backbone and LoRA adapter, ready to train.
+    """Convert a checkpoint to a quantized backbone and a LoRA adapter, ready to train.
 
-    The output loads through transformers and PEFT exactly as it was computed. A conversion that was stopped goes on
-    when the same command runs again.
+    The output loads through transformers and PEFT exactly as it was computed. To resume a conversion that was stopped,
+    run the same command again.
 
     Example: loftq quantize path/to/Llama-2-13b --bits 2 --rank 64 --iters 5 -o llama-2bit
     """
-    mute = launched_rank() > 0  # of a launcher's processes only the main one speaks
-    resumable = "interrupted; finished matrices are kept: run the same command again to go on."
+    mute = launched_rank() > 0  # of a launcher's processes, only the main one prints
+    resumable = "interrupted; finished matrices are kept: run the same command again to resume."
     with guarded(debug, resumable=resumable, mute=mute):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
@@ -69,13 +69,13 @@ def quantize_command(
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
-    """What `--json` prints: everything of the manifest but the lists."""
+    """Return the values that `--json` prints: the manifest without its lists."""
     values = dataclasses.asdict(manifest)
     return {name: values[name] for name in values if name not in ("matrices", "kept", "files", "manifest_version")}
 
 
 def print_summary(manifest: Manifest) -> None:
-    """The last thing a person sees: sizes, bits, residuals, time, memory, where it is and how to load it."""
+    """Print the summary of a conversion: sizes, bits, residuals, time, memory, output, and how to load it."""
     from rich.table import Table
 
     totals, console = manifest.totals, results()
@@ -83,7 +83,7 @@ def print_summary(manifest: Manifest) -> None:
     size = totals.backbone_bytes + totals.adapter_bytes
     table.add_row("weights", f"{gigabytes(totals.source_bytes)} → {gigabytes(size)}")
     table.add_row("", f"[dim]backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}[/]")
-    table.add_row("bits a weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
+    table.add_row("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
     table.add_row("residual", _residual_text(manifest))
     table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
     peak = f"{gigabytes(totals.peak_memory_bytes)}"

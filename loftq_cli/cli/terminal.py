@@ -68,7 +68,7 @@ def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) ->
 
 
 def quiet_hub_logging(*, silent: bool) -> None:
-    """Keep huggingface_hub from printing what the commands say themselves in one sentence; its bars are for people at a
+    """Silence huggingface_hub, whose warnings the commands report in one sentence; its progress bars appear only in a
     terminal."""
     from huggingface_hub import logging
     from huggingface_hub.utils import disable_progress_bars
@@ -79,7 +79,7 @@ def quiet_hub_logging(*, silent: bool) -> None:
 
 
 def gigabytes(size: float) -> str:
-    """`26.03 GB`, `91.4 MB`, `812 kB`: three digits that matter, decimal units as on a disk's label."""
+    """Return a size such as `26 GB`, `91.4 MB` or `812 kB`: three significant digits and decimal units."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}" if size < 100 * factor else f"{size / factor:.0f} {unit}"
@@ -87,7 +87,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 20 s`, `1 h 05 min`."""
+    """Return a duration such as `8.4 s`, `3 min 20 s` or `1 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

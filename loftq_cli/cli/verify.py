@@ -25,7 +25,7 @@ def verify_command(
         typer.Option(
             "--source",
             metavar="MODEL",
-            help="The model it was made from, a directory or org/name: every residual is recomputed from the files.",
+            help="The model it was converted from, a directory or org/name; every residual is recomputed from it.",
             show_default=False,
         ),
     ] = None,
@@ -35,10 +35,10 @@ def verify_command(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check that a converted directory still is, to the last bit, what was written.
+    """Check that a converted directory is bit for bit as it was written.
 
-    Exit code 3 where anything differs: a flipped bit, a missing file, one that does not belong there, a residual that
-    is not the manifest's.
+    The exit code is 3 if anything differs: a flipped bit, a missing or unknown file, or a residual that differs from
+    the manifest.
 
     Example: loftq verify llama-2bit --source path/to/Llama-2-13b
     """
@@ -62,7 +62,7 @@ def _print(found: Verification, quiet: bool) -> None:
     if not found.ok:
         count = "1 difference" if len(found.problems) == 1 else f"{len(found.problems)} differences"
         messages().print(
-            f"[bold red]loftq:[/] {count} in {found.directory}: convert the model again, or fetch the directory again.",
+            f"[bold red]loftq:[/] {count} in {found.directory}: convert the model or download the directory again.",
             soft_wrap=True,
         )
     elif not quiet:
@@ -77,7 +77,7 @@ def _print(found: Verification, quiet: bool) -> None:
 
 @contextmanager
 def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
-    """A bar in a terminal; nothing elsewhere, where the result says all."""
+    """Yield a callback that updates a progress bar in a terminal, or None elsewhere."""
     console = messages()
     if silent or not console.is_terminal:
         yield None
@@ -89,7 +89,7 @@ def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
     with Progress(*columns, *last, console=console, transient=True) as bar:
         task = bar.add_task("files", total=None, amount="", name="")
 
-        def tell(step: Step) -> None:
+        def update(step: Step) -> None:
             amount = f"{gigabytes(step.done)} of {gigabytes(step.total)}" if step.of_bytes else ""
             bar.update(
                 task,
@@ -100,4 +100,4 @@ def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
                 name=step.name,
             )
 
-        yield tell
+        yield update

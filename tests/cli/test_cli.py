@@ -1,4 +1,4 @@
-"""The command line as a person or a CI job meets it: exit codes, streams, sentences, help."""
+"""The command line as users and CI jobs see it: exit codes, streams, messages, help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loftq_cli.cli.terminal import duration, gigabytes
 from loftq_cli.machine.openmp import openmp_spin_env
 
 
-def test_quantize_prints_a_summary_people_can_use(random_llama: Path, tmp_path: Path) -> None:
+def test_quantize_prints_a_summary(random_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", random_llama, "-o", tmp_path / "out", "--bits", 2, "--rank", 8, "--iters", 3)
     shown = ("weights", "→", "effective", "stored", "residual", "time", "peak memory", "written to", "loftq_cli.load")
     for text in shown:
@@ -35,7 +35,7 @@ def test_json_is_one_object_and_nothing_else(random_llama: Path, tmp_path: Path)
     assert len(inspected["matrices"]) == 14 and inspected["fingerprint"] == values["fingerprint"]
 
 
-def test_quiet_says_nothing(random_llama: Path, tmp_path: Path) -> None:
+def test_quiet_prints_nothing(random_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", random_llama, "-o", tmp_path / "out", "--quiet")
     assert result.stdout == result.stderr == ""
 
@@ -84,7 +84,7 @@ def test_usage_errors_of_the_parser_are_exit_2() -> None:
     loftq("no-such-command", code=2)
 
 
-def test_three_bits_in_bnb_says_why(random_llama: Path) -> None:
+def test_three_bits_in_bnb_are_refused_with_the_reason(random_llama: Path) -> None:
     said = sentence(loftq("quantize", random_llama, "--bits", 3, "--format", "bnb", code=2))
     assert "NF4's sixteen levels" in said and "--format packed" in said
 
@@ -109,7 +109,7 @@ def test_help_has_panels_and_defaults() -> None:
     assert "quantize" in root and "inspect" in root and "Exit codes" in root
 
 
-def test_version_names_what_matters() -> None:
+def test_version_lists_the_dependencies() -> None:
     text = loftq("--version").stdout
     for name in ("loftq", "python", "torch", "transformers", "peft", "bitsandbytes"):
         assert re.search(rf"^{name} \S+", text, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_the_shell_completes(words: str, at: int, expected: str) -> None:
     assert runner.invoke(app, [], env=variables, prog_name="loftq").stdout.split() == [expected]
 
 
-def test_numbers_for_people() -> None:
+def test_sizes_and_durations_are_readable() -> None:
     assert gigabytes(26_030_000_000) == "26 GB" and gigabytes(91_400_000) == "91.4 MB" and gigabytes(12) == "12 B"
     assert duration(8.44) == "8.4 s" and duration(200) == "3 min 20 s" and duration(3900) == "1 h 05 min"
 
