@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.recipe.field import shown_value
 from loftq_cli.recipe.model import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
+from loftq_cli.recipe.yaml_file import check_text
 
 _IN_DEFAULT_NAME = ("model", "revision", "method", "bits", "rank")
-_LISTS = ("rule", "include", "exclude")
+_MOST_COMBINATIONS = 10_000
+_LONGEST_PLACE = 4_096  # characters
+_FORMAT = re.compile(r"[<>^=]?[ +-]?0?\d{0,2}(\.\d{1,2})?[a-zA-Z%]?")  # a width of two digits at most
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ def _combinations(file: Path, values: Mapping[str, Any]) -> Iterator[tuple[dict[
             raise UsageError(f"{file} sets {name} twice, inside and outside the matrix: remove one.")
         if not isinstance(choices, list) or not choices:
             raise UsageError(f"{name} in the matrix of {file} must be a list of values: write them as [a, b].")
+    count = math.prod(len(choices) for choices in matrix.values())
+    if count > _MOST_COMBINATIONS:
+        raise UsageError(f"the matrix in {file} has {count:.3g} combinations: leave at most {_MOST_COMBINATIONS}.")
     for combination in itertools.product(*matrix.values()):
         yield rest | dict(zip(matrix, combination)), tuple(matrix)
 
@@ -96,9 +105,10 @@ def _job(file: Path, fields: Mapping[str, Any], varied: tuple[str, ...], parent:
         if output is None or (varied and "{" not in str(fields["output"])):
             output = str(Path(output or parent) / name)
         target = Path(output).expanduser()
+        target.resolve()
         return Job(target.name, file, recipe, target, _filled(fields.get("push_to"), words, varied))
-    except LoftqError as error:
-        return Job(fallback, file, recipe, parent / fallback, problem=str(error))
+    except (LoftqError, OSError, RuntimeError, ValueError) as error:  # of a home or a link that cannot be resolved
+        return Job(fallback, file, recipe, parent / fallback, problem=" ".join(str(error).split()))
 
 
 def _default_name(recipe: Mapping[str, Any], varied: Sequence[str]) -> str:
@@ -123,13 +133,25 @@ def _filled(template: Any, words: Mapping[str, Any], varied: tuple[str, ...]) ->
     if template is None:
         return None
     if not isinstance(template, str) or not template:
-        raise UsageError(f"{template!r} is not a valid output or push_to: give a non-empty string.")
-    if not varied:
-        return template
+        raise UsageError(f"{shown_value(template)} is not a valid output or push_to: give a non-empty string.")
+    place = check_text(_format(template, words, varied) if varied else template, "output or push_to")
+    if len(place) > _LONGEST_PLACE:
+        raise UsageError(
+            f"'{place[:60]}...' is too long for an output or push_to: give at most {_LONGEST_PLACE} letters."
+        )
+    return place
+
+
+def _format(template: str, words: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """Replace the fields in braces; `str.format` alone would accept attributes, and widths of gigabytes."""
     try:
+        for _, name, layout, conversion in string.Formatter().parse(template):
+            if name is not None and (name not in words or conversion or not _FORMAT.fullmatch(layout or "")):
+                raise ValueError(name)
         return template.format_map(words)
-    except (KeyError, ValueError, IndexError, AttributeError):
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError):
         known = ", ".join(f"{{{name}}}" for name in ("name", *varied))
         raise UsageError(
-            f"'{template}' has braces around something that is not a field: use fields of the recipe, such as {known}."
+            f"'{template:.200}' has braces around something that is not a field: use fields of the recipe, such as "
+            f"{known}, each with a width of two digits at most."
         ) from None

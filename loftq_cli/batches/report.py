@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from loftq_cli.artifacts.manifest import Manifest
-from loftq_cli.errors import ExitCode
+from loftq_cli.errors import ExitCode, UsageError
+from loftq_cli.machine.printable import printable, without_secrets
 
 DONE = ("done", "finished", "planned")
 STATUSES = (*DONE, "incomplete", "failed", "interrupted")
-_CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")  # what XML cannot hold
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~#])")
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,13 @@ def junit(report: BatchReport) -> bytes:
     tags = {"failed": "failure", "incomplete": "error", "interrupted": "skipped"}
     for outcome in report.outcomes:
         case = ElementTree.SubElement(
-            suite, "testcase", name=outcome.name, classname=outcome.file, time=f"{outcome.seconds:.3f}"
+            suite, "testcase", name=_clean(outcome.name), classname=_clean(outcome.file), time=f"{outcome.seconds:.3f}"
         )
-        text = _CONTROL.sub("", outcome.error or outcome.status)
+        text = _clean(outcome.error or outcome.status)
         if outcome.status in tags:
             ElementTree.SubElement(case, tags[outcome.status], message=text).text = text
         else:
-            ElementTree.SubElement(case, "system-out").text = f"{outcome.status}: {outcome.output}"
+            ElementTree.SubElement(case, "system-out").text = _clean(f"{outcome.status}: {outcome.output}")
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)
@@ -145,14 +148,43 @@ def markdown(report: BatchReport) -> str:
         bits = "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}"
         size = "" if outcome.output_bytes is None else f"{outcome.output_bytes / 1e9:.3f} GB"
         gain = "" if outcome.residual is None else f"{outcome.plain_residual:.4f} → {outcome.residual:.4f}"
-        text = (outcome.error or outcome.status).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {mark} | `{outcome.name}` | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {text} |")
+        text = _markdown_text(outcome.error or outcome.status)
+        lines.append(
+            f"| {mark} | {_markdown_code(outcome.name)} | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {text} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _clean(text: str) -> str:
+    """Return text that XML and Markdown can hold, and a terminal may show."""
+    return printable(without_secrets(text))
+
+
+def _markdown_text(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", html.escape(_clean(text), quote=False))
+
+
+def _markdown_code(text: str) -> str:
+    """Return a code span for the cell of a table; a name with characters that would end it is escaped text."""
+    return _markdown_text(text) if set(text) & set("`|\\") else f"`{_clean(text)}`"
+
+
+def check_writable(path: Path) -> None:
+    """Make the directory of a report before the work begins.
+
+    Raises:
+        UsageError: the report could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the report {path} cannot be written ({error.strerror}): give another path.") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"the report {path} cannot be written: give the path of a file in a directory that can.")
 
 
 def write_report(path: Path, content: bytes) -> None:
     """Write a report atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)

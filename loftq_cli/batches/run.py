@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,8 +14,10 @@ from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import read_manifest
 from loftq_cli.batches.child import Children
 from loftq_cli.batches.expand import Job, read_jobs
-from loftq_cli.batches.report import BatchReport, Outcome, junit, measured, write_report
+from loftq_cli.batches.report import BatchReport, Outcome, check_writable, junit, measured, write_report
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.panics import is_panic
+from loftq_cli.machine.printable import json_text
 
 _GRACE = 60.0  # seconds between asking the processes to stop and killing them
 _STATE_OF = {ExitCode.DONE: "done", ExitCode.INCOMPLETE: "incomplete", ExitCode.INTERRUPTED: "interrupted"}
@@ -91,6 +92,9 @@ def batch(
     """
     if jobs < 1:
         raise UsageError(f"--jobs cannot be {jobs}: give a whole number of at least 1.")
+    for path in (summary, junit_file):
+        if path is not None:
+            check_writable(Path(path))
     started, found = time.monotonic(), read_jobs(files, output)
     options = ["--device", device]
     for flag, value in (("--num-processes", num_processes), ("--max-memory", max_memory)):
@@ -101,7 +105,7 @@ def batch(
     outcomes = _run_all(shared, found, 1 if dry_run else jobs)
     report = BatchReport(tuple(outcomes), round(time.monotonic() - started, 3), shared.children.stopping)
     if summary is not None:
-        write_report(Path(summary), (json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+        write_report(Path(summary), (json_text(report.as_dict()) + "\n").encode())
     if junit_file is not None:
         write_report(Path(junit_file), junit(report))
     return report
@@ -146,7 +150,9 @@ def _run(shared: _Batch, job: Job) -> Outcome:
             outcome = _plan(shared, job, blank)
         else:
             outcome = _convert(shared, job, blank)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         sentence = str(error) if isinstance(error, LoftqError) else f"unexpected {type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, LoftqError) else ExitCode.FAILED
         outcome = dataclasses.replace(blank, error=sentence, exit_code=int(code), status=_STATE_OF.get(code, "failed"))

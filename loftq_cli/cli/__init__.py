@@ -21,6 +21,7 @@ from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.verify import verify_command
 from loftq_cli.machine.openmp import openmp_spin_env
+from loftq_cli.machine.streams import prepare_streams
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -109,5 +110,6 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    prepare_streams()
     os.environ.update(openmp_spin_env(os.environ))
     app()

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+    warn,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,19 +144,18 @@ def _line_reporter() -> Any:
         def line(self, job: Job, text: str) -> None:
             if text.startswith("loftq: "):
                 return  # `ended` prints the error
-            self.console.print(f"{job.name}: {text}", soft_wrap=True, markup=False)
+            self.console.print(f"{job.name}: {text}", soft_wrap=True)
 
         def ended(self, job: Job, outcome: Outcome) -> None:
             self.count += 1
             why = f": {outcome.error}" if outcome.error and outcome.exit_code is not None else ""
             text = f"[{self.count}/{self.total}] {job.name}: {outcome.status}{why}"
-            self.console.print(text, soft_wrap=True, markup=False, style=_COLOURS.get(outcome.status, "red"))
+            self.console.print(text, soft_wrap=True, style=_COLOURS.get(outcome.status, "red"))
 
     return Lines(messages())
 
 
 def _print(report: BatchReport) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     console = results()
@@ -159,17 +168,18 @@ def _print(report: BatchReport) -> None:
     for outcome in report.outcomes:
         status = f"{outcome.status}, resumed" if outcome.resumed else outcome.status
         table.add_row(
-            escape(outcome.name),
-            f"[{_COLOURS.get(outcome.status, 'red')}]{status}[/]",
+            outcome.name,
+            styled((status, _COLOURS.get(outcome.status, "red"))),
             "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}",
             "" if outcome.output_bytes is None else gigabytes(outcome.output_bytes),
             "" if outcome.residual is None else f"{outcome.residual:.4f}",
             duration(outcome.seconds),
-            escape(outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output)),
+            outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output),
         )
     console.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
-    console.print(f"\n{counts} of {len(report.outcomes)} in {duration(report.seconds)}")
+    console.print()
+    console.print(f"{counts} of {len(report.outcomes)} in {duration(report.seconds)}")
 
 
 def _step_summary(report: BatchReport) -> None:

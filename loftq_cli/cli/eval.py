@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+)
 
 if TYPE_CHECKING:
     from loftq_cli.evaluation import EvalReporter, Evaluation
@@ -128,15 +137,18 @@ def _print_evaluation(found: Evaluation) -> None:
     for score in found.scores:
         numbers = [f"{score.perplexity:.3f}", f"{score.loss:.4f}"] if score.perplexity else [f"{score.loss:.4f}"]
         gap = "" if score.gap is None else f"{score.gap:.1%}"
-        table.add_row(score.model, f"[dim]{MODELS[score.model]}[/]", *numbers, gap, f"{score.seconds:.1f}")
+        table.add_row(score.model, styled((MODELS[score.model], "dim")), *numbers, gap, f"{score.seconds:.1f}")
     console.print(table)
     how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the whole model in memory"
     peak = gigabytes(found.peak_memory_bytes)
     if found.peak_device_memory_bytes:
         peak += f", {gigabytes(found.peak_device_memory_bytes)} on the GPU"
+    console.print()
     console.print(
-        f"\n{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}\n"
+        f"{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}",
+        soft_wrap=True,
+    )
+    console.print(
         f"{duration(found.seconds)} on {found.device} in float32, {how}, peak memory {peak}",
         soft_wrap=True,
-        markup=False,
     )

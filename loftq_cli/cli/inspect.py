@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results, styled
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
@@ -61,13 +61,23 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         console.print()
         console.print(kept)
     totals = manifest.totals
+    console.print()
     console.print(
-        f"\n{manifest.architecture or 'checkpoint'} as [bold]{manifest.format}[/] ({manifest.dtype}): "
-        f"{totals.matrices} matrices, {len(manifest.kept)} tensors in full precision"
-        f"{'' if verbose else ' (--verbose lists them)'}\n"
+        styled(
+            f"{manifest.architecture or 'checkpoint'} as ",
+            (manifest.format, "bold"),
+            f" ({manifest.dtype}): {totals.matrices} matrices, {len(manifest.kept)} tensors in full precision"
+            f"{'' if verbose else ' (--verbose lists them)'}",
+        ),
+        soft_wrap=True,
+    )
+    console.print(
         f"{gigabytes(totals.source_bytes)} → {gigabytes(totals.backbone_bytes)} backbone + "
         f"{gigabytes(totals.adapter_bytes)} adapter; {totals.bits_effective:.2f} bits effective, "
-        f"{totals.bits_stored:.2f} stored\n"
+        f"{totals.bits_stored:.2f} stored",
+        soft_wrap=True,
+    )
+    console.print(
         f"mean residual {totals.plain_residual:.4f} plain → {totals.residual:.4f}; {duration(totals.seconds)} on "
         f"{manifest.device}, peak {gigabytes(totals.peak_memory_bytes)}",
         soft_wrap=True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results, styled
 
 if TYPE_CHECKING:
     from loftq_cli.merging.texts import MergeReport
@@ -101,4 +101,5 @@ def _print_report(report: MergeReport) -> None:
         "(relative, Frobenius)",
         soft_wrap=True,
     )
-    console.print(f"\nwritten to [bold]{report.output}[/]", soft_wrap=True)
+    console.print()
+    console.print(styled("written to ", (str(report.output), "bold")), soft_wrap=True)

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +126,11 @@ def _print_allocation(console: Console, plan: Plan) -> None:
     counts = widths(plan)
     if plan.recipe.mix:
         shown = ", ".join(f"{count} at {width}" for width, count in counts.items())
-        console.print(f"\n[bold]{plan.recipe.mix}[/] mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code")
+        console.print()
+        console.print(
+            styled((plan.recipe.mix, "bold"), f" mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code"),
+            soft_wrap=True,
+        )
     if plan.recipe.rank_budget is not None:
         ranks = [unit.target.rank for unit in plan.matrices if unit.target]
         console.print(
@@ -138,11 +142,16 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
     console = results()
     weights = plan.quantized_weights
     console.print(
-        f"[bold]{plan.modules.architecture or 'checkpoint'}[/], {gigabytes(plan.source_bytes)}: {len(plan.matrices)} "
-        f"matrices ({weights / 1e6:,.1f} million weights) to [bold]{plan.recipe.format}[/], "
-        f"{plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored\n",
+        styled(
+            (plan.modules.architecture or "checkpoint", "bold"),
+            f", {gigabytes(plan.source_bytes)}: {len(plan.matrices)} matrices "
+            f"({weights / 1e6:,.1f} million weights) to ",
+            (plan.recipe.format, "bold"),
+            f", {plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored",
+        ),
         soft_wrap=True,
     )
+    console.print()
     # If each matrix has its own width, groups would hide it.
     _print_matrices(console, plan.matrices, verbose or plan.recipe.allocates)
     _print_allocation(console, plan)
@@ -204,11 +213,12 @@ def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
     table.add_column("bytes", justify="right")
     for name, size in files.items():
         table.add_row(name, f"{size:,}")
-    table.add_row("[bold]total[/]", f"[bold]{sum(files.values()):,}[/]")
+    table.add_row(styled(("total", "bold")), styled((f"{sum(files.values()):,}", "bold")))
     console.print()
     console.print(table)
+    console.print()
     console.print(
-        f"\n{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
+        f"{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
         f"{gigabytes(plan.adapter_bytes)} adapter in {plan.output}",
         soft_wrap=True,
     )

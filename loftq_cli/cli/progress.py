@@ -68,7 +68,7 @@ class _Counting(Reporter):
             warn(note)
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=True)
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         if record is not None:
@@ -110,7 +110,6 @@ class LineReporter(_Counting):
             f"{list(record.shape)} {record.bits} bits, {self.residual_text()}, "
             f"{gigabytes(self.rate)}/s, {left} left",
             soft_wrap=True,
-            markup=False,
         )
 
     def finishing(self, step: str) -> None:
@@ -132,12 +131,12 @@ class LiveReporter(_Counting):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = _TwoLines(
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[amount]}", markup=False),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TextColumn("[dim]{task.fields[module]}[/]"),
+            TextColumn("{task.fields[module]}", style="dim", markup=False),
             console=console,
             transient=True,
             refresh_per_second=4,

@@ -85,7 +85,7 @@ def push_command(
             message=message,
             base_model=base_model,
             dry_run=dry_run,
-            progress=None if silent else lambda step: console.print(step, markup=False, soft_wrap=True),
+            progress=None if silent else lambda step: console.print(step, soft_wrap=True),
         )
         if json:
             print_json(dataclasses.asdict(pushed))
@@ -108,4 +108,4 @@ def _print(pushed: Pushed) -> None:
         console.print(table)
     total = gigabytes(sum(pushed.files.values()))
     verb = "would be pushed" if pushed.dry_run else "pushed"
-    console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True, markup=False)
+    console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True)

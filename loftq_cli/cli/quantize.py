@@ -6,10 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled
 from loftq_cli.engine.workers.launcher import launched_rank
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from loftq_cli.artifacts.manifest import Manifest
 
 
@@ -65,7 +67,7 @@ def quantize_command(
         elif not quiet:
             print_summary(manifest)
             if repo := push_to or read_places(config).get("push_to"):
-                results().print(f"pushed to {repo}", soft_wrap=True, markup=False)
+                results().print(f"pushed to {repo}", soft_wrap=True)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
@@ -82,7 +84,8 @@ def print_summary(manifest: Manifest) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     size = totals.backbone_bytes + totals.adapter_bytes
     table.add_row("weights", f"{gigabytes(totals.source_bytes)} → {gigabytes(size)}")
-    table.add_row("", f"[dim]backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}[/]")
+    parts = f"backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}"
+    table.add_row("", styled((parts, "dim")))
     table.add_row("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
     table.add_row("residual", _residual_text(manifest))
     table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
@@ -93,13 +96,15 @@ def print_summary(manifest: Manifest) -> None:
     table.add_row("format", f"{manifest.format}, {manifest.dtype}")
     console.print(table)
     output = manifest.output
-    console.print(f"\nwritten to [bold]{output}[/]", soft_wrap=True)
-    console.print(f"load it:   loftq_cli.load({str(output)!r}, trainable=True)", soft_wrap=True, markup=False)
+    console.print()
+    console.print(styled("written to ", (str(output), "bold")), soft_wrap=True)
+    console.print(f"load it:   loftq_cli.load({str(output)!r}, trainable=True)", soft_wrap=True)
 
 
-def _residual_text(manifest: Manifest) -> str:
+def _residual_text(manifest: Manifest) -> Text:
     totals = manifest.totals
     if not any(record.best for record in manifest.matrices):
-        return f"{totals.plain_residual:.4f} plain (the adapter starts at zero)"
+        return styled(f"{totals.plain_residual:.4f} plain (the adapter starts at zero)")
     gain = 1 - totals.residual / totals.plain_residual if totals.plain_residual else 0.0
-    return f"{totals.plain_residual:.4f} plain → [bold]{totals.residual:.4f}[/] with the adapter ({-gain:.0%})"
+    kept = (f"{totals.residual:.4f}", "bold")
+    return styled(f"{totals.plain_residual:.4f} plain → ", kept, f" with the adapter ({-gain:.0%})")

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+)
 from loftq_cli.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -58,11 +67,14 @@ def verify_command(
 
 def _print(found: Verification, quiet: bool) -> None:
     for problem in found.problems:
-        results().print(str(problem), soft_wrap=True, markup=False)
+        results().print(str(problem), soft_wrap=True)
     if not found.ok:
         count = "1 difference" if len(found.problems) == 1 else f"{len(found.problems)} differences"
         messages().print(
-            f"[bold red]loftq:[/] {count} in {found.directory}: convert the model or download the directory again.",
+            styled(
+                ("loftq:", "bold red"),
+                f" {count} in {found.directory}: convert the model or download the directory again.",
+            ),
             soft_wrap=True,
         )
     elif not quiet:
@@ -72,7 +84,7 @@ def _print(found: Verification, quiet: bool) -> None:
                 f"; {found.matrices} residuals recomputed from {found.source} agree within "
                 f"{found.largest_deviation:.1e}, {found.kept} tensors are copied exactly"
             )
-        results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True, markup=False)
+        results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True)
 
 
 @contextmanager
@@ -84,8 +96,8 @@ def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[amount]}"))
-    last = (TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[name]}[/]"))
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[amount]}", markup=False))
+    last = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[name]}", style="dim", markup=False))
     with Progress(*columns, *last, console=console, transient=True) as bar:
         task = bar.add_task("files", total=None, amount="", name="")
 

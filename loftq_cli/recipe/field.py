@@ -168,7 +168,7 @@ def refusal(spec: Spec, value: object) -> UsageError:
     if spec.repeatable:
         return UsageError(f"{spec.name} must be a list of strings.")
     subject = spec.flag.partition("/")[0] or spec.name
-    return UsageError(f"{subject} cannot be {_shown(value)}: {_expected(spec)}.")
+    return UsageError(f"{subject} cannot be {shown_value(value)}: {_expected(spec)}.")
 
 
 def _expected(spec: Spec) -> str:
@@ -183,7 +183,7 @@ def _expected(spec: Spec) -> str:
     return "give a string"
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
     """Return a value as shown in a sentence; a YAML file can hold any value."""
     try:
         text = repr(value)

@@ -13,16 +13,14 @@ from pydantic.functional_validators import PlainValidator
 from loftq_cli.errors import UsageError
 from loftq_cli.recipe.choices import GROUP_SIZES, MIXES
 from loftq_cli.recipe.rules import parse_rule, parse_size
+from loftq_cli.recipe.yaml_file import check_text
 
 _TOO_LARGE = 2**31
 _SMALLEST_SHARD = 1_000  # bytes
 
 
 def _valid_text(text: str, info: ValidationInfo) -> str:
-    """Refuse lone surrogates and null characters: YAML can hold them, files and paths cannot."""
-    if text.encode("utf-8", "replace").decode() != text or "\0" in text:
-        raise UsageError(f"{info.field_name} contains an invalid character: correct {text!r:.80}.")
-    return text
+    return check_text(text, str(info.field_name))
 
 
 def _not_empty(text: str | None) -> str | None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
+from loftq_cli.machine.patterns import bounded_pattern
 from loftq_cli.recipe.choices import BITS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,7 +34,12 @@ class Rule:
         return self.pattern == f"^{re.escape(module)}$"
 
     def matches(self, module: str) -> bool:
-        return re.search(self.pattern, module) is not None
+        """Return True if the regex is found in a module's path.
+
+        Raises:
+            LoftqError: the search takes too long.
+        """
+        return bounded_pattern(self.pattern).search(module)
 
 
 def parse_rule(text: str) -> Rule:
@@ -44,16 +50,18 @@ def parse_rule(text: str) -> Rule:
     """
     pattern, separator, spec = text.rpartition("=")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"the rule '{text}' has an invalid regular expression ({error}): correct it.") from error
+        bounded_pattern(pattern)
+    except ValueError as error:
+        raise UsageError(f"the rule '{text:.200}' has an invalid regular expression ({error}): correct it.") from error
     if not separator or not pattern:
-        raise UsageError(f"invalid rule '{text}': write REGEX=SPEC, where SPEC is bits, bits:rank, skip or dense.")
+        raise UsageError(f"invalid rule '{text:.200}': write REGEX=SPEC, where SPEC is bits, bits:rank, skip or dense.")
     if spec in ("skip", "dense"):
         return Rule(pattern, keep=spec)
     match = re.fullmatch(r"(\d)(?::(\d{1,9}))?", spec, re.ASCII)
     if match is None or int(match[1]) not in BITS or (match[2] and int(match[2]) == 0):
-        raise UsageError(f"invalid SPEC '{spec}' in the rule '{text}': write 2, 3, 4 or 8, bits:rank, skip or dense.")
+        raise UsageError(
+            f"invalid SPEC '{spec:.80}' in the rule '{text:.200}': write 2, 3, 4 or 8, bits:rank, skip or dense."
+        )
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
 
@@ -70,5 +78,5 @@ def parse_size(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"invalid size '{text}': write a number with KB, MB, GB, KiB, MiB or GiB.")
+        raise UsageError(f"invalid size '{text:.80}': write a number with KB, MB, GB, KiB, MiB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,18 @@ PLACES = ("output", "push_to")
 MATRIX = "matrix"  # the key for combinations in `loftq batch`
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
+_SHELL_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
+
+def check_text(text: str, name: str) -> str:
+    """Return the text unless it has lone surrogates or null characters: YAML can hold them, files and paths cannot.
+
+    Raises:
+        UsageError: it has; the sentence names the field `name`.
+    """
+    if text.encode("utf-8", "replace").decode() != text or "\0" in text:
+        raise UsageError(f"{name} contains an invalid character: correct {text!r:.80}.")
+    return text
 
 
 def read_places(config: Path | None) -> dict[str, str]:
@@ -24,7 +38,8 @@ def read_places(config: Path | None) -> dict[str, str]:
     found = {name: values[name] for name in PLACES if values.get(name) is not None}
     for name, value in found.items():
         if not isinstance(value, str) or not value:
-            raise UsageError(f"{name} in {config} cannot be {value!r}: give a non-empty string.")
+            raise UsageError(f"{name} in {config} cannot be {value!r:.80}: give a non-empty string.")
+        check_text(value, name)
     return found
 
 
@@ -49,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         _check_yaml(path, text)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -63,6 +78,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is not a recipe: write one 'name: value' per line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _read_text(path: Path) -> str:
+    """Read the file, but no more of it than `_check_yaml` accepts. A FIFO is read only if the shell has made it."""
+    given_by_shell = str(path).startswith(_SHELL_FILES)
+    with open(path, "rb", opener=None if given_by_shell else _without_waiting) as file:
+        if not given_by_shell and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UsageError(f"the recipe {path} cannot be read: it is not a regular file.")
+        return file.read(_MAX_YAML * 4 + 1).decode("utf-8")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _check_yaml(path: Path, text: str) -> None:

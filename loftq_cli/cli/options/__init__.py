@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loftq_cli.cli.options.base import choice_of, option
+from loftq_cli.cli.options.base import choice_of, option, plain
 from loftq_cli.cli.options.from_recipe import FromRecipe, with_recipe_options
 from loftq_cli.recipe.panels import RUN, SHOW, WHAT, WHERE
 
@@ -35,7 +35,7 @@ Model = Annotated[
     Optional[str],
     typer.Argument(
         metavar="MODEL",
-        help="Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's.",
+        help=plain("Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's."),
     ),
 ]
 Config = Annotated[Optional[Path], option("--config", help="YAML recipe; flags override it.", panel=WHAT)]

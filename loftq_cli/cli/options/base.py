@@ -11,8 +11,13 @@ import typer
 def option(*flags: str, help: str, panel: str, shown: str = "", **more: Any) -> Any:
     """Declare an option whose help text ends with the default `shown`, or with none if that is empty."""
     # Typer would put a default that is only text in extra parentheses: "[default: (16)]".
-    text = f"{help} [dim]\\[default: {shown}][/]" if shown else help
+    text = f"{plain(help)} [dim]\\[default: {plain(shown)}][/]" if shown else plain(help)
     return typer.Option(*flags, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+def plain(text: str) -> str:
+    """Return a help text whose brackets are shown and not read as markup."""
+    return text.replace("[", "\\[")
 
 
 def choice_of(values: Sequence[str]) -> dict[str, Any]:
