@@ -210,6 +210,7 @@ def test_a_matrix_gives_a_job_for_each_combination(tmp_path: Path, monkeypatch: 
             ["b-loftq-4bit-r16-seed0", "b-loftq-4bit-r16-seed1"],
         ),
         ({"matrix": {"seed": [0, 1]}, "model": "a/b", "output": "o/{model}-{seed}-{bits}"}, ["b-0-4", "b-1-4"]),
+        ({"matrix": {"seed": [0, 1]}, "model": "a/b", "output": "o/{seed:02d}{{}}"}, ["00{}", "01{}"]),
         (
             {"matrix": {"keep_last": [True, False]}, "model": "b"},
             ["b-loftq-4bit-r16-keep_last", "b-loftq-4bit-r16-no-keep_last"],
@@ -234,6 +235,18 @@ def test_default_names_are_readable(fields: dict[str, object], names: list[str],
         ({"matrix": {"bits": [2]}, "bits": 4, "model": "m"}, "sets bits twice"),
         ({"matrix": {"bits": [2]}}, "no model"),
         ({"matrix": {"bits": [2]}, "model": "m", "output": "{nonsense}"}, "braces"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "x{bits:>4000000000}"}, "a width of two digits"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "x{bits:>{rank}}"}, "a width of two digits"),
+        ({"matrix": {"bits": [2]}, "model": "m", "push_to": "x{model.__class__}"}, "braces"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "{model!r}"}, "braces"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "{bits:.999999999f}"}, "braces"),
+        (
+            {"matrix": {name: list(range(100)) for name in ("rank", "seed", "iters")}, "model": "m"},
+            "1e+06 combinations",
+        ),
+        ({"model": "m", "output": "a\0b"}, "invalid character"),
+        ({"model": "m", "output": "~nobody-here/x"}, "home directory"),
+        ({"model": "m", "output": "x" * 5000}, "too long"),
         ({"model": "m", "output": 3}, "not a valid output or push_to"),
         ({"model": "m", "bits": 5}, "--bits cannot be 5"),
     ],
@@ -332,9 +345,36 @@ def test_reports_can_hold_any_error_text() -> None:
     odd = Outcome("n|<&", "f", "o", "failed", error="a \x1b[31m<red>\x00 & | line\nbreak")
     report = BatchReport((odd, *outcomes("interrupted", "incomplete")), 1.0)
     suite = ElementTree.fromstring(junit(report)).find("testsuite")
-    assert suite is not None and suite.find("testcase/failure").get("message", "").startswith("a [31m<red> & |")
+    assert suite is not None and suite.find("testcase/failure").get("message", "").startswith(
+        "a \\x1b[31m<red>\\x00 & | line\\nbreak"
+    )
     assert (suite.get("failures"), suite.get("errors"), suite.get("skipped")) == ("1", "1", "1")
     assert len(markdown(report).splitlines()) == 4 + 3
+
+
+def test_reports_escape_names(tmp_path: Path) -> None:
+    odd = Outcome("a\x1b[2J`|\u202e", "f\x07", "o\x1b", "done", push_to=None)
+    report = BatchReport((odd, Outcome("[x](y) <b>", "f", "o", "failed", error="<img> [x](y) `z`")), 1.0)
+    cases = list(ElementTree.fromstring(junit(report)).iter("testcase"))
+    assert (cases[0].get("name"), cases[0].get("classname")) == ("a\\x1b[2J`|\\u202e", "f\\x07")
+    assert cases[0].findtext("system-out") == "done: o\\x1b"
+    rows = markdown(report).splitlines()[4:]
+    assert rows[0].startswith(r"| ✅ | a\\x1b\[2J\`\|\\u202e |") and rows[1].startswith("| ❌ | `[x](y) <b>` |")
+    assert rows[1].endswith(r" | &lt;img&gt; \[x\](y) \`z\` |")
+
+
+def test_reports_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file/s.json"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            loftq_cli.batch([tmp_path / "missing.yaml"], summary=path)
+
+
+def test_fifos_and_endless_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "link.yaml").symlink_to("/dev/zero")
+    jobs = read_jobs([tmp_path / "fifo.yaml", tmp_path / "link.yaml"])
+    assert all("not a regular file" in (job.problem or "") for job in jobs)
 
 
 def test_a_process_that_dies_without_a_sentence() -> None:
