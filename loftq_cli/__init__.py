@@ -4,7 +4,7 @@
     manifest = loftq_cli.quantize("path/to/model", output="out", bits=2, rank=64)
     model = loftq_cli.load("out", trainable=True)
 
-Importing this package imports neither torch nor transformers; the functions do when they are first used.
+Importing this package does not import torch or transformers; its functions import them when they are called.
 """
 
 from __future__ import annotations

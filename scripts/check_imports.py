@@ -1,4 +1,4 @@
-"""Import every module of loftq_cli, and name those that fail although the libraries they need are not missing.
+"""Import every module of loftq_cli, and list those that fail although no library they need is missing.
 
     python scripts/check_imports.py                       # in an environment with the base dependencies only
     python scripts/check_imports.py --without peft gguf   # anywhere: pretend that these are not installed

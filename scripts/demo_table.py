@@ -1,4 +1,4 @@
-"""The demo's last word: sizes, residuals, what is left of the model's embeddings, and how to load the result."""
+"""The summary at the end of the demo: sizes, residuals, similarity of the embeddings, and how to load the result."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def embed(model: torch.nn.Module, tokenizer) -> torch.Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def hush() -> None:
-    """Keep the libraries' loading bars and hints out of the table."""
+def silence_libraries() -> None:
+    """Keep the progress bars and hints of libraries out of the output."""
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
@@ -42,7 +42,7 @@ def hush() -> None:
 
 
 def main(source: str, outputs: list[str]) -> None:
-    hush()
+    silence_libraries()
     tokenizer = AutoTokenizer.from_pretrained(source)
     reference = embed(AutoModel.from_pretrained(source).eval(), tokenizer)
     table = Table(title="all-MiniLM-L6-v2, rank 16", title_justify="left")

@@ -1,4 +1,4 @@
-"""Rewrite the files that are made from the declarations of the recipe fields: python scripts/generate.py"""
+"""Rewrite the files that are generated from the declarations of the recipe fields: python scripts/generate.py"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RecipeKeywords(TypedDict, total=False):
 
 
 def generated() -> dict[Path, str]:
-    """The content of every generated file."""
+    """Return the content of every generated file."""
     return {
         ROOT / "configs/recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
         ROOT / "loftq_cli/recipe/keywords.py": _KEYWORDS + "".join(_keywords()),
@@ -34,7 +34,7 @@ def generated() -> dict[Path, str]:
 
 
 def _keywords() -> list[str]:
-    """A line for every field but `model`, which is an argument of its own."""
+    """Return a line for every field except `model`, which is a separate argument."""
     kinds = {name: spec.keyword.split(" | ") for name, spec in recipe_specs().items() if name != "model"}
     return [f"    {name}: {' | '.join(dict.fromkeys([*parts, 'None']))}\n" for name, parts in kinds.items()]
 

@@ -1,4 +1,4 @@
-"""The package and the help pages load neither torch nor transformers; what lists commands does not load pydantic."""
+"""The package and the help pages do not import torch or transformers; listing commands does not import pydantic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATEMENTS = {
 }
 
 
-# Commands parse their options with pydantic; what runs no command does without.
+# Commands parse their options with pydantic; these statements run no command.
 LIGHTEST = ("package", "help", "version")
 
 

@@ -1,1 +1,1 @@
-"""Several recipes in a row: expand a file, convert each in a process of its own, report the results."""
+"""Batches of recipes: expand files into jobs, convert each in its own process, report the results."""

@@ -1,4 +1,4 @@
-"""One job as a process of its own: a crash, or the kernel's out-of-memory killer, takes nothing else down."""
+"""Run each job in its own process, so that a crash or the kernel's out-of-memory killer affects only that job."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TAIL = 20  # lines of stderr kept for the error of a process that died without 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative for a signal) and the sentence that says why, if it failed."""
+    """The result of a process: its exit code (negative for a signal) and, if it failed, a sentence with the reason."""
 
     exit_code: int
     error: str | None
 
 
 class Children:
-    """The processes of a batch, so that all can be told to stop."""
+    """The running processes of a batch; all of them can be stopped at once."""
 
     def __init__(self, options: Sequence[str], jobs: int) -> None:
         self._options = list(options)
@@ -40,23 +40,23 @@ class Children:
         self._lock = threading.Lock()
         self.stopping = False
 
-    def run(self, job: Job, tell: Callable[[str], None]) -> Ended:
-        """Convert; `tell` hears every line the process writes to stderr."""
+    def run(self, job: Job, on_line: Callable[[str], None]) -> Ended:
+        """Convert; call `on_line` with every line that the process writes to stderr."""
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="loftq-", encoding="utf-8") as recipe:
             recipe.write(_yaml(job))
             recipe.flush()
-            words = [sys.executable, "-m", "loftq_cli", "quantize", "--config", recipe.name, "-o", str(job.output)]
-            process = self._start([*words, *self._options])
+            command = [sys.executable, "-m", "loftq_cli", "quantize", "--config", recipe.name, "-o", str(job.output)]
+            process = self._start([*command, *self._options])
             if process is None:
                 return Ended(int(ExitCode.INTERRUPTED), None)
-            return self._follow(process, tell)
+            return self._follow(process, on_line)
 
     def interrupt(self) -> None:
-        """Ctrl-C for every process, and no new ones."""
+        """Send SIGINT to every process and start no more."""
         self._send(signal.SIGINT)
 
     def kill(self) -> None:
-        """For those who do not hear."""
+        """Send SIGKILL to every process that is still running."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
@@ -65,31 +65,31 @@ class Children:
             for process in self._running:
                 process.send_signal(number)
 
-    def _start(self, words: list[str]) -> subprocess.Popen[str] | None:
+    def _start(self, command: list[str]) -> subprocess.Popen[str] | None:
         with self._lock:
             if self.stopping:
                 return None
             process = subprocess.Popen(
-                words,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
                 env=self._environment,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches it once, through us
+                start_new_session=True,  # so Ctrl-C at the terminal reaches it only once, from us
             )
             self._running.add(process)
             return process
 
-    def _follow(self, process: subprocess.Popen[str], tell: Callable[[str], None]) -> Ended:
+    def _follow(self, process: subprocess.Popen[str], on_line: Callable[[str], None]) -> Ended:
         assert process.stderr is not None
         tail: list[str] = []
         for line in process.stderr:
             line = line.rstrip()
             if line:
                 tail = [*tail[1 - _TAIL :], line]
-                tell(line)
+                on_line(line)
         code = process.wait()
         with self._lock:
             self._running.discard(process)
@@ -97,9 +97,9 @@ class Children:
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Several processes share the cores, unless the user has said how."""
+    """Return the environment of a child process; several of them share the cores, unless the user has set threads."""
     environment = dict(os.environ)
-    # `python -m loftq_cli` must find this very package, wherever it was imported from.
+    # `python -m loftq_cli` must find this copy of the package, wherever it was imported from.
     home = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
     if jobs > 1 and not any(name in environment for name in _THREADS):
@@ -123,7 +123,7 @@ def _error(code: int, tail: Sequence[str]) -> str | None:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         memory = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
-        return f"the process was ended by {name}{memory}: run the same command again to go on."
-    said = [line.removeprefix(_SENTENCE) for line in tail if line.startswith(_SENTENCE)]
-    last = said[-1] if said else tail[-1] if tail else "it left without a word"
+        return f"the process was terminated by {name}{memory}: run the same command again to go on."
+    sentences = [line.removeprefix(_SENTENCE) for line in tail if line.startswith(_SENTENCE)]
+    last = sentences[-1] if sentences else tail[-1] if tail else f"the process exited with code {code} and no message"
     return re.sub(r"\s+", " ", last)

@@ -1,8 +1,10 @@
-"""What became of a batch, for people, for programs and for CI."""
+"""The results of a batch, for people, programs and CI."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,24 +13,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 from loftq_cli.artifacts.manifest import Manifest
-from loftq_cli.errors import ExitCode
+from loftq_cli.errors import ExitCode, UsageError
+from loftq_cli.machine.printable import printable, without_secrets
 
 DONE = ("done", "finished", "planned")
 STATUSES = (*DONE, "incomplete", "failed", "interrupted")
-_CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")  # what XML cannot hold
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~#])")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One recipe's end.
+    """The result of one recipe.
 
     Attributes:
-        status: `done` now; `finished` before; `planned` in a dry run; `incomplete`, the same command goes on; `failed`;
-            `interrupted`, or not begun when the batch was.
-        exit_code: of its process; negative for a signal; None where there was none.
-        error: the sentence it ended with.
-        resumed: whether it went on where an earlier run had stopped.
-        seconds: of this batch's time.
+        status: `done` in this run; `finished` in an earlier one; `planned` in a dry run; `incomplete` if the same
+            command will continue it; `failed`; `interrupted`, also if the batch was interrupted before it started.
+        exit_code: of its process; negative for a signal; None if no process was started.
+        error: the sentence that explains a failure.
+        resumed: True if it continued an earlier, unfinished run.
+        seconds: wall time in this batch.
     """
 
     name: str
@@ -69,7 +72,7 @@ class BatchReport:
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 only if all are done; 4 where running the same command again is all that is needed."""
+        """Return 0 if all are done, and 4 if running the same command again is all that is needed."""
         if self.interrupted:
             return ExitCode.INTERRUPTED
         left = {outcome.status for outcome in self.outcomes if not outcome.ok}
@@ -78,7 +81,7 @@ class BatchReport:
         return ExitCode.INCOMPLETE if left == {"incomplete"} else ExitCode.FAILED
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for `--summary` and `--json`."""
+        """Return plain values for `--summary` and `--json`."""
         return {
             "ok": self.exit_code == ExitCode.DONE,
             "exit_code": int(self.exit_code),
@@ -89,7 +92,7 @@ class BatchReport:
 
 
 def measured(outcome: Outcome, manifest: Manifest) -> Outcome:
-    """With the numbers of a finished conversion."""
+    """Return the outcome with the numbers of a finished conversion."""
     totals = manifest.totals
     return dataclasses.replace(
         outcome,
@@ -105,7 +108,7 @@ def measured(outcome: Outcome, manifest: Manifest) -> Outcome:
 
 
 def junit(report: BatchReport) -> bytes:
-    """JUnit XML: one test case a recipe, so that CI shows each model."""
+    """Return JUnit XML with one test case for each recipe, so that CI shows every model."""
     counts = report.counts
     suite = ElementTree.Element(
         "testsuite",
@@ -119,13 +122,13 @@ def junit(report: BatchReport) -> bytes:
     tags = {"failed": "failure", "incomplete": "error", "interrupted": "skipped"}
     for outcome in report.outcomes:
         case = ElementTree.SubElement(
-            suite, "testcase", name=outcome.name, classname=outcome.file, time=f"{outcome.seconds:.3f}"
+            suite, "testcase", name=_clean(outcome.name), classname=_clean(outcome.file), time=f"{outcome.seconds:.3f}"
         )
-        said = _CONTROL.sub("", outcome.error or outcome.status)
+        text = _clean(outcome.error or outcome.status)
         if outcome.status in tags:
-            ElementTree.SubElement(case, tags[outcome.status], message=said).text = said
+            ElementTree.SubElement(case, tags[outcome.status], message=text).text = text
         else:
-            ElementTree.SubElement(case, "system-out").text = f"{outcome.status}: {outcome.output}"
+            ElementTree.SubElement(case, "system-out").text = _clean(f"{outcome.status}: {outcome.output}")
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)
@@ -133,7 +136,7 @@ def junit(report: BatchReport) -> bytes:
 
 
 def markdown(report: BatchReport) -> str:
-    """A table for a GitHub step summary."""
+    """Return a Markdown table for a GitHub step summary."""
     lines = [
         f"### loftq batch: {', '.join(f'{count} {status}' for status, count in report.counts.items())}",
         "",
@@ -145,14 +148,43 @@ def markdown(report: BatchReport) -> str:
         bits = "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}"
         size = "" if outcome.output_bytes is None else f"{outcome.output_bytes / 1e9:.3f} GB"
         gain = "" if outcome.residual is None else f"{outcome.plain_residual:.4f} → {outcome.residual:.4f}"
-        said = (outcome.error or outcome.status).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {mark} | `{outcome.name}` | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {said} |")
+        text = _markdown_text(outcome.error or outcome.status)
+        lines.append(
+            f"| {mark} | {_markdown_code(outcome.name)} | {bits} | {size} | {gain} | {outcome.seconds:.0f} s | {text} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A report is there completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _clean(text: str) -> str:
+    """Return text that XML and Markdown can hold, and a terminal may show."""
+    return printable(without_secrets(text))
+
+
+def _markdown_text(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", html.escape(_clean(text), quote=False))
+
+
+def _markdown_code(text: str) -> str:
+    """Return a code span for the cell of a table; a name with characters that would end it is escaped text."""
+    return _markdown_text(text) if set(text) & set("`|\\") else f"`{_clean(text)}`"
+
+
+def check_writable(path: Path) -> None:
+    """Make the directory of a report before the work begins.
+
+    Raises:
+        UsageError: the report could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the report {path} cannot be written ({error.strerror}): give another path.") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"the report {path} cannot be written: give the path of a file in a directory that can.")
+
+
+def write_report(path: Path, content: bytes) -> None:
+    """Write a report atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)

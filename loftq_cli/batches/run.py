@@ -1,10 +1,9 @@
-"""`loftq_cli.batch`: many recipes, one after the other or several at a time, past every failure."""
+"""`loftq_cli.batch`: convert many recipes, one or several at a time, and continue after failures."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,29 +14,31 @@ from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import read_manifest
 from loftq_cli.batches.child import Children
 from loftq_cli.batches.expand import Job, read_jobs
-from loftq_cli.batches.report import BatchReport, Outcome, junit, measured, write_whole
+from loftq_cli.batches.report import BatchReport, Outcome, check_writable, junit, measured, write_report
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.panics import is_panic
+from loftq_cli.machine.printable import json_text
 
-_GRACE = 60.0  # seconds between asking the processes to stop and stopping them
+_GRACE = 60.0  # seconds between asking the processes to stop and killing them
 _STATE_OF = {ExitCode.DONE: "done", ExitCode.INCOMPLETE: "incomplete", ExitCode.INTERRUPTED: "interrupted"}
 
 
 class BatchReporter:
-    """Silent. Subclasses show what they like; calls come from several threads."""
+    """Receives the events of a batch and ignores them; subclasses show them. Called from several threads."""
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """These are to be done."""
+        """These jobs are about to run."""
 
     def line(self, job: Job, text: str) -> None:
-        """A job's process said something."""
+        """A job's process wrote a line to stderr."""
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        """A job is over."""
+        """A job has ended."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the jobs of one batch share."""
+    """Settings that all jobs of a batch share."""
 
     children: Children
     reporter: BatchReporter
@@ -62,14 +63,15 @@ def batch(
     junit_file: str | Path | None = None,
     reporter: BatchReporter | None = None,
 ) -> BatchReport:
-    """Convert every recipe in these YAML files, each in a process of its own.
+    """Convert every recipe in these YAML files, each in its own process.
 
-    What is finished already, with the same recipe and source, is skipped; what is unfinished goes on; what fails does
-    not stop the others. A file may hold lists under `matrix:`, which are multiplied out, and `output:` and `push_to:`.
+    Conversions that are finished, with the same recipe and source, are skipped; unfinished ones are resumed; a failure
+    does not stop the others. A file may hold lists under `matrix:`, which stand for all their combinations, and
+    `output:` and `push_to:`.
 
     Args:
         files: YAML recipes.
-        output: directory for the outputs whose file names none; by default the working directory.
+        output: directory for recipes that do not name an output; the working directory by default.
         jobs: how many conversions run at the same time.
         device: as in `quantize`, for every recipe.
         num_processes: as in `quantize`, for every recipe.
@@ -77,19 +79,22 @@ def batch(
         stream: as in `quantize`, for every recipe.
         overwrite: as in `quantize`, for every recipe.
         dry_run: plan every recipe and convert none.
-        verbose: let the processes name every matrix.
+        verbose: report every matrix.
         summary: file for the report as JSON.
         junit_file: file for the report as JUnit XML.
-        reporter: hears of progress; silent by default.
+        reporter: receives progress events; nothing is shown by default.
 
     Returns:
-        What became of every recipe. After Ctrl-C, `interrupted` is set and all state is kept.
+        The result of every recipe. After Ctrl-C, `interrupted` is set and all state is kept.
 
     Raises:
-        UsageError: no files, two outputs in one place, or an argument that cannot be meant.
+        UsageError: there are no files, two recipes share an output, or an argument is invalid.
     """
     if jobs < 1:
-        raise UsageError(f"--jobs cannot be {jobs}: give a whole number from 1 on.")
+        raise UsageError(f"--jobs cannot be {jobs}: give a whole number of at least 1.")
+    for path in (summary, junit_file):
+        if path is not None:
+            check_writable(Path(path))
     started, found = time.monotonic(), read_jobs(files, output)
     options = ["--device", device]
     for flag, value in (("--num-processes", num_processes), ("--max-memory", max_memory)):
@@ -100,14 +105,14 @@ def batch(
     outcomes = _run_all(shared, found, 1 if dry_run else jobs)
     report = BatchReport(tuple(outcomes), round(time.monotonic() - started, 3), shared.children.stopping)
     if summary is not None:
-        write_whole(Path(summary), (json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+        write_report(Path(summary), (json_text(report.as_dict()) + "\n").encode())
     if junit_file is not None:
-        write_whole(Path(junit_file), junit(report))
+        write_report(Path(junit_file), junit(report))
     return report
 
 
 def _run_all(shared: _Batch, jobs: Sequence[Job], at_once: int) -> list[Outcome]:
-    """Outcomes in the order of the jobs."""
+    """Return the outcomes in the order of the jobs."""
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         futures = [pool.submit(_run, shared, job) for job in jobs]
         with _stopping(shared.children, futures):
@@ -117,8 +122,8 @@ def _run_all(shared: _Batch, jobs: Sequence[Job], at_once: int) -> list[Outcome]
 
 @contextlib.contextmanager
 def _stopping(children: Children, futures: Sequence[Future[Outcome]]) -> Iterator[None]:
-    """On Ctrl-C (or SIGTERM, which the command line makes one) every process is asked once to stop, and gets time to
-    keep its state; a second Ctrl-C does not wait."""
+    """On Ctrl-C (or SIGTERM, which the command line treats alike), ask every process to stop and give it time to save
+    its state; a second Ctrl-C kills them at once."""
     try:
         yield
     except KeyboardInterrupt:
@@ -133,22 +138,24 @@ def _stopping(children: Children, futures: Sequence[Future[Outcome]]) -> Iterato
 
 
 def _run(shared: _Batch, job: Job) -> Outcome:
-    """One job, whatever happens to it."""
+    """Run one job and return its outcome; nothing is raised."""
     started = time.monotonic()
     blank = Outcome(job.name, str(job.file), str(job.output), "failed", push_to=job.push_to)
     try:
         if job.problem is not None:
             outcome = dataclasses.replace(blank, error=job.problem, exit_code=int(ExitCode.USAGE))
         elif shared.children.stopping:
-            outcome = dataclasses.replace(blank, status="interrupted", error="not begun")
+            outcome = dataclasses.replace(blank, status="interrupted", error="not started")
         elif shared.dry_run:
             outcome = _plan(shared, job, blank)
         else:
             outcome = _convert(shared, job, blank)
-    except Exception as error:
-        said = str(error) if isinstance(error, LoftqError) else f"unexpected {type(error).__name__}: {error}"
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        sentence = str(error) if isinstance(error, LoftqError) else f"unexpected {type(error).__name__}: {error}"
         code = error.exit_code if isinstance(error, LoftqError) else ExitCode.FAILED
-        outcome = dataclasses.replace(blank, error=said, exit_code=int(code), status=_STATE_OF.get(code, "failed"))
+        outcome = dataclasses.replace(blank, error=sentence, exit_code=int(code), status=_STATE_OF.get(code, "failed"))
     outcome = dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 3))
     shared.reporter.ended(job, outcome)
     return outcome
@@ -168,7 +175,7 @@ def _convert(shared: _Batch, job: Job, blank: Outcome) -> Outcome:
         return measured(outcome, read_manifest(job.output))
     if shared.children.stopping:
         return dataclasses.replace(outcome, status="interrupted")
-    # What a signal ended has kept its state, as a run that says so itself.
+    # A process that a signal terminated has kept its state, as one that exits with INCOMPLETE has.
     status = "incomplete" if ended.exit_code < 0 else _status(ended.exit_code)
     return dataclasses.replace(outcome, status=status)
 
@@ -178,7 +185,7 @@ def _status(exit_code: int) -> str:
 
 
 def _is_finished(shared: _Batch, job: Job) -> bool:
-    """Whether the output is complete and what this recipe would give; only then is anything but a process needed."""
+    """True if the output is complete and made from this recipe, so that no process is needed."""
     if not (job.output / MANIFEST).is_file():
         return False
     from loftq_cli.api import plan

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Nothing here imports torch before a command runs."""
+"""The command line: parse, call, print. Nothing here imports torch until a command runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.verify import verify_command
 from loftq_cli.machine.openmp import openmp_spin_env
+from loftq_cli.machine.streams import prepare_streams
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -39,8 +40,8 @@ _COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
 
 
 class _Commands(TyperGroup):
-    """Lists commands by name and docstring; a command gets its options when it is called, because they come from the
-    recipe's fields and need pydantic, which takes as long to import as everything else that `loftq --help` needs."""
+    """Lists commands by name and docstring, and adds the options of a command only when it is called. The options come
+    from the recipe's fields and need pydantic, which takes as long to import as the rest of `loftq --help`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -49,14 +50,14 @@ class _Commands(TyperGroup):
 
 @cache
 def command_with_options(name: str) -> Any:
-    """The Typer command of this name, complete with its options."""
+    """Return the Typer command of this name with all of its options."""
     alone = typer.Typer(add_completion=False, **_SETTINGS)
     alone.command(name)(with_recipe_options(_COMMANDS[name][1]))
     return typer.main.get_command(alone)
 
 
 def _listed() -> None:
-    """Stands for a command while commands are listed."""
+    """A placeholder for a command while commands are listed."""
 
 
 app = typer.Typer(
@@ -65,8 +66,9 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Hugging Face checkpoints with LoftQ, matrix by matrix: a backbone of 2, 3, 4 or 8 bits and a LoRA "
-    "adapter that starts training where the full-precision model stood.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 incomplete (the same command goes on), "
+    "adapter that starts training close to the full-precision model.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 incomplete (run the same "
+    "command again to resume), "
     "130 interrupted (state kept).",
     **_SETTINGS,
 )
@@ -96,7 +98,10 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the versions that matter and leave."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of loftq and its dependencies, and exit.",
         ),
     ] = False,
 ) -> None:
@@ -104,6 +109,7 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
+    prepare_streams()
     os.environ.update(openmp_spin_env(os.environ))
     app()

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+    warn,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,49 +34,63 @@ _COLOURS = {"done": "green", "finished": "green", "planned": "green", "incomplet
 
 
 def batch_command(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML recipes, also with a matrix: of lists.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="YAML recipes; each may hold lists of values under matrix:.")
+    ],
     output: Annotated[
         Optional[Path],
-        o.option("--output", "-o", help="Directory for the outputs whose file names none.", shown=".", panel="Output"),
+        o.option("--output", "-o", help="Directory for recipes that do not name an output.", shown=".", panel="Output"),
     ] = None,
     summary: Annotated[
         Optional[Path],
-        typer.Option("--summary", help="Write the report as JSON.", rich_help_panel="Output", metavar="FILE.json"),
+        typer.Option(
+            "--summary", help="Write the report as JSON to this file.", rich_help_panel="Output", metavar="FILE.json"
+        ),
     ] = None,
     junit: Annotated[
         Optional[Path],
         typer.Option(
-            "--junit", help="Write the report as JUnit XML, for CI.", rich_help_panel="Output", metavar="FILE.xml"
+            "--junit",
+            help="Write the report as JUnit XML to this file, for CI.",
+            rich_help_panel="Output",
+            metavar="FILE.xml",
         ),
     ] = None,
     overwrite: o.Overwrite = False,
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", help="Conversions at the same time.", rich_help_panel="Running", metavar="N")
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            help="Number of conversions to run at the same time.",
+            rich_help_panel="Running",
+            metavar="N",
+        ),
     ] = 1,
     device: o.Device = "auto",
     num_processes: o.NumProcesses = None,
     max_memory: o.MaxMemory = None,
     stream: o.Stream = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan every recipe, convert none.", rich_help_panel="Running")
+        bool, typer.Option("--dry-run", help="Plan every recipe without converting any.", rich_help_panel="Running")
     ] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Convert every recipe in these files, and go on past failures.
+    """Convert every recipe in these files and continue after failures.
 
-    Each runs in a process of its own. What is finished is skipped, what is unfinished goes on. The exit code is 0 only
-    if all are done. In GitHub Actions the table also appears in the step's summary.
+    Each recipe runs in its own process. Finished conversions are skipped, unfinished ones are resumed. The exit code is
+    0 only if all are done. In GitHub Actions the table also appears in the step summary.
 
     Example: loftq batch configs/*.yaml -o converted --summary summary.json --junit junit.xml
     """
-    with guarded(debug, resumable="interrupted; what is finished is kept: run the same command again to go on."):
+    with guarded(debug, resumable="interrupted; finished work is kept: run the same command again to resume."):
         from loftq_cli.batches.run import BatchReporter, batch
 
         quiet_hub_logging(silent=True)
-        with _ended_as_by_hand():
+        with _sigterm_as_ctrl_c():
             report = batch(
                 files,
                 output=output,
@@ -80,7 +104,7 @@ def batch_command(
                 verbose=verbose,
                 summary=summary,
                 junit_file=junit,
-                reporter=BatchReporter() if quiet or json else _lines(),
+                reporter=BatchReporter() if quiet or json else _line_reporter(),
             )
         _step_summary(report)
         if json:
@@ -93,8 +117,8 @@ def batch_command(
 
 
 @contextmanager
-def _ended_as_by_hand() -> Iterator[None]:
-    """SIGTERM, which ends a CI job, is Ctrl-C to us, so that every process keeps its state."""
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM, which ends a CI job, as Ctrl-C, so that every process saves its state."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -106,33 +130,32 @@ def _ended_as_by_hand() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _lines() -> Any:
-    """A reporter that relays every line with the name of its recipe."""
+def _line_reporter() -> Any:
+    """Return a reporter that prints every line with the name of its recipe."""
     from loftq_cli.batches.run import BatchReporter
 
     class Lines(BatchReporter):
         def __init__(self, console: Console) -> None:
-            self.console, self.total, self.over = console, 0, 0
+            self.console, self.total, self.count = console, 0, 0
 
         def begin(self, jobs: Sequence[Job]) -> None:
             self.total = len(jobs)
 
         def line(self, job: Job, text: str) -> None:
             if text.startswith("loftq: "):
-                return  # the sentence it ends with is told with its end
-            self.console.print(f"{job.name}: {text}", soft_wrap=True, markup=False)
+                return  # `ended` prints the error
+            self.console.print(f"{job.name}: {text}", soft_wrap=True)
 
         def ended(self, job: Job, outcome: Outcome) -> None:
-            self.over += 1
+            self.count += 1
             why = f": {outcome.error}" if outcome.error and outcome.exit_code is not None else ""
-            said = f"[{self.over}/{self.total}] {job.name}: {outcome.status}{why}"
-            self.console.print(said, soft_wrap=True, markup=False, style=_COLOURS.get(outcome.status, "red"))
+            text = f"[{self.count}/{self.total}] {job.name}: {outcome.status}{why}"
+            self.console.print(text, soft_wrap=True, style=_COLOURS.get(outcome.status, "red"))
 
     return Lines(messages())
 
 
 def _print(report: BatchReport) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     console = results()
@@ -141,21 +164,22 @@ def _print(report: BatchReport) -> None:
     table.add_column("", no_wrap=True)
     for column in ("bits", "size", "residual", "time"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("output, or what is wrong", overflow="fold")
+    table.add_column("output or error", overflow="fold")
     for outcome in report.outcomes:
         status = f"{outcome.status}, resumed" if outcome.resumed else outcome.status
         table.add_row(
-            escape(outcome.name),
-            f"[{_COLOURS.get(outcome.status, 'red')}]{status}[/]",
+            outcome.name,
+            styled((status, _COLOURS.get(outcome.status, "red"))),
             "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}",
             "" if outcome.output_bytes is None else gigabytes(outcome.output_bytes),
             "" if outcome.residual is None else f"{outcome.residual:.4f}",
             duration(outcome.seconds),
-            escape(outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output)),
+            outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output),
         )
     console.print(table)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
-    console.print(f"\n{counts} of {len(report.outcomes)} in {duration(report.seconds)}")
+    console.print()
+    console.print(f"{counts} of {len(report.outcomes)} in {duration(report.seconds)}")
 
 
 def _step_summary(report: BatchReport) -> None:
@@ -168,4 +192,4 @@ def _step_summary(report: BatchReport) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(markdown(report))
     except OSError as error:
-        warn(f"the step summary {path} could not be written ({error.strerror}).")
+        warn(f"the step summary {path} could not be written ({error.strerror}): check GITHUB_STEP_SUMMARY.")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+)
 
 if TYPE_CHECKING:
     from loftq_cli.evaluation import EvalReporter, Evaluation
@@ -30,14 +39,20 @@ def eval_command(
     ],
     max_tokens: Annotated[
         Optional[int],
-        o.option("--max-tokens", help="Use only so many tokens from the start.", shown="all", metavar="N", panel=_TEXT),
+        o.option(
+            "--max-tokens",
+            help="Use only this many tokens from the start of the text.",
+            shown="all",
+            metavar="N",
+            panel=_TEXT,
+        ),
     ] = None,
     window: Annotated[
         Optional[int],
         o.option(
             "--window",
-            help="Tokens the model sees at once.",
-            shown="what it takes, at most 2048",
+            help="Tokens in one window of the model's context.",
+            shown="the model's context length, at most 2048",
             metavar="N",
             panel=_TEXT,
         ),
@@ -45,7 +60,11 @@ def eval_command(
     source: Annotated[
         Optional[str],
         o.option(
-            "--source", help="The full-precision model.", shown="the one it was made from", metavar="MODEL", panel=_HOW
+            "--source",
+            help="The full-precision model.",
+            shown="the model it was converted from",
+            metavar="MODEL",
+            panel=_HOW,
         ),
     ] = None,
     device: o.Device = "auto",
@@ -53,11 +72,11 @@ def eval_command(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure what quantization costs on a text, and how much of it the adapter gives back.
+    """Measure the loss of quantization on a text, and how much of it the adapter recovers.
 
-    The source, its plain quantization, the backbone alone and the backbone with its adapter, side by side: perplexity
-    of a decoder, loss on masked tokens or on the second half of each window for other language models, error of the
-    hidden states for the rest. Computed in float32, one model after the other, one block in memory at a time.
+    Compares the source, its plain quantization, the backbone alone and the backbone with its adapter: by perplexity for
+    a decoder, by the loss on masked tokens or on the second half of each window for other language models, and by the
+    error of the hidden states otherwise. Computed in float32, one model at a time, with one block in memory.
 
     Example: loftq eval llama-2bit --text wikitext2-test.txt
     """
@@ -81,7 +100,7 @@ def eval_command(
 
 
 def _reporter(*, silent: bool) -> EvalReporter:
-    """A bar on a terminal, nothing elsewhere."""
+    """Return a progress bar for a terminal, and a silent reporter otherwise."""
     from rich.progress import Progress
 
     from loftq_cli.evaluation import EvalReporter
@@ -113,20 +132,23 @@ def _print_evaluation(found: Evaluation) -> None:
     console, language = results(), found.metric != "representation error"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     columns = ("perplexity", "loss") if language else ("error",)
-    for column in ("model", "", *columns, "of plain's damage", "seconds"):
+    for column in ("model", "", *columns, "of plain's gap", "seconds"):
         table.add_column(column, justify="left" if column in ("model", "") else "right", no_wrap=True)
     for score in found.scores:
         numbers = [f"{score.perplexity:.3f}", f"{score.loss:.4f}"] if score.perplexity else [f"{score.loss:.4f}"]
         gap = "" if score.gap is None else f"{score.gap:.1%}"
-        table.add_row(score.model, f"[dim]{MODELS[score.model]}[/]", *numbers, gap, f"{score.seconds:.1f}")
+        table.add_row(score.model, styled((MODELS[score.model], "dim")), *numbers, gap, f"{score.seconds:.1f}")
     console.print(table)
-    how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the model held whole"
+    how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the whole model in memory"
     peak = gigabytes(found.peak_memory_bytes)
     if found.peak_device_memory_bytes:
         peak += f", {gigabytes(found.peak_device_memory_bytes)} on the GPU"
+    console.print()
     console.print(
-        f"\n{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}\n"
+        f"{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}",
+        soft_wrap=True,
+    )
+    console.print(
         f"{duration(found.seconds)} on {found.device} in float32, {how}, peak memory {peak}",
         soft_wrap=True,
-        markup=False,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results, styled
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
@@ -21,8 +21,8 @@ def inspect_command(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Show what a converted directory holds: every matrix with its bits and residuals, and the totals. Experts of a
-    layer are one line with their means, unless --verbose lists them.
+    """Show the contents of a converted directory: every matrix with its bits and residuals, and the totals. The experts
+    of a layer share one line with their means, unless --verbose lists them.
 
     Example: loftq inspect llama-2bit
     """
@@ -46,9 +46,9 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     groups: dict[str, list[MatrixRecord]] = {}
     for record in manifest.matrices:
-        # A layer may have hundreds of experts: one line for each of its stacked parameters.
-        together = record.expert is not None and not verbose
-        groups.setdefault(record.parameter if together else record.module, []).append(record)
+        # A layer may have hundreds of experts, so each of its stacked parameters gets one line.
+        grouped = record.expert is not None and not verbose
+        groups.setdefault(record.parameter if grouped else record.module, []).append(record)
     for name, records in groups.items():
         table.add_row(*_row(name, records))
     console.print(table)
@@ -61,13 +61,23 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         console.print()
         console.print(kept)
     totals = manifest.totals
+    console.print()
     console.print(
-        f"\n{manifest.architecture or 'checkpoint'} as [bold]{manifest.format}[/] ({manifest.dtype}): "
-        f"{totals.matrices} matrices, {len(manifest.kept)} tensors in full precision"
-        f"{'' if verbose else ' (--verbose lists them)'}\n"
+        styled(
+            f"{manifest.architecture or 'checkpoint'} as ",
+            (manifest.format, "bold"),
+            f" ({manifest.dtype}): {totals.matrices} matrices, {len(manifest.kept)} tensors in full precision"
+            f"{'' if verbose else ' (--verbose lists them)'}",
+        ),
+        soft_wrap=True,
+    )
+    console.print(
         f"{gigabytes(totals.source_bytes)} → {gigabytes(totals.backbone_bytes)} backbone + "
         f"{gigabytes(totals.adapter_bytes)} adapter; {totals.bits_effective:.2f} bits effective, "
-        f"{totals.bits_stored:.2f} stored\n"
+        f"{totals.bits_stored:.2f} stored",
+        soft_wrap=True,
+    )
+    console.print(
         f"mean residual {totals.plain_residual:.4f} plain → {totals.residual:.4f}; {duration(totals.seconds)} on "
         f"{manifest.device}, peak {gigabytes(totals.peak_memory_bytes)}",
         soft_wrap=True,
@@ -75,12 +85,12 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
 
 
 def _row(name: str, records: list[MatrixRecord]) -> list[str]:
-    """A matrix, or the mean of those that go together; they share shape, bits and rank."""
+    """Return the cells of a matrix, or of a group with the same shape, bits and rank, with their means."""
     record, count = records[0], len(records)
-    plain = sum(one.plain_residual for one in records) / count
-    kept = sum(one.residual for one in records) / count
+    plain = sum(item.plain_residual for item in records) / count
+    kept = sum(item.residual for item in records) / count
     gain = 1 - kept / plain if plain else 0.0
-    best = {one.best for one in records}
+    best = {item.best for item in records}
     steps = f"{min(best)}–{max(best)}" if len(best) > 1 else str(record.best)
     steps = f"{steps}/{len(record.residuals)}" if record.residuals else "-"
     return [
@@ -92,5 +102,5 @@ def _row(name: str, records: list[MatrixRecord]) -> list[str]:
         f"{kept:.4f}",
         f"{gain:.0%}",
         steps,
-        gigabytes(sum(one.backbone_bytes for one in records)),
+        gigabytes(sum(item.backbone_bytes for item in records)),
     ]

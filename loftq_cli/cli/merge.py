@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results, styled
 
 if TYPE_CHECKING:
     from loftq_cli.merging.texts import MergeReport
@@ -21,17 +21,19 @@ _WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
 
 def merge_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT's save_pretrained wrote.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Adapter directory written by PEFT's save_pretrained.")
+    ],
     output: Annotated[
         Path,
-        o.option("--output", "-o", help="Directory to write.", panel="Output", metavar="OUT"),
+        o.option("--output", "-o", help="Directory to write to.", panel="Output", metavar="OUT"),
     ],
     to: Annotated[
         str,
         typer.Option(
             "--to",
-            help="dense weights; a QA-LoRA adapter into the groups' zeros, packed or as GGUF Q4_1; or quantized again. "
-            "auto takes zeros where exact, else dense.",
+            help="dense: full-precision weights; zeros or gguf: a QA-LoRA adapter into the groups' zero points, packed "
+            "or as GGUF Q4_1; requantize: quantized again; auto: zeros if exact, else dense.",
             rich_help_panel="Output",
             **o.choice_of(_WAYS),
         ),
@@ -43,10 +45,10 @@ def merge_command(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Fold a trained adapter into the backbone: a model without adapter, one matrix at a time.
+    """Merge a trained adapter into the backbone, one matrix at a time, and write a model without an adapter.
 
-    A QA-LoRA adapter goes into packed integers exactly and the bits stay; any other gives dense weights, or quantized
-    ones on request, with what that costs.
+    A QA-LoRA adapter merges exactly into packed integers with the same bits. Any other adapter merges into dense
+    weights, or into quantized ones on request, and the error of that is reported.
 
     Example: loftq merge llama-2bit trained-adapter -o llama-merged
     """
@@ -71,7 +73,7 @@ def merge_command(
 
 
 class _Ticker:
-    """A line on stderr every few seconds."""
+    """Prints a line to stderr every few seconds."""
 
     def __init__(self, *, silent: bool) -> None:
         self._silent, self._last = silent, time.monotonic()
@@ -87,15 +89,17 @@ def _print_report(report: MergeReport) -> None:
     console = results()
     how = {
         "dense": f"dense {report.dtype} weights",
-        "zeros": f"{report.format}, the update in the groups' zeros, same bits",
-        "gguf": "GGUF Q4_1, the update in the groups' zeros, same codes",
+        "zeros": f"{report.format}, the update in the groups' zero points, same bits",
+        "gguf": "GGUF Q4_1, the update in the groups' zero points, same codes",
         "requantize": f"{report.format}, quantized again",
     }[report.way]
     console.print(f"{len(report.errors)} matrices merged: {how}, {gigabytes(report.backbone_bytes)}", soft_wrap=True)
-    what = "quantizing again cost" if report.way == "requantize" else "rounding cost"
+    cause = "quantizing again" if report.way == "requantize" else "rounding"
     console.print(
-        f"{what} {report.mean_error:.2e} of backbone + adapter in the mean, {report.worst_error:.2e} at worst "
+        f"error of {cause}: {report.mean_error:.2e} of backbone + adapter on average, {report.worst_error:.2e} at "
+        "worst "
         "(relative, Frobenius)",
         soft_wrap=True,
     )
-    console.print(f"\nwritten to [bold]{report.output}[/]", soft_wrap=True)
+    console.print()
+    console.print(styled("written to ", (str(report.output), "bold")), soft_wrap=True)

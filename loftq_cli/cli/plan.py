@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled, warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,11 +29,11 @@ def plan_command(
     debug: o.Debug = False,
     **recipe: Any,
 ) -> None:
-    """Show what `quantize` with the same flags would do, without reading a weight; only a budget (a mean of bits, a
-    size, a mean rank) has every matrix read once and measured.
+    """Show what `quantize` would do with the same flags, without reading weights. Only a budget (mean bits, a size or a
+    mean rank) requires reading and measuring every matrix once.
 
-    Matrices, bits and ranks, what is left alone and why, every output file's exact size, and the time and memory it
-    will take on this machine (from a short trial, remembered).
+    Shows the matrices with bits and ranks, the tensors left unchanged and why, the exact size of every output file, and
+    the estimated time and memory on this machine (from a short trial run, which is cached).
 
     Example: loftq plan path/to/Llama-2-13b --bits 2 --rank 64
     """
@@ -64,7 +64,7 @@ def plan_command(
 
 
 def output_sizes(plan: Plan, sizes: TextSizes) -> dict[str, int]:
-    """Every output file and its size in bytes."""
+    """Return every output file with its size in bytes."""
     from loftq_cli.artifacts.manifest import NAME
     from loftq_cli.artifacts.summary import CARD
 
@@ -75,7 +75,7 @@ def output_sizes(plan: Plan, sizes: TextSizes) -> dict[str, int]:
 
 
 def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
-    """The plan as `--json` prints it."""
+    """Return the plan as printed by `--json`."""
     return {
         "architecture": plan.modules.architecture,
         "format": plan.recipe.format,
@@ -111,26 +111,30 @@ def plan_values(plan: Plan, sizes: TextSizes) -> dict[str, Any]:
 
 
 def widths(plan: Plan) -> dict[int, int]:
-    """How many matrices have each width."""
+    """Return the number of matrices of each width in bits."""
     return dict(sorted(Counter(unit.matrix.grid.bits for unit in plan.matrices if unit.matrix).items()))
 
 
 def mean_bits(plan: Plan) -> float:
-    """Bits of code a quantized weight has."""
+    """Return the mean number of code bits of a quantized weight."""
     codes = sum(unit.matrix.grid.bits * unit.matrix.weights for unit in plan.matrices if unit.matrix)
     return codes / plan.quantized_weights
 
 
 def _print_allocation(console: Console, plan: Plan) -> None:
-    """How the budget was spent, in one or two lines."""
+    """Print how the budget is spent, in one or two lines."""
     counts = widths(plan)
     if plan.recipe.mix:
         shown = ", ".join(f"{count} at {width}" for width, count in counts.items())
-        console.print(f"\n[bold]{plan.recipe.mix}[/] mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code")
+        console.print()
+        console.print(
+            styled((plan.recipe.mix, "bold"), f" mix: {shown} bits; mean {mean_bits(plan):.3f} bits of code"),
+            soft_wrap=True,
+        )
     if plan.recipe.rank_budget is not None:
         ranks = [unit.target.rank for unit in plan.matrices if unit.target]
         console.print(
-            f"ranks from {min(ranks)} to {max(ranks)}; as many parameters as rank {plan.recipe.rank_budget:g}"
+            f"ranks from {min(ranks)} to {max(ranks)}, with as many parameters as rank {plan.recipe.rank_budget:g}"
         )
 
 
@@ -138,12 +142,17 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
     console = results()
     weights = plan.quantized_weights
     console.print(
-        f"[bold]{plan.modules.architecture or 'checkpoint'}[/], {gigabytes(plan.source_bytes)}: {len(plan.matrices)} "
-        f"matrices ({weights / 1e6:,.1f} million weights) to [bold]{plan.recipe.format}[/], "
-        f"{plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored\n",
+        styled(
+            (plan.modules.architecture or "checkpoint", "bold"),
+            f", {gigabytes(plan.source_bytes)}: {len(plan.matrices)} matrices "
+            f"({weights / 1e6:,.1f} million weights) to ",
+            (plan.recipe.format, "bold"),
+            f", {plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored",
+        ),
         soft_wrap=True,
     )
-    # Where every matrix has a width of its own, groups would hide it.
+    console.print()
+    # If each matrix has its own width, groups would hide it.
     _print_matrices(console, plan.matrices, verbose or plan.recipe.allocates)
     _print_allocation(console, plan)
     _print_kept(console, plan.kept, verbose)
@@ -185,7 +194,7 @@ def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> Non
     table.add_column("why")
     groups: dict[tuple[str, str], list[Unit]] = defaultdict(list)
     for unit in units:
-        # Vectors are many and say little: one line for each reason.
+        # Vectors are many and rarely of interest, so each reason gets one line.
         matrix = len(unit.source.shape) > 1
         name = unit.tensor if verbose else re.sub(r"\b\d+\b", "*", unit.tensor) if matrix else "(vectors)"
         groups[name, str(unit.reason)].append(unit)
@@ -204,11 +213,12 @@ def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
     table.add_column("bytes", justify="right")
     for name, size in files.items():
         table.add_row(name, f"{size:,}")
-    table.add_row("[bold]total[/]", f"[bold]{sum(files.values()):,}[/]")
+    table.add_row(styled(("total", "bold")), styled((f"{sum(files.values()):,}", "bold")))
     console.print()
     console.print(table)
+    console.print()
     console.print(
-        f"\n{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
+        f"{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
         f"{gigabytes(plan.adapter_bytes)} adapter in {plan.output}",
         soft_wrap=True,
     )

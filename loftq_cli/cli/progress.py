@@ -21,7 +21,7 @@ _SHOWN_MODULE = 44
 
 
 def choose_reporter(*, silent: bool, verbose: bool) -> Reporter:
-    """Silent, live or plain, as the flags and the terminal say."""
+    """Return a silent, live or plain reporter, depending on the flags and the terminal."""
     if silent:
         return Reporter()
     console = messages()
@@ -29,13 +29,13 @@ def choose_reporter(*, silent: bool, verbose: bool) -> Reporter:
 
 
 class _Counting(Reporter):
-    """Counts what both displays show; work is measured in bytes of the matrices to quantize."""
+    """Keeps the counts for both displays; work is measured in bytes of the matrices to quantize."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.records: list[MatrixRecord] = []
         self.total = self.done_bytes = self.matrices = 0
-        self._before = 0  # bytes an earlier run had done, which say nothing of this run's rate
+        self._before = 0  # bytes from an earlier run, which do not count for the rate of this one
         self.started = time.monotonic()
         self._said = float("-inf")
 
@@ -47,7 +47,7 @@ class _Counting(Reporter):
 
     def checking(self, plan: Plan) -> None:
         count = len(plan.matrices)
-        self.console.print(f"looking for NaN and infinity: {count} matrices are read once more (--allow-nonfinite)")
+        self.console.print(f"looking for NaN and infinity: reading {count} matrices one extra time (--allow-nonfinite)")
 
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         self.started = time.monotonic()
@@ -60,7 +60,7 @@ class _Counting(Reporter):
             soft_wrap=True,
         )
         if finished:
-            self.console.print(f"going on: {len(finished)} of {len(plan.units)} tensors are done already")
+            self.console.print(f"resuming: {len(finished)} of {len(plan.units)} tensors are done already")
         self.records = [record for record in finished.values() if record is not None]
         done = {record.tensor for record in self.records}
         self.done_bytes = self._before = sum(unit.source.nbytes for unit in plan.matrices if unit.tensor in done)
@@ -68,7 +68,7 @@ class _Counting(Reporter):
             warn(note)
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(text, soft_wrap=True)
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         if record is not None:
@@ -80,7 +80,7 @@ class _Counting(Reporter):
         return (self.done_bytes - self._before) / max(1e-9, time.monotonic() - self.started)
 
     def residual_text(self) -> str:
-        """`0.5615 → 0.4583 now, 0.5602 → 0.4591 mean`."""
+        """Return `residual 0.5615 → 0.4583, mean 0.5602 → 0.4591`."""
         if not self.records:
             return ""
         last, count = self.records[-1], len(self.records)
@@ -91,7 +91,7 @@ class _Counting(Reporter):
 
 
 class LineReporter(_Counting):
-    """A line every few seconds; with `verbose` one for every matrix."""
+    """Prints a line every few seconds, or with `verbose` one for every matrix."""
 
     def __init__(self, console: Console, verbose: bool) -> None:
         super().__init__(console)
@@ -110,7 +110,6 @@ class LineReporter(_Counting):
             f"{list(record.shape)} {record.bits} bits, {self.residual_text()}, "
             f"{gigabytes(self.rate)}/s, {left} left",
             soft_wrap=True,
-            markup=False,
         )
 
     def finishing(self, step: str) -> None:
@@ -118,7 +117,7 @@ class LineReporter(_Counting):
 
 
 class _TwoLines(Progress):
-    """The bar, and below it the current and the mean residual against plain quantization."""
+    """A bar, and below it the current and the mean residual, compared with plain quantization."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -127,17 +126,17 @@ class _TwoLines(Progress):
 
 
 class LiveReporter(_Counting):
-    """A bar with matrices, bytes, rate and time left, the current matrix and the residuals."""
+    """Shows a bar with matrices, bytes, rate and time left, the current matrix and the residuals."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = _TwoLines(
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[amount]}", markup=False),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TextColumn("[dim]{task.fields[module]}[/]"),
+            TextColumn("{task.fields[module]}", style="dim", markup=False),
             console=console,
             transient=True,
             refresh_per_second=4,

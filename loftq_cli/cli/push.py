@@ -19,15 +19,17 @@ _WHERE = "Where to"
 
 def push_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Finished output of `loftq quantize`.")],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub, made where there is none.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub, created if it does not exist.")
+    ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository a private one.", rich_help_panel=_WHERE)
+        bool, typer.Option("--private", help="Create the repository as a private one.", rich_help_panel=_WHERE)
     ] = False,
     revision: Annotated[
         Optional[str],
         o.option(
             "--revision",
-            help="Branch to push to, made where there is none; or refs/pr/N.",
+            help="Branch to push to, created if it does not exist; or refs/pr/N.",
             shown="main",
             panel=_WHERE,
             metavar="BRANCH",
@@ -37,25 +39,25 @@ def push_command(
         bool,
         typer.Option(
             "--create-pr",
-            help="Open a pull request; the same command again goes on with that one.",
+            help="Open a pull request; the same command run again continues with it.",
             rich_help_panel=_WHERE,
         ),
     ] = False,
     message: Annotated[
         Optional[str],
-        o.option("--message", "-m", help="Message of the commit, title of the pull request.", panel=_WHERE),
+        o.option("--message", "-m", help="Commit message, and title of the pull request.", panel=_WHERE),
     ] = None,
     base_model: Annotated[
         Optional[str],
         o.option(
             "--base-model",
-            help="The model that was converted, for the card, where it came from a directory.",
+            help="Name of the converted model for the card, if it was read from a directory.",
             panel=_WHERE,
             metavar="ORG/NAME",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Verify, list the files, and send nothing.", rich_help_panel="Running")
+        bool, typer.Option("--dry-run", help="Verify and list the files without uploading.", rich_help_panel="Running")
     ] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -63,12 +65,12 @@ def push_command(
 ) -> None:
     """Upload a finished conversion to the Hub.
 
-    The directory is verified first. In the pushed copy the adapter, the card and the manifest name the repository; the
-    directory stays as it is. When the upload breaks off, the same command goes on.
+    The directory is verified first and is not changed. In the uploaded copy, the adapter, the card and the manifest
+    name the repository. If the upload is interrupted, run the same command again to resume it.
 
     Example: loftq push llama-2bit some-org/Llama-2-13b-loftq-2bit --private
     """
-    with guarded(debug, resumable="interrupted; what is on the Hub stays: run the same command again to go on."):
+    with guarded(debug, resumable="interrupted; uploaded files stay on the Hub: run the same command again to resume."):
         from loftq_cli.publishing.push import push
 
         silent = quiet or json
@@ -83,7 +85,7 @@ def push_command(
             message=message,
             base_model=base_model,
             dry_run=dry_run,
-            progress=None if silent else lambda step: console.print(step, markup=False, soft_wrap=True),
+            progress=None if silent else lambda step: console.print(step, soft_wrap=True),
         )
         if json:
             print_json(dataclasses.asdict(pushed))
@@ -96,7 +98,7 @@ def _print(pushed: Pushed) -> None:
 
     console = results()
     if pushed.left_out:
-        warn(f"not part of the conversion, so not pushed: {', '.join(pushed.left_out)}.")
+        warn(f"not pushed, because not part of the conversion: {', '.join(pushed.left_out)}.")
     if pushed.dry_run:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("would push")
@@ -105,5 +107,5 @@ def _print(pushed: Pushed) -> None:
             table.add_row(name, f"{size:,}")
         console.print(table)
     total = gigabytes(sum(pushed.files.values()))
-    verb = "would go" if pushed.dry_run else "pushed"
-    console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True, markup=False)
+    verb = "would be pushed" if pushed.dry_run else "pushed"
+    console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True)

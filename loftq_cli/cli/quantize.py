@@ -6,10 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled
 from loftq_cli.engine.workers.launcher import launched_rank
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from loftq_cli.artifacts.manifest import Manifest
 
 
@@ -29,15 +31,15 @@ def quantize_command(
     debug: o.Debug = False,
     **recipe: Any,
 ) -> None:
-    """Convert a checkpoint: quantized backbone and LoRA adapter, ready to train.
+    """Convert a checkpoint to a quantized backbone and a LoRA adapter, ready to train.
 
-    The output loads through transformers and PEFT exactly as it was computed. A conversion that was stopped goes on
-    when the same command runs again.
+    The output loads through transformers and PEFT exactly as it was computed. To resume a conversion that was stopped,
+    run the same command again.
 
     Example: loftq quantize path/to/Llama-2-13b --bits 2 --rank 64 --iters 5 -o llama-2bit
     """
-    mute = launched_rank() > 0  # of a launcher's processes only the main one speaks
-    resumable = "interrupted; finished matrices are kept: run the same command again to go on."
+    mute = launched_rank() > 0  # of a launcher's processes, only the main one prints
+    resumable = "interrupted; finished matrices are kept: run the same command again to resume."
     with guarded(debug, resumable=resumable, mute=mute):
         from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
@@ -65,25 +67,26 @@ def quantize_command(
         elif not quiet:
             print_summary(manifest)
             if repo := push_to or read_places(config).get("push_to"):
-                results().print(f"pushed to {repo}", soft_wrap=True, markup=False)
+                results().print(f"pushed to {repo}", soft_wrap=True)
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
-    """What `--json` prints: everything of the manifest but the lists."""
+    """Return the values that `--json` prints: the manifest without its lists."""
     values = dataclasses.asdict(manifest)
     return {name: values[name] for name in values if name not in ("matrices", "kept", "files", "manifest_version")}
 
 
 def print_summary(manifest: Manifest) -> None:
-    """The last thing a person sees: sizes, bits, residuals, time, memory, where it is and how to load it."""
+    """Print the summary of a conversion: sizes, bits, residuals, time, memory, output, and how to load it."""
     from rich.table import Table
 
     totals, console = manifest.totals, results()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     size = totals.backbone_bytes + totals.adapter_bytes
     table.add_row("weights", f"{gigabytes(totals.source_bytes)} → {gigabytes(size)}")
-    table.add_row("", f"[dim]backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}[/]")
-    table.add_row("bits a weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
+    parts = f"backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}"
+    table.add_row("", styled((parts, "dim")))
+    table.add_row("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
     table.add_row("residual", _residual_text(manifest))
     table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
     peak = f"{gigabytes(totals.peak_memory_bytes)}"
@@ -93,13 +96,15 @@ def print_summary(manifest: Manifest) -> None:
     table.add_row("format", f"{manifest.format}, {manifest.dtype}")
     console.print(table)
     output = manifest.output
-    console.print(f"\nwritten to [bold]{output}[/]", soft_wrap=True)
-    console.print(f"load it:   loftq_cli.load({str(output)!r}, trainable=True)", soft_wrap=True, markup=False)
+    console.print()
+    console.print(styled("written to ", (str(output), "bold")), soft_wrap=True)
+    console.print(f"load it:   loftq_cli.load({str(output)!r}, trainable=True)", soft_wrap=True)
 
 
-def _residual_text(manifest: Manifest) -> str:
+def _residual_text(manifest: Manifest) -> Text:
     totals = manifest.totals
     if not any(record.best for record in manifest.matrices):
-        return f"{totals.plain_residual:.4f} plain (the adapter starts at zero)"
+        return styled(f"{totals.plain_residual:.4f} plain (the adapter starts at zero)")
     gain = 1 - totals.residual / totals.plain_residual if totals.plain_residual else 0.0
-    return f"{totals.plain_residual:.4f} plain → [bold]{totals.residual:.4f}[/] with the adapter ({-gain:.0%})"
+    kept = (f"{totals.residual:.4f}", "bold")
+    return styled(f"{totals.plain_residual:.4f} plain → ", kept, f" with the adapter ({-gain:.0%})")

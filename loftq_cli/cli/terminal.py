@@ -1,9 +1,9 @@
-"""One sink for everything the commands print: data to stdout, messages to stderr."""
+"""The one output of the commands: data to stdout, messages to stderr, everything printable and without secrets."""
 
 from __future__ import annotations
 
-import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,64 +11,79 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.panics import is_panic
+from loftq_cli.machine.printable import json_text, printable, without_secrets
+from loftq_cli.machine.streams import reader_may_leave
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 def messages() -> Console:
-    """Where people read: stderr."""
-    from rich.console import Console
+    """Return the console on stderr, for people."""
+    from loftq_cli.cli.console import SafeConsole
 
-    return Console(stderr=True, highlight=False)
+    return SafeConsole(stderr=True)
 
 
 def results() -> Console:
-    """Where results go: stdout; wide when it is no terminal, so that logs are not folded."""
-    from rich.console import Console
+    """Return the console on stdout, for results; wide if it is not a terminal, so that lines are not folded."""
+    from loftq_cli.cli.console import SafeConsole
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return SafeConsole(width=None if sys.stdout.isatty() else 120)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Return text for a console from strings and (string, style) pairs; none of them is read as markup."""
+    from rich.text import Text
+
+    return Text.assemble(*(_clean(part) if isinstance(part, str) else (_clean(part[0]), part[1]) for part in parts))
 
 
 def print_json(content: Any) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print one JSON object to stdout."""
+    with reader_may_leave(sys.stdout):
+        typer.echo(json_text(content, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
 def warn(text: str) -> None:
-    """A sentence on stderr that does not stop the work."""
-    messages().print(f"[yellow]note:[/] {_plain(text)}", soft_wrap=True)
+    """Print a note to stderr."""
+    messages().print(styled(("note:", "yellow"), f" {text}"), soft_wrap=True)
 
 
 @contextmanager
 def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) -> Iterator[None]:
-    """Turn errors into one sentence and an exit code; with `debug`, let them through with their traceback.
+    """Turn errors into one sentence and an exit code; with `debug`, print the traceback before it.
 
     Args:
-        resumable: what to say about going on when the user interrupts; None where nothing is kept.
-        mute: give the exit code only.
+        resumable: the sentence for an interruption; None if nothing is kept.
+        mute: set the exit code only.
     """
     try:
         yield
     except LoftqError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code, mute)
+        _fail(str(error), error.exit_code, mute, error if debug else None)
     except KeyboardInterrupt:
         _fail(resumable or "interrupted.", ExitCode.INTERRUPTED, mute)
     except BrokenPipeError:
         raise typer.Exit(ExitCode.FAILED) from None
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        _fail(
-            f"unexpected {' '.join(what.split())}; run it again with --debug for the traceback.", ExitCode.FAILED, mute
-        )
+        _unexpected(error, debug, mute)
+
+
+def _unexpected(error: BaseException, debug: bool, mute: bool) -> None:
+    if isinstance(error, typer.Exit):
+        raise error
+    what = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
+    advice = "please report it with this traceback." if debug else "run it again with --debug for the traceback."
+    _fail(f"unexpected {what}; {advice}", ExitCode.FAILED, mute, error if debug else None)
 
 
 def quiet_hub_logging(*, silent: bool) -> None:
-    """Keep huggingface_hub from printing what the commands say themselves in one sentence; its bars are for people at a
+    """Silence huggingface_hub, whose warnings the commands report in one sentence; its progress bars appear only in a
     terminal."""
     from huggingface_hub import logging
     from huggingface_hub.utils import disable_progress_bars
@@ -79,7 +94,7 @@ def quiet_hub_logging(*, silent: bool) -> None:
 
 
 def gigabytes(size: float) -> str:
-    """`26.03 GB`, `91.4 MB`, `812 kB`: three digits that matter, decimal units as on a disk's label."""
+    """Return a size such as `26 GB`, `91.4 MB` or `812 kB`: three significant digits and decimal units."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}" if size < 100 * factor else f"{size / factor:.0f} {unit}"
@@ -87,7 +102,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 20 s`, `1 h 05 min`."""
+    """Return a duration such as `8.4 s`, `3 min 20 s` or `1 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -96,13 +111,15 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _fail(sentence: str, code: ExitCode, mute: bool) -> None:
+def _fail(sentence: str, code: ExitCode, mute: bool, shown: BaseException | None = None) -> None:
     if not mute:
-        messages().print(f"[bold red]loftq:[/] {_plain(sentence)}", soft_wrap=True)
+        console = messages()
+        if shown is not None:
+            for line in "".join(traceback.format_exception(shown)).splitlines():
+                console.print(line, soft_wrap=True)
+        console.print(styled(("loftq:", "bold red"), f" {sentence}"), soft_wrap=True)
     raise typer.Exit(int(code))
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _clean(text: str) -> str:
+    return printable(without_secrets(text))

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, quiet_hub_logging, results
+from loftq_cli.cli.terminal import (
+    duration,
+    gigabytes,
+    guarded,
+    messages,
+    print_json,
+    quiet_hub_logging,
+    results,
+    styled,
+)
 from loftq_cli.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ def verify_command(
         typer.Option(
             "--source",
             metavar="MODEL",
-            help="The model it was made from, a directory or org/name: every residual is recomputed from the files.",
+            help="The model it was converted from, a directory or org/name; every residual is recomputed from it.",
             show_default=False,
         ),
     ] = None,
@@ -35,10 +44,10 @@ def verify_command(
     quiet: o.Quiet = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check that a converted directory still is, to the last bit, what was written.
+    """Check that a converted directory is bit for bit as it was written.
 
-    Exit code 3 where anything differs: a flipped bit, a missing file, one that does not belong there, a residual that
-    is not the manifest's.
+    The exit code is 3 if anything differs: a flipped bit, a missing or unknown file, or a residual that differs from
+    the manifest.
 
     Example: loftq verify llama-2bit --source path/to/Llama-2-13b
     """
@@ -58,11 +67,14 @@ def verify_command(
 
 def _print(found: Verification, quiet: bool) -> None:
     for problem in found.problems:
-        results().print(str(problem), soft_wrap=True, markup=False)
+        results().print(str(problem), soft_wrap=True)
     if not found.ok:
         count = "1 difference" if len(found.problems) == 1 else f"{len(found.problems)} differences"
         messages().print(
-            f"[bold red]loftq:[/] {count} in {found.directory}: convert the model again, or fetch the directory again.",
+            styled(
+                ("loftq:", "bold red"),
+                f" {count} in {found.directory}: convert the model or download the directory again.",
+            ),
             soft_wrap=True,
         )
     elif not quiet:
@@ -72,24 +84,24 @@ def _print(found: Verification, quiet: bool) -> None:
                 f"; {found.matrices} residuals recomputed from {found.source} agree within "
                 f"{found.largest_deviation:.1e}, {found.kept} tensors are copied exactly"
             )
-        results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True, markup=False)
+        results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True)
 
 
 @contextmanager
 def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
-    """A bar in a terminal; nothing elsewhere, where the result says all."""
+    """Yield a callback that updates a progress bar in a terminal, or None elsewhere."""
     console = messages()
     if silent or not console.is_terminal:
         yield None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[amount]}"))
-    last = (TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[name]}[/]"))
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[amount]}", markup=False))
+    last = (TimeRemainingColumn(compact=True), TextColumn("{task.fields[name]}", style="dim", markup=False))
     with Progress(*columns, *last, console=console, transient=True) as bar:
         task = bar.add_task("files", total=None, amount="", name="")
 
-        def tell(step: Step) -> None:
+        def update(step: Step) -> None:
             amount = f"{gigabytes(step.done)} of {gigabytes(step.total)}" if step.of_bytes else ""
             bar.update(
                 task,
@@ -100,4 +112,4 @@ def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
                 name=step.name,
             )
 
-        yield tell
+        yield update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.panics import catch_panics
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -166,7 +168,8 @@ def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | 
     """Token ids of the records, one after the other with an empty line between them."""
     ids: list[int] = []
     for part in _parts(text.records, None if max_tokens is None else _READ_AHEAD * max_tokens):
-        ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        with tokenizer_errors(tokenizer.name_or_path):
+            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         if max_tokens is not None and len(ids) >= max_tokens:
             break
     return ids[:max_tokens]
@@ -185,8 +188,9 @@ def _parts(records: tuple[str, ...], characters: int | None) -> Iterator[str]:
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The ids a tokenizer puts before and after every text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    with tokenizer_errors(tokenizer.name_or_path):
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
@@ -207,9 +211,31 @@ def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask on a terminal
+        with catch_panics():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask on a terminal
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:160]
         raise LoftqError(
             f"{named or path} holds no tokenizer that transformers can load ({cause}): text cannot be read."
+        ) from error
+    tokenizer.name_or_path = named or str(path)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def tokenizer_errors(named: str) -> Iterator[None]:
+    """Turn the errors and panics of a tokenizer at work into one sentence.
+
+    Raises:
+        LoftqError: the tokenizer has failed.
+    """
+    try:
+        with catch_panics():
+            yield
+    except LoftqError:
+        raise
+    except Exception as error:  # tokenizers raises plain exceptions
+        cause = " ".join(str(error).split())[:160]
+        raise LoftqError(
+            f"the tokenizer in {named} cannot tokenize ({cause}): correct its tokenizer.json or download it again."
         ) from error

@@ -1,1 +1,1 @@
-"""Everything a user can ask for, declared once."""
+"""The recipe of a conversion: every setting, declared once."""

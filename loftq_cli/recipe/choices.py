@@ -1,4 +1,4 @@
-"""The values that fields of a recipe can have."""
+"""The valid values of recipe fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP_SIZES = (-1, 32, 64, 128, 256)
 DATA_TYPE_CHOICES = ("auto", *DATA_TYPES, "int")
 SCALES = ("auto", "absmax", "minmax", "mse")
 METHODS = ("loftq", "refined", "qlora", "qa-lora")
-ITERS = {"loftq": 5, "refined": 16, "qlora": 5, "qa-lora": 5}  # by method, where none are given
+ITERS = {"loftq": 5, "refined": 16, "qlora": 5, "qa-lora": 5}  # default by method
 INITS = ("svd", "zero")
 STARTS = ("refined", "qa-lora")  # methods whose start can be chosen
 AUTO = "auto"

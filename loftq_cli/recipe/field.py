@@ -1,4 +1,4 @@
-"""The vocabulary a recipe field is declared with, and what can be read from a declaration.
+"""The annotations that declare a recipe field, and the `Spec` that is derived from them.
 
 A declaration is an annotation in `loftq_cli.recipe.fields`: a type, pydantic's own constraints, and `Help`.
 The command line, the JSON schema, the typed keywords and the documentation are made from the `Spec`s of `specs_of`.
@@ -28,11 +28,11 @@ class Help:
     Attributes:
         text: one or two sentences, for the help page, the schema and the documentation.
         panel: panel of the help page; "" for a field without a flag.
-        flag: the flag, where it is not the field's name with dashes.
+        flag: the flag, if it is not the field's name with dashes.
         metavar: placeholder of the value in the help page.
-        default: shown in place of the field's own default, where that one depends on other fields.
-        choices: values to list in the help page, where more than these are valid.
-        expects: how a refused value should be corrected, where type and bounds do not say it.
+        default: text shown instead of the field's default, if that depends on other fields.
+        choices: values to list in the help page, if others are valid too.
+        expects: how to correct an invalid value, if type and bounds do not tell.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Help:
 
 @dataclass(frozen=True)
 class Choices:
-    """The only values of a field; unlike with `Literal`, they can come from a table or a registry."""
+    """The valid values of a field; unlike `Literal`, they can come from a table or a registry."""
 
     values: tuple[Any, ...]
 
@@ -61,15 +61,15 @@ class Choices:
 
 @dataclass(frozen=True)
 class Spec:
-    """One field as its users need it.
+    """The properties of one field.
 
     Attributes:
         types: the types of its values, without None; `int | float` is `(float,)`.
-        optional: True if None is a value of its own.
-        default: None where other fields decide it, and for the one field that must be given.
-        choices: all valid values, or () if types and bounds say it.
-        least, most: bounds of a number, both included, if there are any.
-        keyword: the type of the Python keyword, as source text.
+        optional: True if None is a valid value.
+        default: None if it depends on other fields or the field is required.
+        choices: all valid values, or () if types and bounds define them.
+        least, most: inclusive bounds of a number, or None.
+        keyword: type of the Python keyword argument, as source text.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Spec:
 
     @property
     def flag(self) -> str:
-        """Its flag or pair of flags; "" if it has none."""
+        """The flag or pair of flags; "" if there is none."""
         return (self.help.flag or f"--{self.name.replace('_', '-')}") if self.help.panel else ""
 
     @property
@@ -99,14 +99,14 @@ class Spec:
 
     @property
     def shown_default(self) -> str:
-        """The default as people read it; "" if there is nothing to tell."""
+        """The default as shown to users; "" if none is shown."""
         if self.help.default is not None:
             return self.help.default
         return "" if self.default in (None, ()) else str(self.default)
 
 
 def specs_of(model: Any) -> dict[str, Spec]:
-    """The fields of a pydantic dataclass in their order."""
+    """Return the fields of a pydantic dataclass in order."""
     return {name: _spec(name, info) for name, info in model.__pydantic_fields__.items()}
 
 
@@ -114,7 +114,7 @@ def _spec(name: str, info: FieldInfo) -> Spec:
     found = {type(item): item for item in info.metadata}
     names = _type_names(info.annotation)
     before = found.get(BeforeValidator)
-    # What a field is converted from is what a caller may pass.
+    # A caller may pass any type that the field converts from.
     accepted = info.annotation if before is None else before.json_schema_input_type
     return Spec(
         name=name,
@@ -141,7 +141,7 @@ def _type_names(annotation: Any) -> tuple[Any, ...]:
 
 
 def _source_text(annotation: Any) -> str:
-    """A type as it is written in a source file; None is always accepted and stands for the default."""
+    """Return a type as source text. None is always accepted and stands for the default."""
     if hasattr(annotation, "__metadata__"):
         return _source_text(annotation.__origin__)
     if get_origin(annotation) in (Union, types.UnionType):
@@ -153,22 +153,22 @@ def _source_text(annotation: Any) -> str:
 
 
 def refusal_of(model: Any, error: ValidationError) -> UsageError:
-    """The first of pydantic's complaints as a sentence about a flag."""
+    """Return the first of pydantic's errors as a sentence about a flag."""
     first = error.errors(include_url=False, include_context=False)[0]
     name, specs = str(first["loc"][0]), specs_of(model)
     if name not in specs:
-        return UsageError(f"a recipe has no field '{name}': known are {', '.join(specs)}.")
+        return UsageError(f"a recipe has no field '{name}': the fields are {', '.join(specs)}.")
     if first["type"] == "missing":
         return UsageError(f"{name} is missing from the recipe: add it.")
     return refusal(specs[name], first["input"])
 
 
 def refusal(spec: Spec, value: object) -> UsageError:
-    """The sentence that refuses a value of a field."""
+    """Return the error for an invalid value of a field."""
     if spec.repeatable:
         return UsageError(f"{spec.name} must be a list of strings.")
     subject = spec.flag.partition("/")[0] or spec.name
-    return UsageError(f"{subject} cannot be {_shown(value)}: {_expected(spec)}.")
+    return UsageError(f"{subject} cannot be {shown_value(value)}: {_expected(spec)}.")
 
 
 def _expected(spec: Spec) -> str:
@@ -177,16 +177,16 @@ def _expected(spec: Spec) -> str:
     if spec.choices:
         return f"choose one of {', '.join(str(choice) for choice in spec.choices)}"
     if spec.least is not None:
-        return f"give a whole number from {spec.least} on"
+        return f"give a whole number of at least {spec.least}"
     if bool in spec.types:
         return "give true or false" + (", or leave it out" if spec.optional else "")
     return "give a string"
 
 
-def _shown(value: object) -> str:
-    """A value in a sentence; a YAML file can hold anything."""
+def shown_value(value: object) -> str:
+    """Return a value as shown in a sentence; a YAML file can hold any value."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an int of thousands of digits
+    except (ValueError, RecursionError):  # for example an int of thousands of digits
         return f"this {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,7 @@
 """The fields of a recipe, each declared once.
 
-Its flag, YAML key, JSON schema, Python keyword and line in the documentation are made from the declaration. After a
-change run `python scripts/generate.py`, which rewrites the files that are generated from this one.
+A field's flag, YAML key, JSON schema, Python keyword and line in the documentation are generated from its declaration.
+After a change, run `python scripts/generate.py` to update the generated files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from loftq_cli.formats import FORMATS
+from loftq_cli.formats.container import Container
 from loftq_cli.recipe import choices as c
 from loftq_cli.recipe.field import Choices, Help
 from loftq_cli.recipe.kinds import (
@@ -36,11 +38,16 @@ from loftq_cli.recipe.panels import GRID, LOFTQ, WHAT, WHERE
 
 _WIDTHS = ", ".join(str(width) for width in c.BITS)
 _GROUPS = ", ".join(str(size) for size in c.GROUP_SIZES)
+_DEFAULT_GROUP = str(Container.group_size)
+_OTHER_GROUPS = [
+    f"{name} {item.group_size}" for name, item in FORMATS.items() if item.group_size != Container.group_size
+]
+_SYMMETRIC = " and ".join(name for name, item in FORMATS.items() if item.symmetric)
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class RecipeFields:
-    """Everything the user can ask for, in the order of the help page and of loftq.yaml."""
+    """Every setting of a conversion, in the order of the help page and of loftq.yaml."""
 
     model: Annotated[Text, PathText, Help("Directory of a checkpoint, or org/name[@revision] on the Hub.")]
     _: dataclasses.KW_ONLY
@@ -55,18 +62,20 @@ class RecipeFields:
         ),
     ] = None
     include: Annotated[
-        tuple[Text, ...], TextList, Help("Only modules matching this glob (repeatable).", WHAT, metavar="GLOB")
+        tuple[Text, ...], TextList, Help("Quantize only modules matching this glob (repeatable).", WHAT, metavar="GLOB")
     ] = ()
     exclude: Annotated[
-        tuple[Text, ...], TextList, Help("Leave modules matching this glob alone (repeatable).", WHAT, metavar="GLOB")
+        tuple[Text, ...],
+        TextList,
+        Help("Leave modules matching this glob unchanged (repeatable).", WHAT, metavar="GLOB"),
     ] = ()
     rule: Annotated[
         tuple[Text, ...],
         TextList,
         Rules,
         Help(
-            "What modules matching a regex get: bits, bits:rank, skip (left alone) or dense (full precision with an "
-            "adapter that starts at zero). Repeatable, the first match wins.",
+            "Setting for modules matching a regex: bits, bits:rank, skip (left unchanged) or dense (full precision, "
+            "with an adapter that starts at zero). Repeatable; the first match wins.",
             WHAT,
             metavar="REGEX=SPEC",
         ),
@@ -74,22 +83,22 @@ class RecipeFields:
     embeddings: Annotated[
         str,
         Choices(c.EMBEDDINGS),
-        Help("Input embedding: keep it, quantize it, or quantize it and give it an adapter (adapt).", WHAT),
+        Help("Input embedding: keep it, quantize it, or quantize it and add an adapter (adapt).", WHAT),
     ] = "keep"
     lm_head: Annotated[str, Choices(c.LM_HEADS), Help("Output head: keep it or quantize it.", WHAT)] = "keep"
     experts: Annotated[
         str,
         Choices(c.EXPERTS),
         Help(
-            "Experts of a mixture: quantize them where the container can hold them, require that it can, or keep them.",
+            "Experts of a mixture: quantize them if the container supports it, require that it does, or keep them.",
             WHAT,
         ),
     ] = "quantize"
     allow_nonfinite: Annotated[
         bool,
         Help(
-            "Leave a matrix that holds NaN or infinity in full precision instead of stopping; every matrix is read "
-            "once more beforehand.",
+            "Keep a matrix that contains NaN or infinity in full precision instead of stopping; every matrix is read "
+            "one extra time first.",
             WHAT,
             flag="--allow-nonfinite",
             default="",
@@ -99,14 +108,14 @@ class RecipeFields:
         str,
         AsText,
         Choices(c.META_VERSIONS),
-        Help("Which Llama Meta's consolidated.*.pth are, where params.json leaves it open.", WHAT),
+        Help("Which Llama version Meta's consolidated.*.pth files are, if params.json does not tell.", WHAT),
     ] = "auto"
     bits: Annotated[
         int | float,
         Ge(c.BITS[0]),
         Le(c.BITS[-1]),
         Help(
-            "Bits of a weight's code, or a mean such as 2.5.",
+            "Bits per weight, or a mean such as 2.5.",
             GRID,
             choices=c.BITS,
             expects=f"choose one of {_WIDTHS}, or a mean between them with --mix",
@@ -116,7 +125,7 @@ class RecipeFields:
         str,
         KnownMix,
         Help(
-            "Widths matrix by matrix: the least error under the budget (optimal), or 4 bits in the first layers and 2 "
+            "Choose bits per matrix: the least error within the budget (optimal), or 4 bits in the first layers and 2 "
             "in the rest (paper).",
             GRID,
             choices=c.MIXES,
@@ -128,31 +137,31 @@ class RecipeFields:
         Text | None,
         SizeText,
         ValidSize,
-        Help("Size of the backbone as the budget of --mix.", GRID, metavar="SIZE", expects="give a size such as 6GB"),
+        Help("Size of the backbone, as the budget for --mix.", GRID, metavar="SIZE", expects="give a size such as 6GB"),
     ] = None
     weigh: Annotated[
         str,
         Choices(c.WEIGHINGS),
-        Help("What optimal minimises: squared error relative to each matrix, or as it is.", GRID),
+        Help("Error that optimal minimises: squared error relative to each matrix's norm, or absolute.", GRID),
     ] = "relative"
     data_type: Annotated[
         str,
         Choices(c.DATA_TYPE_CHOICES),
         Help(
             "Levels: NormalFloat, its symmetric variant, evenly spaced (8 bits are always uniform), or integers with "
-            "fitted scales; auto is int for the containers of integers, else nf.",
+            "fitted scales; auto is int for integer containers, else nf.",
             GRID,
         ),
     ] = "auto"
-    block_size: Annotated[int, Choices(c.BLOCK_SIZES), Help("Weights that share a scale.", GRID)] = 64
+    block_size: Annotated[int, Choices(c.BLOCK_SIZES), Help("Number of weights that share a scale.", GRID)] = 64
     group_size: Annotated[
         int | None,
         KnownGroup,
         Help(
-            "The same for integers; -1 is a whole row.",
+            "Number of weights that share a scale in integer containers; -1 is a whole row.",
             GRID,
             choices=c.GROUP_SIZES,
-            default="64, gguf 32",
+            default=", ".join([_DEFAULT_GROUP, *_OTHER_GROUPS]),
             expects=f"choose one of {_GROUPS} (-1 is a whole row)",
         ),
     ] = None
@@ -160,18 +169,18 @@ class RecipeFields:
         str,
         Choices(c.SCALES),
         Help(
-            "Scales by the largest magnitude, by the range, or of least squared error; auto is mse for integers, "
-            "absmax for codebooks.",
+            "Choose scales by the largest magnitude, by the range, or for the least squared error; auto is mse for "
+            "integers, absmax for codebooks.",
             GRID,
         ),
     ] = "auto"
     symmetric: Annotated[
         bool | None,
         Help(
-            "Integers without or with a zero of each group.",
+            "Integers without or with a zero point for each group.",
             GRID,
             flag="--symmetric/--asymmetric",
-            default="symmetric in compressed-tensors and gguf",
+            default=f"symmetric in {_SYMMETRIC}",
         ),
     ] = None
     double_quant: Annotated[
@@ -183,14 +192,14 @@ class RecipeFields:
     dequantize: Annotated[
         bool,
         Help(
-            "Let transformers unpack a compressed-tensors model while loading (needed to train), or keep it packed.",
+            "Let transformers unpack a compressed-tensors model on loading (required for training), or keep it packed.",
             GRID,
             flag="--dequantize/--compressed",
             default="dequantize",
         ),
     ] = True
     dtype: Annotated[
-        str, Choices(c.DTYPE_CHOICES), Help("Type the model is loaded in; auto keeps the source's.", GRID)
+        str, Choices(c.DTYPE_CHOICES), Help("Data type the model is loaded in; auto keeps that of the source.", GRID)
     ] = "auto"
     method: Annotated[
         str,
@@ -198,7 +207,7 @@ class RecipeFields:
         Help(
             "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; qlora "
             "quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input over integer groups "
-            "(--group-size), so that it merges into their zeros.",
+            "(--group-size), so that it merges into their zero points.",
             LOFTQ,
         ),
     ] = "loftq"
@@ -206,8 +215,8 @@ class RecipeFields:
         str | None,
         Choices(c.INITS),
         Help(
-            "Start of refined (the rank-r SVD of the weights, or a zero adapter as LoftQ's) and of qa-lora (the "
-            "low-rank part of the error, or zero over a plainly quantized backbone).",
+            "Starting point of refined (the rank-r SVD of the weights, or a zero adapter as in LoftQ) and of qa-lora "
+            "(the low-rank part of the error, or zero over a plainly quantized backbone).",
             LOFTQ,
             default="svd",
         ),
@@ -216,15 +225,15 @@ class RecipeFields:
     rank_budget: Annotated[
         Mean,
         Help(
-            "Mean rank: more of it goes where the error's singular values are large.",
+            "Mean rank: matrices whose error has large singular values get more of it.",
             LOFTQ,
             metavar="MEAN",
-            expects="give a mean rank from 1 on",
+            expects="give a mean rank of at least 1",
         ),
     ] = None
-    iters: Annotated[From0, UnsetIsNone, Help("Alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16")] = (
-        None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
-    )
+    iters: Annotated[
+        From0, UnsetIsNone, Help("Number of alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16")
+    ] = None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
     levels: Annotated[
         str | None,
         Choices(c.LEVELS),
@@ -240,7 +249,7 @@ class RecipeFields:
         Gt(0),
         Lt(1e30),
         Help(
-            "lora_alpha; B is divided by alpha/rank, so the start is the same.",
+            "lora_alpha; B is divided by alpha/rank, so the starting point does not depend on it.",
             LOFTQ,
             default="rank",
             expects="give a positive number, or leave it out for alpha = rank",
@@ -249,7 +258,7 @@ class RecipeFields:
     keep_last: Annotated[
         bool,
         Help(
-            "Keep the paper's literal last iterate, or the one with the smallest residual.",
+            "Keep the last iterate, as in the paper, or the one with the smallest residual.",
             LOFTQ,
             flag="--keep-last/--keep-best",
             default="keep-best",
@@ -263,22 +272,22 @@ class RecipeFields:
         PathText,
         NotEmpty,
         Help(
-            "Weigh errors by what the layers see on this text (.txt, .jsonl, .json, .parquet, a directory of them, or "
-            "a dataset on the Hub), or by second moments collected before (.safetensors).",
+            "Weigh errors by the layers' inputs on this text (.txt, .jsonl, .json, .parquet, a directory of them, or a "
+            "dataset on the Hub), or by second moments collected earlier (.safetensors).",
             LOFTQ,
             metavar="FILE|DATASET",
         ),
     ] = None
-    calibration_tokens: Annotated[From1, Help("How much of the text to run.", LOFTQ, metavar="N")] = 16384
+    calibration_tokens: Annotated[From1, Help("Number of tokens of the text to use.", LOFTQ, metavar="N")] = 16384
     calibrate_kind: Annotated[
         str,
         Choices(c.CALIBRATE_KINDS),
-        Help("Weigh by each input's own variance, or by all covariances (slower, more disk).", LOFTQ),
+        Help("Weigh by the variance of each input, or by all covariances (slower, more disk space).", LOFTQ),
     ] = "diagonal"
     calibration_hash: Annotated[
         Text | None,
         NotEmpty,
-        Help("sha256 of what calibrate names, as loftq writes it; another file is then refused."),
+        Help("sha256 of the calibration data, written by loftq; data with another hash is refused."),
     ] = None
     seed: Annotated[From0, Help("Seed of every random start.", LOFTQ)] = 0
     max_shard_size: Annotated[

@@ -1,4 +1,4 @@
-"""Types of recipe fields that need more than pydantic's own constraints: texts, lists, numbers, sizes."""
+"""Types of recipe fields that pydantic's own constraints do not cover: strings, lists, numbers and sizes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from pydantic.functional_validators import PlainValidator
 from loftq_cli.errors import UsageError
 from loftq_cli.recipe.choices import GROUP_SIZES, MIXES
 from loftq_cli.recipe.rules import parse_rule, parse_size
+from loftq_cli.recipe.yaml_file import check_text
 
 _TOO_LARGE = 2**31
 _SMALLEST_SHARD = 1_000  # bytes
 
 
 def _valid_text(text: str, info: ValidationInfo) -> str:
-    """Refuse lone surrogates and zeros: YAML can hold them, files and paths cannot."""
-    if text.encode("utf-8", "replace").decode() != text or "\0" in text:
-        raise UsageError(f"{info.field_name} contains an invalid character: correct {text!r:.80}.")
-    return text
+    return check_text(text, str(info.field_name))
 
 
 def _not_empty(text: str | None) -> str | None:
@@ -58,7 +56,7 @@ def _known_group(size: int | None) -> int | None:
 
 
 def _size_text(value: Any) -> Any:
-    """YAML reads a number of bytes as a number."""
+    """Accept a number of bytes, which YAML reads as an int."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -91,7 +89,7 @@ SizeText = BeforeValidator(_size_text, json_schema_input_type=str | int | None)
 ValidSize = AfterValidator(_valid_size)
 ShardSize = PlainValidator(_valid_shard_size)
 AsText = BeforeValidator(str, json_schema_input_type=str | float)  # YAML reads 3.1 as a number
-# Of a field whose default depends on others, which the model fills in last.
+# For a field whose default depends on others; the model sets it last.
 UnsetIsNone = WrapValidator(lambda value, validate: None if value is None else validate(value))
 Mean = Annotated[int | float | None, Ge(1), Lt(_TOO_LARGE)]
 From0 = Annotated[int, Ge(0), Lt(_TOO_LARGE)]

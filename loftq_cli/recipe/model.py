@@ -1,4 +1,4 @@
-"""`Recipe`: everything that decides an output's bytes, whether it comes from flags, YAML or Python."""
+"""`Recipe`: every setting that determines the bytes of an output, given by flags, YAML or Python."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ __all__ = [
     "write_yaml",
 ]
 
-_NAMES = ("model", "revision", "calibrate")  # where things are, not what they are
+_NAMES = ("model", "revision", "calibrate")  # these locate inputs and do not change the output
 
 
 @dataclass(frozen=True)
 class Recipe(RecipeFields):
-    """Everything the user asks for. The same recipe on the same source gives the same bytes.
+    """Every setting of a conversion. The same recipe and source produce the same bytes.
 
-    In a plan, `revision` is the commit of a model on the Hub, and None means that the source is a directory; where bits
-    or ranks were allocated, `rule` holds the result for every matrix; `calibration_hash` is the sha256 of the data that
-    `calibrate` names. `mix` is "" where all matrices have the same width.
+    In a plan, `revision` is the commit of a model on the Hub, or None if the source is a directory; if bits or ranks
+    were allocated, `rule` holds the result for every matrix; `calibration_hash` is the sha256 of the data that
+    `calibrate` names. `mix` is "" if all matrices have the same width.
 
     Raises:
         UsageError: a field is unknown, has an invalid value, or contradicts another.
@@ -65,7 +65,7 @@ class Recipe(RecipeFields):
             raise refusal_of(cls, error) from None
 
     def __post_init__(self) -> None:
-        """Settle the fields that follow from others, and refuse the combinations that contradict each other."""
+        """Set the fields that depend on others, and refuse combinations that contradict each other."""
         if self.iters is None:
             object.__setattr__(self, "iters", ITERS[self.method])
         if self.method in STARTS and self.init is None:
@@ -82,22 +82,26 @@ class Recipe(RecipeFields):
         if not (BITS[0] <= self.bits <= BITS[-1] if self.mix else self.bits in BITS):
             raise refusal(recipe_specs()["bits"], self.bits)
         if self.mix == "paper" and self.target_size is None and self.bits > PAPER_WIDTHS[0]:
-            raise UsageError(f"--mix paper gives 4 and 2 bits, so its mean cannot be {self.bits:g}: give 2 to 4.")
+            raise UsageError(f"--mix paper uses 4 and 2 bits, so the mean cannot be {self.bits:g}: give 2 to 4.")
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:
             return
         if self.plain:
-            raise UsageError("--calibrate weighs the fit of the adapter, which qlora and --iters 0 skip: drop one.")
+            raise UsageError(
+                "--calibrate weights the fit of the adapter, which qlora and --iters 0 skip: remove one of the two."
+            )
         if self.method == "qa-lora":
-            raise UsageError("--calibrate has no weights for qa-lora's adapters, which see sums of inputs: drop one.")
+            raise UsageError(
+                "--calibrate does not support qa-lora, whose adapters receive sums of inputs: remove one of the two."
+            )
 
     def _check_method(self) -> None:
         if self.init is not None and self.method not in STARTS:
             needed = " or ".join(STARTS)
-            raise UsageError(f"--init {self.init} needs --method {needed}; {self.method} has no such choice.")
+            raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
         if self.levels is not None and self.method != "refined":
-            raise UsageError(f"--levels {self.levels} needs --method refined; {self.method} has no such choice.")
+            raise UsageError(f"--levels {self.levels} needs --method refined: {self.method} does not support it.")
         if self.levels and self.data_type not in ("auto", "nf"):
             raise UsageError(f"--levels {self.levels} replaces --data-type {self.data_type}: give one of the two.")
         if self.double_quant and self.method == "refined":
@@ -105,21 +109,21 @@ class Recipe(RecipeFields):
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """`rule`, parsed."""
+        """The parsed rules."""
         return tuple(parse_rule(text) for text in self.rule)
 
     @property
     def allocates(self) -> bool:
-        """True if widths or ranks are chosen matrix by matrix under a budget."""
+        """True if widths or ranks are chosen for each matrix within a budget."""
         return bool(self.mix) or self.rank_budget is not None
 
     def unmixed(self) -> Recipe:
-        """The same without a budget: every matrix at the base width and rank, but for rules."""
+        """Return the recipe without a budget: every matrix has the base width and rank, except for rules."""
         return dataclasses.replace(self, bits=self.base_bits, mix="", target_size=None, rank_budget=None)
 
     @property
     def base_bits(self) -> int:
-        """The width of a matrix that no rule names; where widths are mixed, rules name all that can be quantized."""
+        """Bits of a matrix that no rule matches; in a mix, rules match every matrix that can be quantized."""
         return int(self.bits) if self.bits in BITS else BITS[0]
 
     @property
@@ -129,44 +133,44 @@ class Recipe(RecipeFields):
 
     @property
     def pooling(self) -> int:
-        """Inputs pooled before an adapter sees them (QA-LoRA): its group; 1 for none."""
+        """Number of inputs that are summed before an adapter (QA-LoRA), its group size; 1 for no pooling."""
         return self.group_size or 1 if self.method == "qa-lora" else 1
 
     @property
     def codebook_type(self) -> str:
-        """`levels`, or the data type where none are given."""
+        """`levels`, or the data type if no levels are given."""
         return self.levels or self.data_type
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, by which PEFT multiplies BA."""
+        """alpha / rank, the factor by which PEFT multiplies BA."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values in the order of the fields, as they stand in loftq.yaml."""
+        """Return plain values in the order of the fields, as in loftq.yaml."""
         values = {name: getattr(self, name) for name in recipe_specs()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def fingerprint(self, source: str) -> str:
-        """One hash of the recipe and the source's own fingerprint. Fields that only name the source or the text do not
-        count: the same model gives the same bytes from a directory and from the Hub."""
+        """Return a hash of the recipe and the fingerprint of the source. Fields that only locate the source or the text
+        are left out: the same model produces the same bytes from a directory and from the Hub."""
         values = {name: value for name, value in self.as_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps([values, source], sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def recipe_specs() -> dict[str, Spec]:
-    """The declarations of all fields, in their order."""
+    """Return the declarations of all fields, in order."""
     return specs_of(Recipe)
 
 
 def recipe_fields() -> dict[str, Any]:
-    """Every field of a recipe with its default (`model` has none)."""
+    """Return every field of a recipe with its default (`model` has none)."""
     return {name: spec.default for name, spec in recipe_specs().items()}
 
 
 def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
-    """A recipe from a YAML file (`config`) with `given` on top; None in `given` means not given.
+    """Return the recipe of a YAML file (`config`), overridden by `given`; None in `given` means not given.
 
     Raises:
         UsageError: a field is unknown or its value invalid, or there is no model.
@@ -178,7 +182,7 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}."
             raise UsageError(f"a recipe has no field '{name}': {hint}")
     if not values.get("model"):
         raise UsageError("no model was given: name a checkpoint's directory, or a model on the Hub as org/name.")
@@ -187,7 +191,7 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
 
 
 def write_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: `loftq quantize --config` repeats the run from it."""
+    """Return the resolved recipe as YAML, with which `loftq quantize --config` repeats the run."""
     import yaml
 
     return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)

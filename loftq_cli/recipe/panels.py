@@ -1,4 +1,4 @@
-"""Panels of the help pages, in the order they are shown. They stand apart so that `loftq --help` needs no pydantic."""
+"""Panels of the help pages, in order. In their own file so that `loftq --help` does not import pydantic."""
 
 from __future__ import annotations
 

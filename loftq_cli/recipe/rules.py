@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
+from loftq_cli.machine.patterns import bounded_pattern
 from loftq_cli.recipe.choices import BITS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -13,12 +14,12 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class Rule:
-    """`REGEX=SPEC`: what the first rule whose regex is found in a module's path says of it.
+    """`REGEX=SPEC`: the settings of modules whose path contains a match of the regex; the first matching rule applies.
 
     Attributes:
-        bits, rank: overrides; None leaves the recipe's own.
-        keep: `skip` leaves the matrix alone; `dense` leaves it in full precision but gives it an adapter that starts
-            at zero; "" quantizes it.
+        bits, rank: overrides of the recipe's values; None for no override.
+        keep: `skip` leaves the matrix unchanged; `dense` keeps it in full precision but adds an adapter that starts at
+            zero; "" quantizes it.
     """
 
     pattern: str
@@ -28,37 +29,44 @@ class Rule:
 
     @property
     def exact(self) -> bool:
-        """Whether it names one module, as `exact_rule` writes it."""
+        """True if the pattern matches exactly one module, as written by `exact_rule`."""
         module = re.sub(r"\\(.)", r"\1", self.pattern[1:-1])
         return self.pattern == f"^{re.escape(module)}$"
 
     def matches(self, module: str) -> bool:
-        return re.search(self.pattern, module) is not None
+        """Return True if the regex is found in a module's path.
+
+        Raises:
+            LoftqError: the search takes too long.
+        """
+        return bounded_pattern(self.pattern).search(module)
 
 
 def parse_rule(text: str) -> Rule:
     """`'down_proj=4:32'`, `'layers\\.0\\.=skip'`, `'lm_head=dense'` → `Rule`.
 
     Raises:
-        UsageError: the text is no rule.
+        UsageError: the text is not a valid rule.
     """
     pattern, separator, spec = text.rpartition("=")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"the rule '{text}' has a broken regular expression ({error}).") from error
+        bounded_pattern(pattern)
+    except ValueError as error:
+        raise UsageError(f"the rule '{text:.200}' has an invalid regular expression ({error}): correct it.") from error
     if not separator or not pattern:
-        raise UsageError(f"'{text}' is no rule: write REGEX=SPEC, SPEC being bits, bits:rank, skip or dense.")
+        raise UsageError(f"invalid rule '{text:.200}': write REGEX=SPEC, where SPEC is bits, bits:rank, skip or dense.")
     if spec in ("skip", "dense"):
         return Rule(pattern, keep=spec)
     match = re.fullmatch(r"(\d)(?::(\d{1,9}))?", spec, re.ASCII)
     if match is None or int(match[1]) not in BITS or (match[2] and int(match[2]) == 0):
-        raise UsageError(f"'{spec}' in the rule '{text}' is no SPEC: write 2, 3, 4 or 8, bits:rank, skip or dense.")
+        raise UsageError(
+            f"invalid SPEC '{spec:.80}' in the rule '{text:.200}': write 2, 3, 4 or 8, bits:rank, skip or dense."
+        )
     return Rule(pattern, bits=int(match[1]), rank=int(match[2]) if match[2] else None)
 
 
 def exact_rule(module: str, bits: int, rank: int | None = None) -> str:
-    """The rule that gives one module its bits, and its rank where one is named."""
+    """Return the rule that sets the bits, and the rank if given, of one module."""
     return f"^{re.escape(module)}$={bits}" + (f":{rank}" if rank else "")
 
 
@@ -66,9 +74,9 @@ def parse_size(text: str | int) -> int:
     """`'5GB'`, `'500MiB'`, `'1000000'` → bytes.
 
     Raises:
-        UsageError: the text is no size.
+        UsageError: the text is not a valid size.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"'{text}' is no size: write a number with KB, MB, GB, KiB, MiB or GiB.")
+        raise UsageError(f"invalid size '{text:.80}': write a number with KB, MB, GB, KiB, MiB or GiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

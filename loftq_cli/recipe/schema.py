@@ -1,4 +1,4 @@
-"""The JSON schema of recipe files, made from the declarations of the fields, for editors and CI."""
+"""The JSON schema of recipe files for editors and CI, generated from the declarations of the fields."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from loftq_cli.recipe.yaml_file import MATRIX, PLACES
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _PLACE_TEXTS = {
-    "output": "Directory to write. With a matrix: a template with fields in braces, or the directory they all go to.",
-    "push_to": "Repository on the Hub to push the finished conversion to; with a matrix, fields in braces are filled.",
+    "output": "Directory to write to. With a matrix: a template with fields in braces, or the parent of all outputs.",
+    "push_to": "Repository on the Hub to push the conversion to. With a matrix: fields in braces are replaced.",
 }
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of the files that `quantize --config` and `batch` read."""
+    """Return the JSON schema (draft 2020-12) of the files that `quantize --config` and `batch` read."""
     fields = {name: _described(spec) for name, spec in recipe_specs().items()}
     lists = {name: {"type": "array", "minItems": 1, "items": _bare(schema)} for name, schema in fields.items()}
     matrix = {
         "type": "object",
-        "description": "Lists of values for `loftq batch`, multiplied out: one conversion for each combination.",
+        "description": "Lists of values for `loftq batch`: one conversion for each combination.",
         "properties": lists,
         "minProperties": 1,
         "additionalProperties": False,
@@ -52,7 +52,7 @@ def _typed(spec: Spec) -> dict[str, Any]:
     if spec.choices:
         return {"enum": [value for choice in spec.choices for value in _spellings(choice)]}
     if spec.repeatable:
-        # One text or a list of them, as `Recipe` takes it.
+        # A string or a list of strings, as `Recipe` accepts.
         text = {"type": "string", "minLength": 1}
         return {"anyOf": [text, {"type": "array", "items": text}]}
     names = [_JSON_TYPES[part] for part in spec.types] + ["null"] * spec.optional
@@ -62,7 +62,7 @@ def _typed(spec: Spec) -> dict[str, Any]:
 
 
 def _spellings(choice: Any) -> list[Any]:
-    """A number in quotes may stand without them: YAML reads 3.1 as a number."""
+    """Return the JSON values of a choice; a numeric string may lack its quotes, so that YAML reads it as a number."""
     if not isinstance(choice, str) or not choice.replace(".", "", 1).isdigit():
         return [choice]
     return [choice, float(choice) if "." in choice else int(choice)]

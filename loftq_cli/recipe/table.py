@@ -1,4 +1,4 @@
-"""The table of all recipe fields for the documentation."""
+"""The documentation's table of all recipe fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TYPES = {str: "string", int: "integer", float: "number", bool: "true or false"}
 
 
 def markdown_table() -> str:
-    """YAML key, flag, values, default and meaning of every field, in the order of the help page."""
+    """Return a Markdown table of all fields: YAML key, flag, values, default and meaning, in the help page's order."""
     rows = ["| YAML key | flag | values | default | meaning |", "|---|---|---|---|---|"]
     rows += [_row(spec) for spec in recipe_specs().values()]
     return "\n".join(rows)
@@ -27,7 +27,7 @@ def _row(spec: Spec) -> str:
 
 
 def _values(spec: Spec) -> str:
-    """Its choices, or its type and bounds."""
+    """Return the field's choices, or its type and bounds."""
     if spec.listed:
         return ", ".join(f"`{choice}`" for choice in spec.listed)
     if spec.repeatable:

@@ -1,75 +1,103 @@
-"""YAML recipes as they are read: plain fields, and nothing that would build objects or take forever."""
+"""Read YAML recipes safely: plain values only, no objects, and a bound on size and depth."""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import UsageError
 
-# What a YAML file may say beside the recipe: where the output goes. It decides no byte, so it is not in `loftq.yaml`.
+# Keys of a YAML file beside the recipe: where the output goes. They change no byte, so they are not in `loftq.yaml`.
 PLACES = ("output", "push_to")
-MATRIX = "matrix"  # of a file for `loftq batch`
+MATRIX = "matrix"  # the key for combinations in `loftq batch`
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
+_SHELL_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
+
+def check_text(text: str, name: str) -> str:
+    """Return the text unless it has lone surrogates or null characters: YAML can hold them, files and paths cannot.
+
+    Raises:
+        UsageError: it has; the sentence names the field `name`.
+    """
+    if text.encode("utf-8", "replace").decode() != text or "\0" in text:
+        raise UsageError(f"{name} contains an invalid character: correct {text!r:.80}.")
+    return text
 
 
 def read_places(config: Path | None) -> dict[str, str]:
-    """What a YAML recipe says of `PLACES`; what it does not say is left out.
+    """Return the `PLACES` that a YAML recipe sets.
 
     Raises:
-        UsageError: the file cannot be read, or a place is no text.
+        UsageError: the file cannot be read, or a place is not a string.
     """
     values = {} if config is None else read_one(config)
     found = {name: values[name] for name in PLACES if values.get(name) is not None}
     for name, value in found.items():
         if not isinstance(value, str) or not value:
-            raise UsageError(f"{name} in {config} cannot be {value!r}: give a text.")
+            raise UsageError(f"{name} in {config} cannot be {value!r:.80}: give a non-empty string.")
+        check_text(value, name)
     return found
 
 
 def read_one(config: Path) -> dict[str, Any]:
-    """The fields of a YAML file that stands for one recipe.
+    """Return the fields of a YAML file that contains a single recipe.
 
     Raises:
-        UsageError: the file cannot be read, or stands for several.
+        UsageError: the file cannot be read, or contains several recipes.
     """
     values = read_yaml(config)
     if MATRIX in values:
-        raise UsageError(f"{config} stands for several recipes (matrix:): run it with `loftq batch {config}`.")
+        raise UsageError(f"{config} contains several recipes (matrix:): run it with `loftq batch {config}`.")
     return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields of a YAML recipe; tags that would build objects are refused.
+    """Return the fields of a YAML recipe; tags that create objects are refused.
 
     Raises:
-        UsageError: the file is missing or is no mapping.
+        UsageError: the file cannot be read or is not a mapping.
     """
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         _check_yaml(path, text)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
-        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.") from error
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' per line.") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # of values such as 2001-99-99 and !!bool x
-        raise UsageError(f"a value in {path} makes no sense ({' '.join(str(error).split())}): correct it.") from error
+        raise UsageError(f"a value in {path} is invalid ({' '.join(str(error).split())}): correct it.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UsageError(f"{path} is no recipe: write one 'name: value' a line, such as 'bits: 2'.")
+        raise UsageError(f"{path} is not a recipe: write one 'name: value' per line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
+def _read_text(path: Path) -> str:
+    """Read the file, but no more of it than `_check_yaml` accepts. A FIFO is read only if the shell has made it."""
+    given_by_shell = str(path).startswith(_SHELL_FILES)
+    with open(path, "rb", opener=None if given_by_shell else _without_waiting) as file:
+        if not given_by_shell and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UsageError(f"the recipe {path} cannot be read: it is not a regular file.")
+        return file.read(_MAX_YAML * 4 + 1).decode("utf-8")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _check_yaml(path: Path, text: str) -> None:
-    """The parser's time grows with the square of the depth, and its own refusals come late."""
+    """Refuse long or deep files first: the parser takes time quadratic in the depth before it refuses them."""
     depth = deepest = 0
     for character in text if len(text) <= _MAX_YAML else "":
         depth += (character in "[{") - (character in "]}")
         deepest = max(deepest, depth)
     if len(text) > _MAX_YAML or deepest > _DEEPEST or "- " * _DEEPEST in text or "? " * _DEEPEST in text:
-        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' a line.")
+        raise UsageError(f"{path} is too long or nested too deeply: write one 'name: value' per line.")

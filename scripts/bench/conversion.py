@@ -2,8 +2,8 @@
 
     python scripts/bench/conversion.py 0.1b 1b 3b --work /somewhere/with/space
 
-Checkpoints are made on first use and kept in the work folder; outputs are deleted. Every conversion is the command line
-in a process of its own. Results are added to scripts/bench/results/conversion.json.
+Checkpoints are made on first use and kept in the work folder; outputs are deleted. Every conversion runs the
+command line in its own process. Results are added to scripts/bench/results/conversion.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def convert_once(source: Path, output: Path, recipe: dict[str, Any], device: str
 
 
 def estimate_once(source: Path, output: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
-    """What `loftq plan` says beforehand, in a process of its own."""
+    """Return the estimate of `loftq plan`, run in its own process."""
     words = [sys.executable, "-m", "loftq_cli", "plan", str(source), "-o", str(output), "--json", "--device", device]
     for name, value in recipe.items():
         words += [f"--{name}", str(value)]
@@ -55,7 +55,7 @@ def estimate_once(source: Path, output: Path, recipe: dict[str, Any], device: st
 
 
 def bench(name: str, work: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
-    """Convert one shape and set it against the floor."""
+    """Convert one shape and compare it with the floor."""
     source, output = work / name, work / f"{name}-out"
     if not (source / "config.json").exists():
         write_checkpoint(SHAPES[name], source)

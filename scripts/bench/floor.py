@@ -1,4 +1,4 @@
-"""The machine's floor for a conversion: the products it makes at the rate measured here, plus its bytes at the disk's.
+"""The least time a conversion can take on this machine: matrix products and disk traffic at measured rates.
 
 Products are counted by watching torch while one matrix of every distinct shape is converted, so nothing is estimated.
 """
@@ -59,7 +59,7 @@ def measure_rates(folder: Path, threads: int) -> Rates:
 def count_products(plan: Plan) -> Counter[torch.dtype]:
     """Operations of all matrix products of a plan, by dtype. float64 ones count as float32 at half the rate."""
     total: Counter[torch.dtype] = Counter()
-    torch.set_num_threads(1)  # the counter sees its own thread only
+    torch.set_num_threads(1)  # the counter only sees its own thread
     shapes: dict[tuple[int, ...], list[Unit]] = {}
     for unit in plan.matrices:
         shapes.setdefault(unit.source.shape, []).append(unit)

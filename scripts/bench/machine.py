@@ -1,4 +1,4 @@
-"""What a result was measured on, and where results are kept."""
+"""Describe the machine that a result was measured on, and save results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def save_result(name: str, key: str, result: dict[str, Any]) -> Path:
-    """Put one result under `key` into results/NAME.json, beside those of other runs."""
+    """Save a result under `key` in results/NAME.json, keeping those of other runs."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}

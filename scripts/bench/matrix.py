@@ -34,7 +34,7 @@ from loftq_cli.numerics.methods.loftq import fast_step, loftq
 
 _BLOCK = 64
 _LARGEST_BASELINE = 4096 * 4096
-_REPEATS = 3  # of ours, before and after the baseline: the best counts, as for any short run on a shared machine
+_REPEATS = 3  # of our method, before and after the baseline; the best counts, because the machine may be shared
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def bench(case: Case, full: bool) -> dict[str, Any]:
     """Time and residuals of both, and their ratios where the baseline ran."""
     weight, book = weights(case.rows, case.columns), codebook("nf", case.bits)
     grid = BlockGrid(book, _BLOCK, "rows", torch.float32, torch.float32)
-    quantizer = block_quantizer(grid, "cpu")  # compiles, or loads what was compiled before
+    quantizer = block_quantizer(grid, "cpu")  # compiles, or loads the compiled code from the cache
 
     def ours() -> Any:
         return loftq(
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="run the full-SVD baseline on any size")
     asked = parser.parse_args()
-    # Both sides get the command line's environment; torch has already read this one.
+    # Both sides run in the command line's environment; torch has already read its own.
     if missing := openmp_spin_env(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     results = {}
@@ -142,7 +142,7 @@ def main() -> None:
         for rank in asked.rank:
             for bits in asked.bits:
                 case = Case(int(rows), int(columns or rows), rank, bits, asked.iters)
-                with shared_memory(keeps=True):  # as a conversion does for matrices of these sizes; both gain by it
+                with shared_memory(keeps=True):  # as a conversion does for matrices of these sizes; both sides benefit
                     results[case.key] = bench(case, asked.full)
                 save_result("matrix", case.key, {"machine": describe_machine(), **results[case.key]})
     show(results)

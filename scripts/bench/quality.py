@@ -31,7 +31,7 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def matrices(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """What `loftq quantize` would quantize, in float32 [out, in]."""
+    """Yield the matrices that `loftq quantize` would quantize, in float32 [out, in]."""
     plan = loftq_cli.plan(folder, bits=2)
     with contextlib.closing(open_checkpoint(folder)) as checkpoint:
         for unit in plan.matrices:
@@ -40,7 +40,7 @@ def matrices(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def stacked(found: Iterator[tuple[str, Tensor]], side: int) -> Iterator[tuple[str, Tensor]]:
-    """Matrices of `side` times `side` equal ones that follow each other; what is left over is dropped."""
+    """Join consecutive matrices of equal shape into blocks of `side` by `side`; the remainder is dropped."""
     waiting: dict[torch.Size, list[Tensor]] = {}
     for name, weight in found:
         group = waiting.setdefault(weight.shape, [])

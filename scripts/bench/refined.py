@@ -1,9 +1,9 @@
-"""What the refined method costs beside the faithful one: whole conversions of a Llama-shaped checkpoint, same run.
+"""Cost of the refined method compared with plain LoftQ: whole conversions of a Llama-shaped checkpoint in one run.
 
     python scripts/bench/refined.py 1b --work /somewhere/with/space
 
-Both methods at their own default steps, taking turns, so that what else the machine does meets both. Every conversion
-is the command line in a process of its own. Results are added to scripts/bench/results/refined.json.
+Both methods use their default steps and take turns, so that other load on the machine affects both. Every conversion
+runs the command line in its own process. Results are added to scripts/bench/results/refined.json.
 """
 
 from __future__ import annotations

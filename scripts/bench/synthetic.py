@@ -81,7 +81,7 @@ def draw(tensor: OutputTensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def write_checkpoint(shape: Shape, path: Path, seed: int = 0) -> None:
-    """A loadable checkpoint: shards, index and config.json."""
+    """Write a loadable checkpoint: shards, index and config.json."""
     path.mkdir(parents=True, exist_ok=True)
     shards = shard(((tensor,) for tensor in tensors(shape)), _SHARD)
     names = shard_names(len(shards))

@@ -23,7 +23,7 @@ from machine import describe_machine, save_result
 from rich.console import Console
 from synthetic import SHAPES, write_checkpoint
 
-# Says when it is ready, starts when told to, so that start-up does not count; prints its seconds.
+# Reports when it is ready and waits for a signal, so that start-up does not count; prints its seconds.
 _LOOP = """
 import sys, time, torch
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ _ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def loop_seconds(processes: int, products: int) -> float:
-    """Until the last of several loops, started together, is through."""
+    """Return the seconds until the last of several loops that start together has ended."""
     running = [
         subprocess.Popen(
             [sys.executable, "-c", _LOOP, str(products)],
@@ -59,12 +59,12 @@ def loop_seconds(processes: int, products: int) -> float:
 
 
 def loop_speedup(products: int) -> float:
-    """Work a second of two loops over that of one."""
+    """Return the throughput of two loops divided by that of one."""
     return 2 * loop_seconds(1, products) / loop_seconds(2, products)
 
 
 def convert(source: Path, output: Path, workers: int, recipe: list[str]) -> float:
-    """Seconds of a conversion by its manifest, the start of workers included."""
+    """Return the seconds of a conversion from its manifest, including the start of workers."""
     words = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "-o", str(output), "--json", "--device", "cpu"]
     words += ["--overwrite", "--num-processes", str(workers), *recipe]
     done = subprocess.run(words, env=_ONE_THREAD, capture_output=True, text=True, check=False)
@@ -74,7 +74,7 @@ def convert(source: Path, output: Path, workers: int, recipe: list[str]) -> floa
 
 
 def same_weights(first: Path, second: Path) -> bool:
-    """Whether two outputs hold the same weight files, byte for byte."""
+    """Return True if two outputs have identical weight files."""
     names = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
     assert names == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
     return all(subprocess.run(["cmp", first / name, second / name], check=False).returncode == 0 for name in names)

@@ -85,7 +85,8 @@ def _plain(help_text: str | None) -> tuple[str, str]:
     """An option's help without terminal markup, and the default that it tells ("" for none)."""
     text = " ".join((help_text or "").split())
     told = _TOLD_DEFAULT.search(text)
-    return (_TOLD_DEFAULT.sub("", text), told["value"]) if told else (text, "")
+    meaning, default = (_TOLD_DEFAULT.sub("", text), told["value"]) if told else (text, "")
+    return meaning.replace("\\[", "["), default.replace("\\[", "[")
 
 
 def _prose(help_text: str) -> str:

@@ -1,5 +1,5 @@
-"""kill -9 at random moments until a conversion is through, many times over; every output must be the uninterrupted
-run's, byte for byte, and config.json must never be there before the end.
+"""Kill conversions at random moments (SIGKILL) until each is finished; every output must equal that of an
+uninterrupted run, byte for byte, and config.json must not exist before the end.
 
     python scripts/soak/kills.py path/to/model --kills 100
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def soak(model: Path, folder: Path, recipe: dict, workers: int, kills: int, rng: random.Random) -> None:
-    """Kill until `kills` have hit, then let it finish; compare each finished output."""
+    """Kill until `kills` signals have hit a running process, then let it finish; compare every finished output."""
     reference, out = folder / "reference", folder / "out"
     started = time.perf_counter()
     process = start(model, reference, recipe, workers)
@@ -78,7 +78,7 @@ def soak(model: Path, folder: Path, recipe: dict, workers: int, kills: int, rng:
 
 
 def one_kill(model: Path, out: Path, recipe: dict, workers: int, rng: random.Random, length: float) -> bool:
-    """Whether a process was killed before it ended by itself."""
+    """Return True if the process was killed before it ended by itself."""
     process = start(model, out, recipe, workers)
     time.sleep(rng.uniform(0, length))
     victims = [process, *children(process)]
@@ -100,7 +100,7 @@ def one_kill(model: Path, out: Path, recipe: dict, workers: int, rng: random.Ran
 
 
 def finish(out: Path, model: Path, recipe: dict, workers: int, expected: dict[str, bytes]) -> None:
-    """Let the run come to its end and compare."""
+    """Let the run finish and compare its output."""
     if not (out / "config.json").exists():
         code = os.waitstatus_to_exitcode(os.waitpid(start(model, out, recipe, workers), 0)[1])
         assert code == 0, f"the resumed run ended with {code}"
@@ -109,7 +109,7 @@ def finish(out: Path, model: Path, recipe: dict, workers: int, expected: dict[st
 
 
 def start(model: Path, out: Path, recipe: dict, workers: int) -> int:
-    """A process that converts as `loftq quantize` does; its exit code is the command's."""
+    """Start a process that converts as `loftq quantize` does and exits with its code."""
     process = os.fork()
     if process:
         return process
@@ -134,7 +134,7 @@ def children(process: int) -> list[int]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file but the two that tell seconds; of the manifest the matrices without their seconds."""
+    """Return every file except the two that contain timings, and the manifest's matrices without their seconds."""
     files = {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
     manifest = json.loads(files["loftq.json"])
     residuals = [[m["tensor"], m["residual"], m["residuals"]] for m in manifest["matrices"]]

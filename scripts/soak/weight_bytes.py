@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def record(folder: Path, llama: Path | None) -> Iterator[str]:
-    """One line a weight file: model, format, method, workers, file, sha256; `refused` where a recipe cannot work."""
+    """Return a line per weight file: model, format, method, workers, file, sha256; `refused` for impossible recipes."""
     for name, model in models(folder, llama).items():
         for format, bits in BITS.items():
             for method in METHODS:
@@ -88,7 +88,7 @@ def models(folder: Path, llama: Path | None) -> dict[str, Path]:
 
 
 def tiny_models() -> Iterator[tuple[str, transformers.PreTrainedModel]]:
-    """A random model of each family that names or stores its weights in a way of its own."""
+    """Make a random model of each family that names or stores its weights differently."""
     torch.manual_seed(0)
     yield (
         "gpt2",

@@ -1,7 +1,7 @@
-"""Whether a prior over depth makes `--mix optimal` better: does an error in the first layers, or the last, weigh more?
+"""Does a prior over depth improve `--mix optimal`, because errors in the first or last layers matter more?
 
-Every matrix is measured by plain quantization at 2, 3, 4 and 8 bits, its relative squared error times size is weighed
-by its layer, and the exact allocation under the mean is realised through `--rule`. Part of `mixed_precision.py`.
+Every matrix is measured by plain quantization at 2, 3, 4 and 8 bits, its relative squared error times size is weighted
+by its layer, and the exact allocation under the mean is applied through `--rule`. Part of `mixed_precision.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Measured:
 def study_priors(
     model: Path, folder: Path, judge: Callable[[Path], Mapping[str, float]], *, rank: int
 ) -> dict[str, Any]:
-    """What `judge` says of the start, less is better, for every prior at every mean; equal allocations are made
+    """Return `judge` of the starting point (lower is better) for every prior and mean; equal allocations are converted
     once."""
     matrices = measure(model, folder)
     last = max(matrix.layer for matrix in matrices)
@@ -53,7 +53,7 @@ def study_priors(
 
 
 def measure(model: Path, folder: Path) -> list[Measured]:
-    """What plain quantization leaves of every matrix at every width."""
+    """Return the error of plain quantization for every matrix and width."""
     manifests = {
         width: loftq_cli.quantize(
             model, bits=width, method="qlora", format="packed", rank=1, output=folder / f"plain{width}"
@@ -72,7 +72,7 @@ def measure(model: Path, folder: Path) -> list[Measured]:
 
 
 def spread(matrices: Sequence[Measured]) -> dict[str, float]:
-    """How far the matrices' relative squared errors are apart at each width: the largest over the smallest."""
+    """Return the ratio of the largest to the smallest relative squared error at each width."""
     found = {}
     for width in BITS:
         errors = [matrix.costs[width] / matrix.weights for matrix in matrices]
@@ -81,12 +81,12 @@ def spread(matrices: Sequence[Measured]) -> dict[str, float]:
 
 
 def _layer(module: str) -> int | None:
-    """Number of the layer; a pooler stands in none, behind the last one."""
+    """Return the number of the layer; a pooler is not in a layer and counts as one after the last."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def priors(last: int) -> dict[str, Callable[[int], float]]:
-    """Name → what an error in a layer counts."""
+    """Return the weight of an error in each layer, by name of the prior."""
     found: dict[str, Callable[[int], float]] = {"none": lambda layer: 1.0}
     for a in STRENGTHS:
         found[f"first, a = {a:g}"] = lambda layer, a=a: 1 + a * (1 - layer / last)  # type: ignore[misc]
@@ -96,7 +96,7 @@ def priors(last: int) -> dict[str, Callable[[int], float]]:
 
 
 def allocated(matrices: Sequence[Measured], weigh: Callable[[int], float], mean: float) -> tuple[int, ...]:
-    """The widths with the least weighed error under the mean."""
+    """Return the widths with the least weighted error under the mean."""
     items = [
         Choices(
             tuple(matrix.weights * width for width in BITS),
@@ -110,7 +110,7 @@ def allocated(matrices: Sequence[Measured], weigh: Callable[[int], float], mean:
 
 
 def described(matrices: Sequence[Measured], widths: Sequence[int]) -> dict[str, Any]:
-    """The mean, the unweighed objective, and the mean width of each layer."""
+    """Return the mean, the unweighted objective, and the mean width of each layer."""
     total = sum(matrix.weights for matrix in matrices)
     layers: dict[int, list[tuple[int, int]]] = {}
     for matrix, width in zip(matrices, widths):
@@ -123,7 +123,7 @@ def described(matrices: Sequence[Measured], widths: Sequence[int]) -> dict[str, 
 
 
 def better_everywhere(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Priors with less than none on every text at every mean."""
+    """Return the priors that beat no prior on every text at every mean."""
     none = {row["bits"]: row["judged"] for row in rows if row["prior"] == "none"}
     return [
         prior

@@ -1,4 +1,4 @@
-"""What a better start is worth after training: equal short LoRA fine-tunings from every start, several seeds.
+"""Effect of the starting point after training: equal short LoRA fine-tunings from every start, with several seeds.
 
     python scripts/study/finetune.py --model MODEL --data DIR
 
@@ -43,7 +43,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Settings:
-    """What every run shares."""
+    """Settings that all runs share."""
 
     rank: int
     steps: int
@@ -181,7 +181,7 @@ def convert(run: Run, settings: Settings, arguments: argparse.Namespace, work: P
 def run_all(arguments: argparse.Namespace, settings: Settings, work: Path) -> dict[str, dict[str, Any]]:
     found = known_runs(arguments.name, settings)
     todo = [run for run in plan(arguments) if run.key not in found]
-    # The workers are forked only where nothing has used threads yet, so they are spawned.
+    # Threads have been used already, so workers cannot be forked and are spawned.
     import multiprocessing
 
     with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -203,7 +203,7 @@ def known_runs(name: str, settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def keep(name: str, found: dict[str, dict[str, Any]], settings: Settings) -> None:
-    """What is done so far, for a run that is stopped."""
+    """Save the runs done so far, so that a stopped study can resume."""
     RESULTS.mkdir(exist_ok=True)
     temporary = RESULTS / f".{name}.json"
     temporary.write_text(json.dumps({"settings": asdict(settings), "runs": found}))

@@ -1,4 +1,4 @@
-"""`--mix optimal` beside the paper's first-layers recipe at equal stored bytes: error, and perplexity of the start.
+"""`--mix optimal` compared with the paper's first-layers recipe at equal stored bytes: error and starting perplexity.
 
     cat $(ls /usr/share/cmake-3.25/Help/manual/*.rst | LC_ALL=C sort) > manual.txt
     python scripts/study/mixed_precision.py --domain manual.txt
@@ -37,7 +37,7 @@ from machine import describe_machine  # noqa: E402
 
 SHARED = Path(os.environ.get("LOFTQ_SHARED", HERE.parents[2] / "shared"))
 RANK, WINDOW = 8, 256
-BETWEEN = 2.5  # what whole layers of these models cannot give
+BETWEEN = 2.5  # a mean that whole layers of these models cannot reach
 MODELS = ("small Llama", "MiniLM")
 
 
@@ -78,7 +78,7 @@ def main() -> None:
 def study(
     model: Path, folder: Path, windows: dict[str, torch.Tensor], means: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """For every mean: the paper's recipe, the best allocation in the bytes that it takes, and that under the mean."""
+    """Run, for every mean, the paper's recipe, the best allocation in as many bytes, and the best under the mean."""
     rows = []
     for mean in means:
         first, recipe = "paper", dict[str, Any](bits=mean, mix="paper")
@@ -98,7 +98,7 @@ def study(
 
 
 def first_matrices(model: Path, mean: float) -> list[str]:
-    """Rules that give 4 bits to the model's first matrices; those that no longer fit under the mean are passed over."""
+    """Return rules that give 4 bits to the model's first matrices, skipping those that would exceed the mean."""
     import transformers
 
     plan = loftq_cli.plan(model, bits=2, format="packed")
@@ -163,7 +163,7 @@ def perplexities(path: Path, windows: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def distances(path: Path, texts: dict[str, Path]) -> dict[str, float]:
-    """How far the start's last hidden states are from the source's, relatively: of a model without a loss."""
+    """Return the relative distance of the last hidden states from the source's, for a model without a loss."""
     scores = {name: loftq_cli.evaluate(path, text, max_tokens=8192, window=WINDOW) for name, text in texts.items()}
     assert all(found.metric == "representation error" for found in scores.values())
     return {name: round(found.score("start").loss, 5) for name, found in scores.items()}
@@ -199,7 +199,7 @@ def report(result: dict[str, Any]) -> list[str]:
 
 
 def at_between(model: str, rows: list[dict[str, Any]]) -> str:
-    """`--bits 2.5` beside the paper's recipe at the means on both sides of it, and by matrix at the same."""
+    """Compare `--bits 2.5` with the paper's recipe at the means on both sides, and with its per-matrix form at 2.5."""
     found = next(row for row in rows if (row["bits"], row["mix"]) == (BETWEEN, "optimal, mean"))
     parts = []
     for row in rows:
@@ -214,7 +214,7 @@ def at_between(model: str, rows: list[dict[str, Any]]) -> str:
 
 
 def priors(result: dict[str, Any]) -> list[str]:
-    """What a prior over depth changes."""
+    """Return the effect of a prior over depth."""
     studied = result["depth_prior"]
     better = set.intersection(*(set(found["better_everywhere"]) for found in studied.values()))
     lines = [

@@ -121,7 +121,7 @@ def calibrated(model: Path, text: Path, bits: int, rank: int) -> dict[str, float
 
 
 def study(name: str, model: Path | None, text: Path | None, widths: list[int], ranks: list[int]) -> None:
-    """Measure what is not in the results yet, saving after every width and rank."""
+    """Measure everything that is missing from the results, saving after every width and rank."""
     file = RESULTS / f"residuals-{name}.json"
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"runs": {}}
     kept["machine"] = describe_machine()

@@ -1,4 +1,4 @@
-"""What the studies share: the methods compared, conversions kept between runs, texts, records, tables and pictures."""
+"""Shared code of the studies: methods to compare, cached conversions, texts, records, tables and plots."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def chosen(names: Sequence[str] | None, default: Sequence[str] | None = None) ->
 def converted(
     work: Path, model: Path, method: Method, bits: int, rank: int, calibrate: Path, tokens: int, seed: int = 0
 ):
-    """The `packed` conversion of a method, made unless it is there; its directory and manifest."""
+    """Return directory and manifest of a method's `packed` conversion, made if it does not exist."""
     calibration = {"calibrate": calibrate, "calibrate_kind": method.calibrated, "calibration_tokens": tokens}
     name = f"{method.key}-{bits}-{rank}-{seed}" + (f"-{calibrate.stem}-{tokens}" if method.calibrated else "")
     recipe = {**method.recipe, **(calibration if method.calibrated else {})}
@@ -80,7 +80,7 @@ def converted(
 
 
 def put_weights(model: torch.nn.Module, path: Path, manifest: Manifest) -> None:
-    """Q + BA of every matrix into a dense model, as values of float32."""
+    """Write Q + BA of every matrix into a dense model, in float32."""
     for record in manifest.matrices:
         weight = decode_matrix(path, manifest, record)
         if record.rank:
@@ -112,6 +112,6 @@ def save(name: str, record: Mapping[str, Any], table: str) -> None:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right."""
+    """Return a Markdown table with numbers aligned to the right."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

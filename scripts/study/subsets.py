@@ -1,4 +1,4 @@
-"""Which 4 or 8 of NF4's 16 levels leave the least error at fitted scales: `nf4-subset` in numerics/codebooks.py.
+"""Find the 4 or 8 of NF4's 16 levels with the least error at fitted scales: `nf4-subset` in numerics/codebooks.py.
 
     python scripts/study/subsets.py MODEL_DIRECTORY ...
 

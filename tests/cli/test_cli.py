@@ -1,7 +1,8 @@
-"""The command line as a person or a CI job meets it: exit codes, streams, sentences, help."""
+"""The command line as users and CI jobs see it: exit codes, streams, messages, help."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,14 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.table import Table
+from rich.text import Text
 from support.commands import loftq, runner, sentence
 
 from loftq_cli.cli import app
-from loftq_cli.cli.terminal import duration, gigabytes
+from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, results, styled, warn
 from loftq_cli.machine.openmp import openmp_spin_env
 
 
-def test_quantize_prints_a_summary_people_can_use(random_llama: Path, tmp_path: Path) -> None:
+def test_quantize_prints_a_summary(random_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", random_llama, "-o", tmp_path / "out", "--bits", 2, "--rank", 8, "--iters", 3)
     shown = ("weights", "→", "effective", "stored", "residual", "time", "peak memory", "written to", "loftq_cli.load")
     for text in shown:
@@ -35,7 +39,7 @@ def test_json_is_one_object_and_nothing_else(random_llama: Path, tmp_path: Path)
     assert len(inspected["matrices"]) == 14 and inspected["fingerprint"] == values["fingerprint"]
 
 
-def test_quiet_says_nothing(random_llama: Path, tmp_path: Path) -> None:
+def test_quiet_prints_nothing(random_llama: Path, tmp_path: Path) -> None:
     result = loftq("quantize", random_llama, "-o", tmp_path / "out", "--quiet")
     assert result.stdout == result.stderr == ""
 
@@ -84,14 +88,91 @@ def test_usage_errors_of_the_parser_are_exit_2() -> None:
     loftq("no-such-command", code=2)
 
 
-def test_three_bits_in_bnb_says_why(random_llama: Path) -> None:
+def test_three_bits_in_bnb_are_refused_with_the_reason(random_llama: Path) -> None:
     said = sentence(loftq("quantize", random_llama, "--bits", 3, "--format", "bnb", code=2))
     assert "NF4's sixteen levels" in said and "--format packed" in said
 
 
-def test_debug_lets_the_traceback_through() -> None:
-    result = runner.invoke(app, ["quantize", "nowhere", "--debug"])
-    assert result.exit_code == 1 and result.exception is not None and not isinstance(result.exception, SystemExit)
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["quantize", "nowhere"], 1), (["plan", "m", "--bits", "9"], 2), (["verify", "nowhere"], 1)],
+)
+def test_debug_prints_the_traceback_and_keeps_the_exit_code(words: list[str], code: int) -> None:
+    assert "Traceback" not in loftq(*words, code=code).stderr
+    lines = loftq(*words, "--debug", code=code).stderr.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("loftq: ") and "Error: " in "".join(lines)
+
+
+def test_panics_and_unexpected_errors_end_in_one_sentence() -> None:
+    class PanicException(BaseException):
+        """Named as the exception of pyo3."""
+
+    for error in (PanicException("a\nb"), RuntimeError("a \x1b[2J hf_abcdefgh12345678")):
+        with pytest.raises(typer.Exit) as caught, guarded(debug=True):
+            raise error
+        assert caught.value.exit_code == 1
+    for passing in (SystemExit(5), GeneratorExit()):
+        with pytest.raises(type(passing)), guarded(debug=False):
+            raise passing
+
+
+ODD = "[/x]\x1b[2J\u202e\n::error::y [red]z hf_abcdefgh12345678 https://h/f?sig=1"
+SHOWN = "[/x]\\x1b[2J\\u202e\\n::error::y [red]z *** https://h/f?***"
+
+
+def test_consoles_print_text_as_it_is_without_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(box=None, padding=0, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_row(ODD)
+    for console in (messages(), results()):
+        console.print(ODD, soft_wrap=True)
+        console.print(Text("raw \x1b[2J\u202e"))
+        console.print(styled((ODD, "bold")), soft_wrap=True)
+        console.print(table, soft_wrap=True)
+    warn(ODD)
+    out, err = capsys.readouterr()
+    assert [line.rstrip() for line in out.splitlines()] == [SHOWN, "raw \\x1b[2J\\u202e", SHOWN, SHOWN]
+    assert err.splitlines()[-1] == f"note: {SHOWN}" and len(err.splitlines()) == 5
+
+
+def test_text_for_other_encodings(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    results().print("4 × 4 → é")
+    print_json({"a": "→\x9b"})
+    assert written.getvalue() == b'4 x 4 -> \\xe9\n{\n  "a": "\\u2192\\u009b"\n}\n'
+
+
+def test_a_stream_that_fails_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.StringIO):
+        error: type[OSError] = BrokenPipeError
+
+        def write(self, text: str) -> int:
+            raise self.error
+
+    monkeypatch.setattr("sys.stdout", Broken())
+    monkeypatch.setattr("sys.stderr", Broken())
+    results().print("x")
+    print_json({})
+    messages().print("x")
+    monkeypatch.setattr(Broken, "error", OSError)
+    messages().print("x")
+    with pytest.raises(OSError):
+        results().print("x")
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true"])
+def test_closed_streams(redirect: str, tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m loftq_cli inspect {tmp_path}/none {redirect}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, timeout=120).returncode == 1
+    command = f"set -o pipefail; {sys.executable} -m loftq_cli schema {redirect}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_help_shows_brackets(command: str) -> None:
+    page = " ".join(loftq(command, "--help").stdout.replace("│", " ").split())
+    assert "org/name[@revision] on the Hub" in page and "[default: 64, gguf 32]" in page and "\\[" not in page
 
 
 def test_flags_win_over_the_yaml(random_llama: Path, tmp_path: Path) -> None:
@@ -109,7 +190,7 @@ def test_help_has_panels_and_defaults() -> None:
     assert "quantize" in root and "inspect" in root and "Exit codes" in root
 
 
-def test_version_names_what_matters() -> None:
+def test_version_lists_the_dependencies() -> None:
     text = loftq("--version").stdout
     for name in ("loftq", "python", "torch", "transformers", "peft", "bitsandbytes"):
         assert re.search(rf"^{name} \S+", text, re.MULTILINE)
@@ -124,7 +205,7 @@ def test_the_shell_completes(words: str, at: int, expected: str) -> None:
     assert runner.invoke(app, [], env=variables, prog_name="loftq").stdout.split() == [expected]
 
 
-def test_numbers_for_people() -> None:
+def test_sizes_and_durations_are_readable() -> None:
     assert gigabytes(26_030_000_000) == "26 GB" and gigabytes(91_400_000) == "91.4 MB" and gigabytes(12) == "12 B"
     assert duration(8.44) == "8.4 s" and duration(200) == "3 min 20 s" and duration(3900) == "1 h 05 min"
 

@@ -1,4 +1,4 @@
-"""Batches: many recipes, real processes, every way one can end."""
+"""Batches: many recipes in real processes, with every way a recipe can end."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from loftq_cli.batches.expand import read_jobs
 from loftq_cli.batches.report import BatchReport, Outcome, junit, markdown
 from loftq_cli.batches.run import BatchReporter
 from loftq_cli.cli import app
-from loftq_cli.cli.batch import _ended_as_by_hand
+from loftq_cli.cli.batch import _sigterm_as_ctrl_c
 from loftq_cli.errors import UsageError
 from loftq_cli.progress import Reporter
 
 runner = typer.testing.CliRunner()
 QUICK = {"bits": 2, "rank": 4, "iters": 1}
-SLOW = {**QUICK, "bits": 4, "iters": 600}  # at 2 bits a course of so many steps may diverge, which ends it
+SLOW = {**QUICK, "bits": 4, "iters": 600}  # at 2 bits, this many steps may diverge, which stops the iteration
 
 
 def write(path: Path, **values: object) -> Path:
@@ -95,7 +95,7 @@ def test_good_broken_finished_and_half_done(
         assert words in lines[name], result.stdout
     assert "2 done, 1 finished, 2 failed of 5" in result.stdout and "there is no directory" in result.stdout
     assert "good: " in result.stderr and "14 matrices" in result.stderr and "/5] " in result.stderr
-    assert "going on: " in result.stderr
+    assert "resuming: " in result.stderr
 
     suite = ElementTree.parse(tmp_path / "out/j.xml").getroot().find("testsuite")
     assert suite is not None and suite.get("tests") == "5" and suite.get("failures") == "2"
@@ -106,7 +106,7 @@ def test_good_broken_finished_and_half_done(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"s.json", "j.xml"}
 
 
-def test_a_process_that_is_killed_takes_nothing_down(random_llama: Path, tmp_path: Path) -> None:
+def test_a_killed_process_does_not_stop_the_batch(random_llama: Path, tmp_path: Path) -> None:
     slow = write(tmp_path / "slow.yaml", model=str(random_llama), **SLOW, output=str(tmp_path / "a"))
     quick = write(tmp_path / "quick.yaml", model=str(random_llama), **QUICK, output=str(tmp_path / "b"))
     journal = tmp_path / "a/.loftq/journal"
@@ -152,9 +152,9 @@ def test_ctrl_c_keeps_everything(random_llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s1/config.json").exists()
 
 
-def test_the_end_of_a_ci_job_is_a_ctrl_c() -> None:
+def test_sigterm_is_treated_as_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), _ended_as_by_hand():
+    with pytest.raises(KeyboardInterrupt), _sigterm_as_ctrl_c():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -180,7 +180,7 @@ def children_of(pid: int, word: str) -> list[int]:
     return found
 
 
-def test_a_matrix_is_multiplied_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_gives_a_job_for_each_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = write(
         tmp_path / "m.yaml",
@@ -210,6 +210,7 @@ def test_a_matrix_is_multiplied_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ["b-loftq-4bit-r16-seed0", "b-loftq-4bit-r16-seed1"],
         ),
         ({"matrix": {"seed": [0, 1]}, "model": "a/b", "output": "o/{model}-{seed}-{bits}"}, ["b-0-4", "b-1-4"]),
+        ({"matrix": {"seed": [0, 1]}, "model": "a/b", "output": "o/{seed:02d}{{}}"}, ["00{}", "01{}"]),
         (
             {"matrix": {"keep_last": [True, False]}, "model": "b"},
             ["b-loftq-4bit-r16-keep_last", "b-loftq-4bit-r16-no-keep_last"],
@@ -220,36 +221,48 @@ def test_a_matrix_is_multiplied_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_names_can_be_read(fields: dict[str, object], names: list[str], tmp_path: Path) -> None:
+def test_default_names_are_readable(fields: dict[str, object], names: list[str], tmp_path: Path) -> None:
     assert [job.name for job in read_jobs([write(tmp_path / "f.yaml", **fields)])] == names
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"matrix": {"bits": 2}, "model": "m"}, "no list"),
-        ({"matrix": {"bits": []}, "model": "m"}, "no list"),
-        ({"matrix": [], "model": "m"}, "no mapping"),
-        ({"matrix": {"bitz": [2]}, "model": "m"}, "no field of a recipe"),
-        ({"matrix": {"bits": [2]}, "bits": 4, "model": "m"}, "names bits twice"),
+        ({"matrix": {"bits": 2}, "model": "m"}, "must be a list"),
+        ({"matrix": {"bits": []}, "model": "m"}, "must be a list"),
+        ({"matrix": [], "model": "m"}, "must be a mapping"),
+        ({"matrix": {"bitz": [2]}, "model": "m"}, "not a field of a recipe"),
+        ({"matrix": {"bits": [2]}, "bits": 4, "model": "m"}, "sets bits twice"),
         ({"matrix": {"bits": [2]}}, "no model"),
         ({"matrix": {"bits": [2]}, "model": "m", "output": "{nonsense}"}, "braces"),
-        ({"model": "m", "output": 3}, "no place"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "x{bits:>4000000000}"}, "a width of two digits"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "x{bits:>{rank}}"}, "a width of two digits"),
+        ({"matrix": {"bits": [2]}, "model": "m", "push_to": "x{model.__class__}"}, "braces"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "{model!r}"}, "braces"),
+        ({"matrix": {"bits": [2]}, "model": "m", "output": "{bits:.999999999f}"}, "braces"),
+        (
+            {"matrix": {name: list(range(100)) for name in ("rank", "seed", "iters")}, "model": "m"},
+            "1e+06 combinations",
+        ),
+        ({"model": "m", "output": "a\0b"}, "invalid character"),
+        ({"model": "m", "output": "~nobody-here/x"}, "home directory"),
+        ({"model": "m", "output": "x" * 5000}, "too long"),
+        ({"model": "m", "output": 3}, "not a valid output or push_to"),
         ({"model": "m", "bits": 5}, "--bits cannot be 5"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_invalid_files_are_reported(fields: dict[str, object], said: str, tmp_path: Path) -> None:
     (job,) = read_jobs([write(tmp_path / "f.yaml", **fields)])
     assert job.problem is not None and said in job.problem
     assert loftq_cli.batch([tmp_path / "f.yaml"]).exit_code == 1
 
 
-def test_one_bad_value_of_a_matrix_spoils_no_other(tmp_path: Path) -> None:
+def test_an_invalid_value_of_a_matrix_does_not_affect_the_others(tmp_path: Path) -> None:
     jobs = read_jobs([write(tmp_path / "f.yaml", matrix={"bits": [4, 5]}, model="m"), tmp_path / "missing.yaml"])
     assert [job.problem is None for job in jobs] == [True, False, False] and "cannot be read" in (jobs[2].problem or "")
 
 
-def test_two_outputs_in_one_place_are_refused(tmp_path: Path) -> None:
+def test_two_recipes_cannot_share_an_output(tmp_path: Path) -> None:
     one, two = (write(tmp_path / f"{name}.yaml", model="m", output="same") for name in ("one", "two"))
     with pytest.raises(UsageError, match="would both write to same"):
         read_jobs([one, two])
@@ -328,18 +341,47 @@ def test_exit_codes(statuses: tuple[str, ...], code: int) -> None:
     assert BatchReport(outcomes(*statuses), 1.0, interrupted=True).exit_code == 130
 
 
-def test_reports_hold_whatever_an_error_says() -> None:
+def test_reports_can_hold_any_error_text() -> None:
     odd = Outcome("n|<&", "f", "o", "failed", error="a \x1b[31m<red>\x00 & | line\nbreak")
     report = BatchReport((odd, *outcomes("interrupted", "incomplete")), 1.0)
     suite = ElementTree.fromstring(junit(report)).find("testsuite")
-    assert suite is not None and suite.find("testcase/failure").get("message", "").startswith("a [31m<red> & |")
+    assert suite is not None and suite.find("testcase/failure").get("message", "").startswith(
+        "a \\x1b[31m<red>\\x00 & | line\\nbreak"
+    )
     assert (suite.get("failures"), suite.get("errors"), suite.get("skipped")) == ("1", "1", "1")
     assert len(markdown(report).splitlines()) == 4 + 3
 
 
+def test_reports_escape_names(tmp_path: Path) -> None:
+    odd = Outcome("a\x1b[2J`|\u202e", "f\x07", "o\x1b", "done", push_to=None)
+    report = BatchReport((odd, Outcome("[x](y) <b>", "f", "o", "failed", error="<img> [x](y) `z`")), 1.0)
+    cases = list(ElementTree.fromstring(junit(report)).iter("testcase"))
+    assert (cases[0].get("name"), cases[0].get("classname")) == ("a\\x1b[2J`|\\u202e", "f\\x07")
+    assert cases[0].findtext("system-out") == "done: o\\x1b"
+    rows = markdown(report).splitlines()[4:]
+    assert rows[0].startswith(r"| ✅ | a\\x1b\[2J\`\|\\u202e |") and rows[1].startswith("| ❌ | `[x](y) <b>` |")
+    assert rows[1].endswith(r" | &lt;img&gt; \[x\](y) \`z\` |")
+
+
+def test_reports_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file/s.json"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            loftq_cli.batch([tmp_path / "missing.yaml"], summary=path)
+
+
+def test_fifos_and_endless_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "link.yaml").symlink_to("/dev/zero")
+    jobs = read_jobs([tmp_path / "fifo.yaml", tmp_path / "link.yaml"])
+    assert all("not a regular file" in (job.problem or "") for job in jobs)
+
+
 def test_a_process_that_dies_without_a_sentence() -> None:
     assert _error(0, []) is None and _error(1, ["loftq: first", "loftq: what  happened", "other"]) == "what happened"
-    assert _error(1, ["Traceback", "ValueError: x"]) == "ValueError: x" and "without a word" in (_error(1, []) or "")
+    assert _error(1, ["Traceback", "ValueError: x"]) == "ValueError: x" and "exited with code 1 and no message" in (
+        _error(1, []) or ""
+    )
     assert "SIGSEGV" in (_error(-signal.SIGSEGV, []) or "") and Ended(0, None).error is None
 
 

@@ -415,7 +415,7 @@ def test_the_token_stays_with_the_hub_and_out_of_the_files(hub: WriteHub, finish
 def test_a_dry_run_asks_nothing(hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     result = runner.invoke(app, ["push", str(finished), REPO, "--dry-run"])
-    assert result.exit_code == 0 and "would go to" in result.stdout and "model-00001-of" in result.stdout
+    assert result.exit_code == 0 and "would be pushed to" in result.stdout and "model-00001-of" in result.stdout
     values = json.loads(runner.invoke(app, ["push", str(finished), REPO, "--dry-run", "--json"]).stdout)
     assert values["dry_run"] and values["commit"] is None and not hub.log
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -20,7 +20,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.recipe.model import make_recipe, recipe_fields, recipe_specs
 
 CONFIGS = ROOT / "configs"
-# A file whose fields this version does not have is none of its recipes.
+# Skip files with fields that this version does not have.
 FILES = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
@@ -35,12 +35,12 @@ runner = typer.testing.CliRunner()
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_every_recipe_can_be_carried_out(job: Job, tmp_path: Path) -> None:
+def test_every_recipe_can_be_planned(job: Job, tmp_path: Path) -> None:
     assert job.problem is None
     asked = make_recipe(job.recipe)
     plan = loftq_cli.plan(**{**job.recipe, "model": str(shape_only(asked.model))}, output=tmp_path / "out")
     assert not plan.notes, plan.notes
-    # Scales cost 8 or 16 bits for a block of 64, and a mean is met within a twentieth.
+    # Scales cost 8 or 16 bits per block of 64, and a mean is met within 5 %.
     scales = plan.bits_effective - asked.bits
     assert 0.2 < scales < 0.55, plan.bits_effective
     assert {unit.target.rank for unit in plan.matrices if unit.target} == {asked.rank}
@@ -122,7 +122,7 @@ def test_schema_and_recipe_agree() -> None:
         ({"model": "m", "output": ""}, False),
     ],
 )
-def test_what_the_schema_takes(content: dict[str, object], valid: bool) -> None:
+def test_what_the_schema_accepts(content: dict[str, object], valid: bool) -> None:
     assert VALIDATOR.is_valid(content) == valid
 
 

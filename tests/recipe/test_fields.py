@@ -1,4 +1,4 @@
-"""One declaration of a recipe field gives its flag, keyword, schema and line in the documentation."""
+"""A recipe field's flag, keyword, schema and documentation are generated from its declaration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loftq_cli.recipe.keywords import RecipeKeywords
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 from loftq_cli.recipe.table import markdown_table
 
-# Of recipes of version 0.1: they are in the metadata of its weight files.
+# Fields and fingerprints of recipes of version 0.1, which are in the metadata of its weight files.
 FIELDS_OF_0_1 = {
     "model", "revision", "bits", "mix", "target_size", "weigh", "rank", "rank_budget", "iters", "method",
     "init", "levels", "data_type", "block_size", "group_size", "scale", "symmetric", "double_quant", "format",
@@ -85,7 +85,7 @@ CALLS = {
     "plan('m', bogus=3)": 'Unexpected keyword argument "bogus" for "plan"',
     "quantize('m', rank='8')": 'Argument "rank" to "quantize" has incompatible type "str"',
 }
-# Only the signatures are of interest; checking all they import would take a minute.
+# Only the signatures matter; checking everything they import would take a minute.
 MYPY = """[mypy]
 follow_imports = skip
 ignore_missing_imports = True
@@ -133,15 +133,15 @@ def test_recipes_are_values() -> None:
     ("fields", "sentence"),
     [
         ({"bits": 5}, "--bits cannot be 5: choose one of 2, 3, 4, 8, or a mean between them with --mix."),
-        ({"rank": 2.0}, "--rank cannot be 2.0: give a whole number from 1 on."),
-        ({"seed": 2**31}, "--seed cannot be 2147483648: give a whole number from 0 on."),
+        ({"rank": 2.0}, "--rank cannot be 2.0: give a whole number of at least 1."),
+        ({"seed": 2**31}, "--seed cannot be 2147483648: give a whole number of at least 0."),
         ({"block_size": 64.0}, "--block-size cannot be 64.0: choose one of 32, 64, 128, 256."),
         ({"group_size": 48}, "--group-size cannot be 48: choose one of -1, 32, 64, 128, 256 (-1 is a whole row)."),
         ({"symmetric": 1}, "--symmetric cannot be 1: give true or false, or leave it out."),
         ({"calibration_hash": 3}, "calibration_hash cannot be 3: give a string."),
         ({"include": "a\0"}, "include contains an invalid character: correct 'a\\x00'."),
         ({"max_shard_size": 10**4500}, "--max-shard-size cannot be this int: give a size such as 5GB."),
-        ({"rules": ()}, "a recipe has no field 'rules': known are model, revision, "),
+        ({"rules": ()}, "a recipe has no field 'rules': the fields are model, revision, "),
     ],
 )
 def test_one_sentence_says_what_is_wrong_and_what_to_do(fields: dict, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: what cannot be meant is refused in one sentence, YAML and flags are the same thing."""
+"""Recipes: invalid values are refused in one sentence, and YAML and flags are equivalent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from loftq_cli.recipe.model import Recipe, make_recipe, parse_rule, parse_size, 
         ({"bit": 4}, "did you mean bits?"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(given: dict, named: str) -> None:
+def test_invalid_values_are_refused(given: dict, named: str) -> None:
     with pytest.raises(UsageError) as caught:
         make_recipe({"model": "m", **given})
     assert named in str(caught.value) and "\n" not in str(caught.value)
@@ -77,7 +77,7 @@ def test_yaml_may_use_the_flags_spelling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["- a\n- b\n", "bits: [", "!!python/object/apply:os.system ['touch executed']", "1: 2", "\x00"]
 )
-def test_bad_yaml_is_refused_and_runs_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_yaml_is_refused_and_runs_no_code(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""Every option that commands share, once, with its help panel. Those of the recipe are made from its fields."""
+"""The options that commands share, with their help panels. Options of the recipe are generated from its fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from loftq_cli.cli.options.base import choice_of, option
+from loftq_cli.cli.options.base import choice_of, option, plain
 from loftq_cli.cli.options.from_recipe import FromRecipe, with_recipe_options
 from loftq_cli.recipe.panels import RUN, SHOW, WHAT, WHERE
 
@@ -35,25 +35,25 @@ Model = Annotated[
     Optional[str],
     typer.Argument(
         metavar="MODEL",
-        help="Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's.",
+        help=plain("Directory of a checkpoint, or org/name[@revision] on the Hub: safetensors, .bin or Meta's."),
     ),
 ]
-Config = Annotated[Optional[Path], option("--config", help="YAML recipe; flags win over it.", panel=WHAT)]
+Config = Annotated[Optional[Path], option("--config", help="YAML recipe; flags override it.", panel=WHAT)]
 Stream = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Read a model on the Hub piece by piece and keep no copy of its weights.",
+        help="Read a model on the Hub in pieces, without keeping a copy of its weights.",
         rich_help_panel=WHAT,
     ),
 ]
 Output = Annotated[
     Optional[Path],
-    option("--output", "-o", help="Directory to write.", shown="./MODEL-METHOD-BITSbit-rRANK", panel=WHERE),
+    option("--output", "-o", help="Directory to write to.", shown="./MODEL-METHOD-BITSbit-rRANK", panel=WHERE),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace a finished output, or drop an unfinished one.", rich_help_panel=WHERE),
+    typer.Option("--overwrite", help="Replace a finished output, or discard an unfinished one.", rich_help_panel=WHERE),
 ]
 PushTo = Annotated[
     Optional[str],
@@ -68,7 +68,7 @@ Device = Annotated[
     str,
     typer.Option(
         "--device",
-        help="Where to compute: auto is all GPUs if there are any.",
+        help="Device to compute on; auto is all GPUs, or the CPU if there are none.",
         rich_help_panel=RUN,
         metavar="auto|cpu|cuda|cuda:N",
     ),
@@ -77,8 +77,8 @@ NumProcesses = Annotated[
     Optional[int],
     option(
         "--num-processes",
-        help="Workers that share the matrices.",
-        shown="one a GPU, or one on the CPU",
+        help="Number of worker processes that share the matrices.",
+        shown="one per GPU, or one on the CPU",
         metavar="N",
         panel=RUN,
     ),
@@ -87,12 +87,14 @@ MaxMemory = Annotated[
     Optional[str],
     option(
         "--max-memory",
-        help="Memory to stay below: nothing is read ahead where that would not fit.",
+        help="Limit on memory: nothing is read ahead that would exceed it.",
         metavar="SIZE",
         panel=RUN,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.", rich_help_panel=SHOW)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.", rich_help_panel=SHOW)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every matrix and tensor.", rich_help_panel=SHOW)]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks instead of sentences.", rich_help_panel=SHOW)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.", rich_help_panel=SHOW)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=SHOW)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every matrix and tensor.", rich_help_panel=SHOW)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=SHOW)]

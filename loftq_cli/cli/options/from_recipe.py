@@ -1,8 +1,8 @@
-"""Options made from the fields of a recipe.
+"""Options generated from the fields of a recipe.
 
-A command takes all fields that have a flag with `**recipe: Any`, or single ones with `FromRecipe`, which stands for the
-field of the parameter's name. `with_recipe_options` puts the options in their places. Only it imports pydantic, so it
-is called when a command runs, not when the commands are listed.
+A command takes all fields that have a flag with `**recipe: Any`, or a single one with a parameter of the field's name
+and type `FromRecipe`. `with_recipe_options` replaces both by the options. It imports pydantic, so it is called when a
+command runs, not when the commands are listed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 _MARK = object()
 FromRecipe = Annotated[Optional[str], _MARK]
-# Options that belong below another one of their panel.
+# Options and the one that precedes each in its panel.
 _BELOW = {"max_shard_size": "output", "stream": "revision"}
 
 
 def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a signature that names every option, as Typer reads it."""
+    """Return the command with a signature that has every option, for Typer to read."""
     hints = get_type_hints(command, include_extras=True)
     signature = inspect.signature(command)
     if "recipe" not in signature.parameters and FromRecipe not in hints.values():
@@ -46,7 +46,7 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _own(parameter: Parameter, hint: Any, specs: dict[str, Spec]) -> Parameter:
-    """A parameter that the command declares itself; keywords only, so that any order is valid."""
+    """Return a parameter that the command declares itself, as keyword-only so that any order is valid."""
     if hint == FromRecipe:
         return _parameter(specs[parameter.name])
     return parameter.replace(annotation=hint, kind=Parameter.KEYWORD_ONLY)
@@ -63,7 +63,7 @@ def _parameter(spec: Spec) -> Parameter:
 
 
 def _ordered(parameters: list[Parameter]) -> list[Parameter]:
-    """Panel by panel; in each the command's own options stand before those of the recipe."""
+    """Sort by panel; in each panel, the command's own options precede those of the recipe."""
     ordered = sorted(parameters, key=lambda parameter: (None, *ORDER).index(_panel(parameter)))
     names = [parameter.name for parameter in ordered]
     for name, above in _BELOW.items():
@@ -74,5 +74,5 @@ def _ordered(parameters: list[Parameter]) -> list[Parameter]:
 
 
 def _panel(parameter: Parameter) -> str | None:
-    """The panel of an option; None for an argument."""
+    """Return the panel of an option, or None for an argument."""
     return parameter.annotation.__metadata__[0].rich_help_panel

@@ -1,0 +1,50 @@
+"""A rich console that prints every text as it is, but for what could harm: see `loftq_cli.machine.printable`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from loftq_cli.machine.printable import encodable, printable, without_secrets
+from loftq_cli.machine.streams import discard, reader_may_leave
+
+
+class SafeConsole(Console):
+    """Reads no markup, escapes characters that are not printable, and removes tokens and signatures of links.
+
+    A string is one line: a line feed in it, which may come from a name, is escaped too. A stream that cannot be written
+    to does not stop the work, unless it holds results.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        options.update(markup=False, emoji=False)
+        return super().render_str(self._shown(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(self._shown(segment.text, "\n"), segment.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `rich.console.Console` does; see the class for errors of the stream."""
+        ignored = (OSError, ValueError) if self.stderr else ()
+        with contextlib.suppress(*ignored), reader_may_leave(self.file):  # type: ignore[arg-type]
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Go on without the reader; rich's own version would end the program."""
+        discard(self.file)
+
+    def _shown(self, text: str, keep: str = "") -> str:
+        if text.isascii() and text.isprintable() and "_" not in text and "http" not in text and "earer" not in text:
+            return text
+        encoding = getattr(self.file, "encoding", None) or sys.getdefaultencoding()
+        return encodable(printable(without_secrets(text), keep), encoding)
