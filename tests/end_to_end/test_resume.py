@@ -183,7 +183,7 @@ def test_interrupt_leaves_exit_130_and_state(random_llama: Path, tmp_path: Path)
     out = tmp_path / "out"
     program = f"""
 import os, signal
-from loftq_cli.engine import pipeline
+from loftq_cli.engine.compute import pipeline
 convert = pipeline.convert
 def interrupted(unit, *rest):
     if unit.matrix is not None and "layers.1" in unit.tensor:
