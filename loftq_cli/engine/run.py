@@ -1,4 +1,4 @@
-"""Run a plan: claim the output, resume what an earlier run left, convert the rest, read it back and publish."""
+"""Run a plan: claim the output, resume an earlier run, convert the rest, read it back and publish."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def run_plan(
     """Carry out `plan`, resuming an earlier run, and return the manifest of the finished directory.
 
     Args:
-        device: what this process computes on if it works alone.
+        device: the device to compute on if this process works alone.
         max_memory: resident bytes to stay below; None allows reading ahead and converting several units at a time.
         team: other processes that do the work.
 
     Raises:
-        UsageError: the output directory belongs to something else, or another run is writing it.
+        UsageError: the output directory holds something else, or another run is writing it.
         LoftqError: a weight cannot be converted; the disk is full, a worker died, or a file does not read back as it
             was written (exit code 4: the same command resumes).
     """
     if team is None:
-        load_kernels(plan.grids, device)  # part of starting up, as importing torch is
+        load_kernels(plan.grids, device)  # counts as startup, like importing torch
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_schedule(plan, device, max_memory))
     claimed = claim(plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite))
@@ -84,7 +84,7 @@ def run_plan(
 
 
 def _prepare(run: Run) -> dict[str, Entry]:
-    """Create the files, and return the units an earlier run finished: those whose bytes have the recorded hashes."""
+    """Create the files, and return the units that an earlier run finished: their bytes have the recorded hashes."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
     with open_writer(plan.output, plan.written_files, create=True) as writer:
         units = [unit for unit in plan.units if unit.tensor in entries]
@@ -116,7 +116,7 @@ def _convert_rest(
 
 
 def _join(plan: Plan) -> dict[str, str]:
-    """Join what units left in the scratch file; return the sha256 of each joined tensor."""
+    """Join the tensors in the scratch file; return the sha256 of each joined tensor."""
     if plan.scratch is None:
         return {}
     with open_writer(plan.output, plan.written_files) as writer:

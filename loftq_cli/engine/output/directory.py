@@ -1,7 +1,7 @@
 """The output directory of a conversion or a merge: claiming it, writing its files, publishing them.
 
-While work is under way everything lies in `.loftq/`. `config.json` is the last file to appear, so that no loader
-mistakes half a model for a whole one.
+During a run, everything is in `.loftq/`. `config.json` is the last file to appear, so that no loader mistakes half a
+model for a whole one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def claim(output: Path, inputs: Mapping[str, Path], prepare: Callable[[], None])
     """Hold the lock of an output directory while the `with` block runs.
 
     Args:
-        inputs: directories that are read, by what to call them in a message; the output must not overlap with them.
-        prepare: called with the lock held, to inspect what is in the directory and make it ready for writing.
+        inputs: directories that are read, by the name to use in a message; the output must not overlap with them.
+        prepare: called with the lock held, to inspect the directory and prepare it for writing.
 
     Raises:
         UsageError: the output overlaps with an input, is a file, or is being written by another run; and whatever
@@ -90,8 +90,8 @@ def _abandon(output: Path, lock: Lock) -> None:
 
 
 def clear_state(output: Path, keep: str = "") -> None:
-    """Remove everything of the state but the lock and the file `keep`; the journal first, because the rest means
-    nothing without it."""
+    """Remove the state except for the lock and the file `keep`; the journal goes first, because the rest is useless
+    without it."""
     for path in sorted((output / STATE).iterdir(), key=lambda path: not path.name.startswith("journal")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -201,7 +201,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def on_full_disk(output: Path) -> Iterator[None]:
-    """Turn an error of the disk into a sentence.
+    """Turn a disk error into a one-sentence message.
 
     Raises:
         LoftqError: the disk is full or failing (exit code 4).

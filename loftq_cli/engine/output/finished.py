@@ -1,4 +1,4 @@
-"""Find out if a plan has been carried out already."""
+"""Find out if a plan has been completed already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loftq_cli.planning.plan import Plan
 def find_finished(plan: Plan) -> Manifest | None:
     """Return the manifest of a finished conversion with this recipe and source, or None if there is none.
 
-    Every file must be there in its full size. Contents are not read: `verify` does that.
+    Every file must exist with its full size. Contents are not read: `verify` does that.
 
     Raises:
         LoftqError: there is a manifest, but it is damaged.

@@ -18,11 +18,11 @@ _LONG_LIST = 6
 
 
 def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
-    """Keep the state of the same conversion, or begin a new one. To be called with the output's lock held.
+    """Keep the state of the same conversion, or begin a new one. Call this with the output's lock held.
 
     Raises:
         UsageError: the directory holds foreign files, a finished conversion, or the state of another conversion or
-            of a source that has changed since.
+            of a source that has changed since then.
         LoftqError: it holds a finished conversion whose manifest is damaged.
     """
     output, files = plan.output, sample_source(checkpoint)
@@ -47,7 +47,7 @@ def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: 
     if different:
         return (
             f"{output} holds an unfinished conversion with {different}: repeat that command to finish it, choose "
-            "another -o, or give --overwrite to drop it."
+            "another -o, or give --overwrite to discard it."
         )
     changed = changed_files(header.files, files)
     if changed:
@@ -57,8 +57,8 @@ def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: 
     else:
         what = "this version of loftq is not the one"
     return (
-        f"{what} that the unfinished conversion in {output} began with: put that one back to go on, or give "
-        "--overwrite to start again."
+        f"{what} that the unfinished conversion in {output} began with: restore it to go on, or give --overwrite to "
+        "start again."
     )
 
 
