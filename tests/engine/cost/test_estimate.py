@@ -82,6 +82,6 @@ def test_every_schedule_gives_the_same_bytes(
 def test_a_peak_is_not_that_of_the_process_it_was_started_from() -> None:
     """As of a notebook that holds a model: getrusage hands it down."""
     ballast = bytearray(b"x") * (1 << 30)
-    program = "from loftq_cli.artifacts.summary import peak_memory; print(peak_memory())"
+    program = "from loftq_cli.machine.usage import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 50 << 20 < int(done.stdout) < len(ballast)
