@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -35,8 +37,7 @@ class ShardWriter:
         for file in self._files.values():
             path = self._place(file.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._handles[file.name] = handle
+            handle = self._handles[file.name] = _open_own(path)
             if os.fstat(handle).st_size != file.nbytes or os.pread(handle, len(file.header), 0) != file.header:
                 os.ftruncate(handle, 0)
                 os.ftruncate(handle, file.nbytes)
@@ -45,7 +46,7 @@ class ShardWriter:
     def open(self) -> None:
         """Open files that another process has prepared."""
         for file in self._files.values():
-            self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR)
+            self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR | os.O_NOFOLLOW)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors at their positions and flush them to disk."""
@@ -89,6 +90,18 @@ class ShardWriter:
             os.fsync(handle)
             os.close(handle)
         self._handles.clear()
+
+
+def _open_own(path: Path) -> int:
+    """Open a file for writing in place, created if it is missing.
+
+    Anything that has another name too is replaced by a new file: a link, a hard link (such as a backup's), a FIFO.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            path.unlink()
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -91,11 +91,11 @@ def test_stop_between_the_last_renames(uninterrupted, random_llama: Path, tmp_pa
     moved = []
     replace = os.replace
 
-    def tear(source, target) -> None:
+    def tear(source, target, **folders) -> None:
         if len(moved) == 4:
             raise RuntimeError("stopped by the test")
         moved.append(target)
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", tear)
     with pytest.raises(RuntimeError):

@@ -23,6 +23,7 @@ from typing import Annotated
 from pydantic import Field
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.machine.json_record import InvalidRecord, json_record, read_json
 
 BEAT_SECONDS = 5.0
@@ -31,6 +32,7 @@ _SAME_START = 2.0  # seconds by which two readings of the same start time may di
 ProcessId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _NAME = re.compile(r"lock\.(\d+)")
 _ATTEMPTS = 20
+_LONGEST_LOCK = 1 << 16  # bytes; locks have some hundreds
 
 
 @json_record
@@ -130,7 +132,8 @@ def is_lock(path: Path) -> bool:
 
 def _refuse_if_alive(folder: Path, path: Path) -> None:
     try:
-        holder = read_json(Holder, path.read_bytes())
+        with ConfinedFolder(folder).read(path.name) as handle:
+            holder = read_json(Holder, handle.read(_LONGEST_LOCK))
     except FileNotFoundError:
         return
     except (OSError, InvalidRecord) as error:

@@ -23,6 +23,7 @@ from loftq_cli.engine.output.lock import Lock
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.engine.workers.session import MAIN, Heartbeat, LivenessMonitor, Session, WorkerStatus
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.usage import Cost
 from loftq_cli.planning.plan import Plan
@@ -183,7 +184,7 @@ def _start(order: Order, state: Path) -> Child:
     env |= {"PYTHONPATH": os.pathsep.join(paths), **openmp_spin_env(env)}
     if order.threads is not None:
         env["OMP_NUM_THREADS"] = str(order.threads)
-    log = open(state / f"worker.{order.rank}.log", "w+b")  # noqa: SIM115
+    log = _open_log(ConfinedFolder(state), f"worker.{order.rank}.log")
     process = subprocess.Popen(
         [sys.executable, "-m", "loftq_cli.engine.workers.worker"],
         stdin=subprocess.PIPE,
@@ -197,6 +198,11 @@ def _start(order: Order, state: Path) -> Child:
         process.stdin.write(order.to_json().encode() + b"\n")
         process.stdin.flush()  # stays open: when it closes, the worker knows that this process has ended
     return Child(str(order.rank), process, log)
+
+
+def _open_log(state: ConfinedFolder, name: str) -> IO[bytes]:
+    state.unlink(name)
+    return os.fdopen(state.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b")
 
 
 def _await_exit(children: Sequence[Child]) -> None:
