@@ -241,7 +241,15 @@ def default_output(recipe: Recipe) -> Path:
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
-    return (Path(output).expanduser() if output else default_output(recipe)).resolve()
+    path = (Path(output).expanduser() if output else default_output(recipe)).resolve()
+    for flag, value in (("MODEL", recipe.model), ("-o", str(path))):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{flag} {value!r} is not valid UTF-8, which loftq.yaml and the card need: rename it."
+            ) from None
+    return path
 
 
 def _plan(
