@@ -70,6 +70,10 @@ def test_a_name_that_is_not_text(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_whose_name_is_not_text(model: Path, tmp_path: Path) -> None:
+    refuse(model, Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")), r"-o .* is not valid UTF-8", UsageError)
+
+
 @pytest.mark.parametrize(
     "where", [".loftq/partial", ".loftq/partial/config.json", ".loftq/journal", ".loftq/partial/*"]
 )
