@@ -1,4 +1,4 @@
-"""Nothing is lost: a killed run goes on to the same bytes, and a directory is complete or looks like no model."""
+"""Nothing is lost: a killed run resumes to the same bytes, and an incomplete directory does not look like a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def uninterrupted(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_stopped_run_goes_on_to_the_same_bytes(units: int, uninterrupted, random_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(units, random_llama, out)
-    assert [path.name for path in out.iterdir()] == [".loftq"], "unfinished work looks like no model"
+    assert [path.name for path in out.iterdir()] == [".loftq"], "unfinished work does not look like a model"
     taken_up = []
 
     class Watch(Reporter):
@@ -130,7 +130,7 @@ def test_a_changed_source_is_refused_by_name_and_a_copy_is_not(uninterrupted, ra
     with pytest.raises(UsageError, match=r"the config or the tensors' .* in .*source are not those"):
         loftq_cli.quantize(source, output=out, **RECIPE)
     moved = tmp_path / "moved"
-    shutil.copytree(random_llama, moved)  # other times and another place, the same content
+    shutil.copytree(random_llama, moved)  # another path and other times, but the same content
     loftq_cli.quantize(moved, output=out, **RECIPE)
     assert tensors(out) == uninterrupted
 
@@ -256,7 +256,7 @@ def test_what_does_not_read_back_is_found_before_the_end_and_repeated(uninterrup
     out = tmp_path / "out"
 
     class Rot(Reporter):
-        """A disk that loses a bit after the unit was recorded."""
+        """Flips a bit on disk after the unit was recorded."""
 
         def finishing(self, step) -> None:
             with open(out / ".loftq" / "partial" / "loftq_init" / "adapter_model.safetensors", "r+b") as handle:

@@ -1,4 +1,4 @@
-"""The journal: damaged lines are ignored, so that their units are done again; lines of loftq 0.1 are read."""
+"""The journal: damaged lines are ignored, so that their units are converted again; lines of loftq 0.1 are read."""
 
 from __future__ import annotations
 

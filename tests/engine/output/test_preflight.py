@@ -1,4 +1,4 @@
-"""What cannot end well is refused before the first matrix, and nothing of somebody else's is replaced."""
+"""Runs that cannot end well are refused before the first matrix, and files of others are never replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 class NoWork(Reporter):
-    """Fails when a matrix is taken up."""
+    """Fails if work on a matrix begins."""
 
     def working(self, unit) -> None:
         pytest.fail("work began")
