@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.checkpoint import SideFile
 from loftq_cli.engine.output.journal import Journal
-from loftq_cli.engine.output.lock import Lock, is_lock, take
+from loftq_cli.engine.output.lock import Lock, take
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.tensorfile.hashing import FileRecord, check_file, hash_file
@@ -27,6 +28,10 @@ from loftq_cli.tensorfile.writer import ShardWriter
 STATE = ".loftq"
 _PARTIAL = f"{STATE}/partial"
 _PUBLISHING = f"{STATE}/publishing"  # exists once files are being moved to their final places
+# What conversions, merges and pushes keep in the state's folder, without locks.
+_STATE_NAME = re.compile(
+    r"journal(\..*)?|partial|publishing|run-.+|draft-.+|worker\.\d+\.log|merge(\.draft)?|push\.json"
+)
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
@@ -95,14 +100,18 @@ def _abandon(output: Path, lock: Lock) -> None:
 
 
 def clear_state(output: Path, keep: str = "") -> None:
-    """Remove the state except for the lock and the file `keep`; the journal goes first, because the rest is useless
-    without it."""
+    """Remove the state except for the lock, the file `keep` and what loftq does not put there.
+
+    The journal goes first, because the rest is useless without it.
+    """
     folder = ConfinedFolder(output)
     state = folder.path(STATE)
     for path in sorted(state.iterdir(), key=lambda path: not path.name.startswith("journal")):
+        if _STATE_NAME.fullmatch(path.name) is None or path.name == keep:
+            continue
         if path.is_dir() and not path.is_symlink():
             folder.remove_tree(f"{STATE}/{path.name}")
-        elif path.name != keep and not is_lock(path):
+        else:
             folder.unlink(f"{STATE}/{path.name}")
 
 

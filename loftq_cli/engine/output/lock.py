@@ -125,11 +125,6 @@ def take(folder: Path) -> Lock:
     raise LoftqError(f"the lock in {folder} changes owners too quickly: try again.", exit_code=ExitCode.INCOMPLETE)
 
 
-def is_lock(path: Path) -> bool:
-    """True if a file of the state is a lock, or the draft of one."""
-    return path.name.startswith("lock.")
-
-
 def _refuse_if_alive(folder: Path, path: Path) -> None:
     try:
         with ConfinedFolder(folder).read(path.name) as handle:

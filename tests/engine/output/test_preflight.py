@@ -104,6 +104,15 @@ def test_a_state_folder_that_is_a_link(model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["deep", "thesis.txt"]
 
 
+def test_a_state_folder_with_files_of_others(model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "out" / ".loftq"
+    (state / "photos").mkdir(parents=True)
+    (state / "photos" / "one.jpg").write_text("precious")
+    (state / "thesis.txt").write_text("precious")
+    loftq_cli.quantize(model, output=tmp_path / "out", **RECIPE)
+    assert sorted(path.name for path in state.rglob("*")) == ["one.jpg", "photos", "thesis.txt"]
+
+
 def test_a_hard_link_of_a_partial_file_is_not_written_through(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(3, model, out)
