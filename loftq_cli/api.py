@@ -1,4 +1,4 @@
-"""`loftq_cli.quantize` and `loftq_cli.plan`: recipe → plan → engine → manifest, as the command line runs it."""
+"""`loftq_cli.quantize` and `loftq_cli.plan`: recipe → plan → engine → manifest, as on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loftq_cli.planning.plan import Plan
     from loftq_cli.progress import Reporter
 
-_NO_RUN = "finished"  # announced to a launcher's other processes when nothing is left to convert
+_NO_RUN = "finished"  # announced to the launcher's other processes if nothing is left to convert
 
 
 def quantize(
@@ -48,27 +48,27 @@ def quantize(
     Args:
         model: directory of a checkpoint (safetensors, pytorch_model.bin or Meta's), or a model on the Hub as `org/name`
             or `org/name@revision`; may come from `config`.
-        output: directory to write; by default named after the model, in the working directory. May come from `config`.
-        config: a YAML recipe; arguments given here win over it.
-        device: `auto`, `cpu`, `cuda` (all GPUs, as `auto` where there are any), `cuda:1`.
-        num_processes: workers that share the matrices; by default one for every GPU in use, and one on the CPU. Where
-            a launcher (`accelerate launch`, torchrun, mpirun, srun) has started several processes, they are the workers
+        output: directory to write; by default named after the model, in the working directory; may come from `config`.
+        config: a YAML recipe; arguments given here override it.
+        device: `auto`, `cpu`, `cuda` (all GPUs, as with `auto` if there are any), `cuda:1`.
+        num_processes: workers that share the matrices; by default one for every GPU in use, or one on the CPU. If a
+            launcher (`accelerate launch`, torchrun, mpirun, srun) has started several processes, they are the workers
             and share `output`, on one machine or on several; each returns the manifest.
         max_memory: resident memory to stay below, such as `"2GB"`; by default twice what the largest matrix needs.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
-        overwrite: replace a finished conversion, or drop the state of an unfinished one.
-        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; one that is finished already
-            is only pushed. May come from `config`.
+        overwrite: replace a finished conversion, or discard the state of an unfinished one.
+        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; a conversion that is
+            finished already is only pushed. May come from `config`.
         reporter: receives progress events; silent by default.
-        **recipe: the fields of a recipe, with the command line's names and defaults: see `loftq quantize --help` and
-            `loftq_cli.Recipe`.
+        **recipe: the fields of a recipe, with the names and defaults of the command line: see `loftq quantize --help`
+            and `loftq_cli.Recipe`.
 
     Returns:
-        The manifest of the finished directory, as it stands in `loftq.json`.
+        The manifest of the finished directory, as written to `loftq.json`.
 
     Raises:
-        UsageError: an argument cannot be meant, or the output is not free.
-        LoftqError: the checkpoint cannot be converted; an unfinished output is kept and the same call goes on.
+        UsageError: an argument is invalid, or the output directory is in use.
+        LoftqError: the checkpoint cannot be converted; an unfinished output is kept, and the same call resumes it.
     """
     from loftq_cli.engine.workers.launcher import joined_world
     from loftq_cli.progress import Reporter
@@ -87,7 +87,9 @@ def quantize(
     )
     with joined_world() as world:
         if world is not None and num_processes is not None:
-            raise UsageError("--num-processes is for a run without a launcher, which has started processes already.")
+            raise UsageError(
+                "--num-processes cannot be used under a launcher, which has started the processes: drop it."
+            )
         if world is not None and not world.main:
             return _follow(job, world)
         done = _convert(job, world)
@@ -106,17 +108,17 @@ def plan(
     measuring: Callable[[int, int], None] = lambda done, total: None,
     **recipe: Unpack[RecipeKeywords],
 ) -> Plan:
-    """Plan what `quantize` with the same arguments would do, from headers and no weights.
+    """Plan what `quantize` would do with the same arguments, from headers alone.
 
-    Only headers of a model on the Hub are fetched, with or without `stream`, unless its weights are pickles. Where bits
-    or ranks are allocated, every matrix is read once, on `device`, to measure what each choice costs; `quantize` does
-    not measure again.
+    Only the headers of a model on the Hub are fetched, with or without `stream`, unless its weights are pickles. If
+    bits or ranks are allocated, every matrix is read once, and the cost of each choice is measured on `device`;
+    `quantize` does not measure again.
 
     Args:
-        measuring: called with the number of matrices measured so far and of all to measure.
+        measuring: called with the number of matrices measured so far and the number to measure.
 
     Raises:
-        UsageError, LoftqError: as `quantize` would before it starts to work.
+        UsageError, LoftqError: as `quantize` would before it starts to convert.
     """
     from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
@@ -130,7 +132,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Job:
-    """What `quantize` was asked, with devices and sizes resolved.
+    """The arguments of `quantize`, with devices and sizes resolved.
 
     Attributes:
         output: as given; None for the default, which depends on the resolved model.
@@ -152,30 +154,30 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Done:
-    """A finished directory and its manifest, which still names an older place if the directory was moved."""
+    """A finished directory and its manifest, which still holds the old path if the directory was moved."""
 
     output: Path
     manifest: Manifest
 
 
 def _convert(job: _Job, world: World | None) -> _Done:
-    """The conversion as the main process runs it."""
+    """Run the conversion as the main process."""
     from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
     from loftq_cli.engine.output.finished import find_finished
 
     _check_push(job.push_to)
     with open_source(job.asked, stream=job.stream) as (checkpoint, resolved):
-        made = _measured_plan(job, checkpoint, pin_calibration(resolved))
-        orders = job.orders(made.recipe, made.output, world)
-        finished = find_finished(made) if job.push_to and not job.overwrite else None
+        plan = _measured_plan(job, checkpoint, pin_calibration(resolved))
+        orders = job.orders(plan.recipe, plan.output, world)
+        finished = find_finished(plan) if job.push_to and not job.overwrite else None
         if finished is not None and world is not None:
             world.announce(_NO_RUN)
-        return _Done(made.output, finished or _run(job, made, checkpoint, orders, world))
+        return _Done(plan.output, finished or _run(job, plan, checkpoint, orders, world))
 
 
 def _measured_plan(job: _Job, checkpoint: Any, recipe: Recipe) -> Plan:
-    """The plan, after every matrix was read for NaN and infinity if the recipe allows them."""
+    """Return the plan; if the recipe allows NaN and infinity, every matrix is read first to find them."""
     from loftq_cli.engine.compute.finite import find_nonfinite
 
     nonfinite = None
@@ -200,19 +202,19 @@ def _run(job: _Job, plan: Plan, checkpoint: Any, orders: list[Order], world: Wor
 
 
 def _follow(job: _Job, world: World) -> Manifest:
-    """Do this process's share of a launcher's run; there is none if the main process finds the output finished."""
+    """Do this process's share of a launcher's run, unless the main process finds the output finished."""
     from loftq_cli.artifacts.manifest import read_manifest
     from loftq_cli.engine.workers.worker import follow
 
     order = job.orders(job.asked, _output(job.asked, job.output), world)[0]
-    run_id = world.hear()
+    run_id = world.receive()
     if run_id == _NO_RUN:
         return read_manifest(order.output)
     return follow(dataclasses.replace(order, run_id=run_id))
 
 
 def _check_push(repo: str | None) -> None:
-    """Refuse before hours of work a push that would fail after them."""
+    """Refuse a push that would fail, before hours of work rather than after."""
     if repo:
         from loftq_cli.publishing.push import check_repo, require_login
 
@@ -227,19 +229,27 @@ def _push(output: Path, repo: str) -> None:
     try:
         push(output, repo)
     except LoftqError as error:
-        said = f"{output} is finished, but not on the Hub: {error}"
-        raise LoftqError(said, exit_code=error.exit_code) from error
+        message = f"{output} is finished, but was not pushed: {error}"
+        raise LoftqError(message, exit_code=error.exit_code) from error
 
 
 def default_output(recipe: Recipe) -> Path:
-    """`Llama-2-13b-loftq-2.5bit-r64`, or with a target size `Llama-2-13b-loftq-6GB-r64`, in the working directory."""
+    """Return `Llama-2-13b-loftq-2.5bit-r64`, or `Llama-2-13b-loftq-6GB-r64` with a target size."""
     name = Path(recipe.model).expanduser().resolve().name
     size = f"{recipe.bits:g}bit" if recipe.target_size is None else recipe.target_size.replace(" ", "")
     return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
-    return (Path(output).expanduser() if output else default_output(recipe)).resolve()
+    path = (Path(output).expanduser() if output else default_output(recipe)).resolve()
+    for flag, value in (("MODEL", recipe.model), ("-o", str(path))):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{flag} {value!r} is not valid UTF-8, which loftq.yaml and the card need: rename it."
+            ) from None
+    return path
 
 
 def _plan(
@@ -261,7 +271,7 @@ def _plan(
 
 
 def _unmixed_plan(recipe: Recipe, checkpoint: Any, output: str | Path | None) -> Plan:
-    """The matrices of a conversion, before bits and ranks are allocated."""
+    """Return the plan of a conversion before bits and ranks are allocated."""
     from loftq_cli._version import __version__
     from loftq_cli.planning.plan import make_plan
 

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and the exit codes of the command line."""
+"""The exception for errors that a user can fix, and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """What the shell sees (design contract; 130 is the shell's own number for SIGINT)."""
+    """Exit codes of the command line; 130 is what a shell reports for a process that SIGINT ended."""
 
     DONE = 0
     FAILED = 1
@@ -17,7 +17,7 @@ class ExitCode(enum.IntEnum):
 
 
 class LoftqError(Exception):
-    """A mistake in the input, the flags or the environment.
+    """An error in the input, the flags or the environment.
 
     The message is one sentence: what is wrong, where, and what to do next. The command line prints it without a
     traceback and exits with `exit_code`.
@@ -29,7 +29,7 @@ class LoftqError(Exception):
 
 
 class UsageError(LoftqError):
-    """A flag, a recipe field or an argument that cannot be meant."""
+    """An invalid flag, recipe field or argument."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=ExitCode.USAGE)

@@ -1,4 +1,4 @@
-"""What the engine tells whoever watches; the terminal and the tests implement it."""
+"""Progress events of the engine; the terminal and the tests implement the receiver."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from loftq_cli.planning.units import Unit
 
 
 class Reporter:
-    """Silent. Subclasses show what they like; none of these may raise."""
+    """A receiver that ignores every event. Subclasses override what they show; no method may raise."""
 
     def measuring(self, done: int, total: int) -> None:
-        """Matrix `done` of `total` is measured, before there is a plan."""
+        """Matrix `done` of `total` has been measured, before the plan is made."""
 
     def checking(self, plan: Plan) -> None:
-        """Every matrix is read once, to find those with NaN or infinity."""
+        """Every matrix is about to be read once, to find those with NaN or infinity."""
 
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
-        """Work begins; `finished` tensors (with their records) were done by an earlier run."""
+        """Work begins; an earlier run finished the tensors in `finished`, which maps them to their records."""
 
     def note(self, text: str) -> None:
-        """A sentence about what is being done."""
+        """Show a sentence about the current step."""
 
     def working(self, unit: Unit) -> None:
-        """A unit is taken up; told once and before it is done, though late where other processes do the work."""
+        """Work on a unit begins; reported once, before `done`, but late if other processes do the work."""
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
-        """A unit's bytes are on the disk; `record` is None for a copied tensor."""
+        """A unit's bytes are on disk; `record` is None for a copied tensor."""
 
     def finishing(self, step: str) -> None:
-        """All units are done; files are hashed or moved."""
+        """All units are done; files are being hashed or moved."""
 
     def finish(self, manifest: Manifest) -> None:
         """The output is complete."""
 
     def close(self) -> None:
-        """The run is over, one way or another."""
+        """The run has ended, successfully or not."""

@@ -1,4 +1,4 @@
-"""Run a plan: claim the output, resume what an earlier run left, convert the rest, read it back and publish."""
+"""Run a plan: claim the output, resume an earlier run, convert the rest, read it back and publish."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from loftq_cli.engine.compute.stacks import Stack, form_stacks
 from loftq_cli.engine.cost.memory import fits_a_lane, keeps_little
 from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.engine.output.directory import (
+    check_unchanged,
     claim,
     journal_of,
     on_full_disk,
@@ -32,8 +33,11 @@ from loftq_cli.engine.output.directory import (
 )
 from loftq_cli.engine.output.journal import Entry
 from loftq_cli.engine.output.lock import Lock
+from loftq_cli.engine.output.preflight import planned_bytes
 from loftq_cli.engine.output.resume import resume_or_start
+from loftq_cli.engine.output.source_sample import file_states, replaced_unit
 from loftq_cli.engine.workers.supervisor import Team, supervise
+from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.kernels import load_kernels
 from loftq_cli.machine.memory import shared_memory
 from loftq_cli.machine.precision import full_precision
@@ -41,6 +45,7 @@ from loftq_cli.machine.usage import Cost, own_cost
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
+from loftq_cli.tensorfile.hashing import FileRecord
 from loftq_cli.tensorfile.writer import ShardWriter
 
 
@@ -58,33 +63,40 @@ def run_plan(
     """Carry out `plan`, resuming an earlier run, and return the manifest of the finished directory.
 
     Args:
-        device: what this process computes on if it works alone.
+        device: the device to compute on if this process works alone.
         max_memory: resident bytes to stay below; None allows reading ahead and converting several units at a time.
         team: other processes that do the work.
 
     Raises:
-        UsageError: the output directory belongs to something else, or another run is writing it.
+        UsageError: the output directory holds something else, or another run is writing it.
+        LoftqError: the output could not be completed (`preflight.planned_bytes`).
         LoftqError: a weight cannot be converted; the disk is full, a worker died, or a file does not read back as it
             was written (exit code 4: the same command resumes).
     """
     if team is None:
-        load_kernels(plan.grids, device)  # part of starting up, as importing torch is
+        load_kernels(plan.grids, device)  # counts as startup, like importing torch
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_schedule(plan, device, max_memory))
-    claimed = claim(plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite))
+    needed = planned_bytes(plan)
+    claimed = claim(
+        plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite, needed=needed)
+    )
     with on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
+            small = write_files(plan.output, plan.texts, plan.side_files)  # fails now rather than after the work
+            states = file_states(checkpoint)
             finished = _prepare(run)
             records, cost = _convert_rest(run, finished, lock, team)
+            _check_source(run, states)
             joined = _join(plan)
             cost = dataclasses.replace(cost, seconds=time.perf_counter() - started)
-            return _finish(run, records, joined, cost, lock)
+            return _finish(run, records, joined, small, cost, lock)
         finally:
             reporter.close()
 
 
 def _prepare(run: Run) -> dict[str, Entry]:
-    """Create the files, and return the units an earlier run finished: those whose bytes have the recorded hashes."""
+    """Create the files, and return the units that an earlier run finished: their bytes have the recorded hashes."""
     plan, entries = run.plan, journal_of(run.plan.output).entries()
     with open_writer(plan.output, plan.written_files, create=True) as writer:
         units = [unit for unit in plan.units if unit.tensor in entries]
@@ -115,8 +127,26 @@ def _convert_rest(
     return records, own_cost(run.device)
 
 
+def _check_source(run: Run, states: Mapping[str, str]) -> None:
+    """Check that the source still holds what was converted, if a file has changed during the run.
+
+    Raises:
+        LoftqError: it does not (exit code 4).
+    """
+    plan = run.plan
+    if file_states(run.checkpoint) == states:
+        return
+    replaced = replaced_unit(plan.units, journal_of(plan.output).entries(), run.checkpoint)
+    if replaced is not None:
+        raise LoftqError(
+            f"{plan.source / replaced.source.file} was changed while it was converted ({replaced.tensor} differs): "
+            "restore it and run the same command again, or give --overwrite to start again.",
+            exit_code=ExitCode.INCOMPLETE,
+        )
+
+
 def _join(plan: Plan) -> dict[str, str]:
-    """Join what units left in the scratch file; return the sha256 of each joined tensor."""
+    """Join the tensors in the scratch file; return the sha256 of each joined tensor."""
     if plan.scratch is None:
         return {}
     with open_writer(plan.output, plan.written_files) as writer:
@@ -142,13 +172,23 @@ def by_size(run: Run, stacks: Sequence[Stack]) -> list[tuple[Schedule, list[Stac
 
 
 def _finish(
-    run: Run, records: Mapping[str, MatrixRecord], joined: Mapping[str, str], cost: Cost, lock: Lock
+    run: Run,
+    records: Mapping[str, MatrixRecord],
+    joined: Mapping[str, str],
+    small: Mapping[str, FileRecord],
+    cost: Cost,
+    lock: Lock,
 ) -> Manifest:
-    """Read the weights back, write every other file, and publish all of them."""
+    """Read back what was written, write the card and the manifest, and publish all files.
+
+    Args:
+        small: records of the files beside the weights that have been written already.
+    """
     plan, output = run.plan, run.plan.output
     run.reporter.finishing("reading back what was written")
     files = read_back(output, plan.files, {**_written_hashes(plan), **joined})
-    files |= write_files(output, plan.texts, plan.side_files)
+    check_unchanged(output, small)
+    files |= small
     sizes = text_sizes(plan)
     manifest = build_manifest(plan, run.checkpoint.fingerprint, records, files, cost)
     files |= write_files(output, {CARD: pad(render_card(manifest, plan), sizes.card)})

@@ -75,9 +75,15 @@ class ConfinedFolder:
         return os.fdopen(handle, "rb")
 
     def write(self, name: str) -> BinaryIO:
-        """Open a file for writing, made or emptied; missing folders on the way are made."""
+        """Create a file, in place of a regular file that is there; missing folders on the way are made.
+
+        The old file is removed, not emptied: it may have another name outside (a hard link).
+        """
         self.make_parents(name)
-        return os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+        if self.path(name).exists():
+            self.read(name).close()  # refuses what is not a regular file
+            self.unlink(name)
+        return os.fdopen(self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
     def make_parents(self, name: str) -> None:
         """Make the folders that a name lies in."""

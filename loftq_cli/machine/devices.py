@@ -1,4 +1,4 @@
-"""Which devices to compute on."""
+"""Choose the devices to compute on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one.
+    """Return the device of this name; `auto` is the first GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: no such device.
+        UsageError: there is no such device.
     """
     import torch
 
@@ -25,17 +25,18 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices.")
+        count = torch.cuda.device_count()
+        raise UsageError(f"--device {name}: torch sees {count} CUDA devices on this machine: give one of them, or cpu.")
     if device.type not in ("cpu", "cuda", "xpu", "mps"):
         raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.")
     return device
 
 
 def choose_devices(name: str, num_processes: int | None) -> tuple[torch.device, ...]:
-    """What each of the workers on this machine computes on.
+    """Return the device of each worker on this machine.
 
     Raises:
-        UsageError: no such device, or no such number of workers.
+        UsageError: there is no such device, or `num_processes` is less than 1.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Read the JSON files that loftq writes for itself into typed values, strictly, with errors a person can act on.
 
 A record is a standard dataclass with the `json_record` decorator. Types are exact: no string becomes a number and no
-float an integer, although an integer may stand where a float is expected; lists become tuples; an unknown field, NaN
-and Infinity are errors.
+float an integer, although an integer is accepted as a float; lists become tuples; an unknown field, NaN and Infinity
+are errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST_VALUE = 80  # characters of a bad value that an error shows
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 json_record = with_config(_CONFIG)
-"""Class decorator: `read_json` reads this dataclass strictly, also where it is nested in another."""
+"""Class decorator: `read_json` reads this dataclass strictly, also if it is nested in another."""
 
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 """A number of things or bytes, possibly zero."""
@@ -34,10 +34,10 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 class InvalidRecord(ValueError):
-    """A JSON text is not what it should be; the message names the field and completes "is damaged (...)".
+    """A JSON text is invalid; the message names the field and fits into "is damaged (...)".
 
     Attributes:
-        is_json: the text is JSON at all, so that it was not merely cut off.
+        is_json: the text is valid JSON, so it was not merely cut off.
     """
 
     def __init__(self, message: str, *, is_json: bool) -> None:
@@ -62,7 +62,7 @@ def read_json(kind: type[T], text: bytes | str) -> T:
 
 
 class _Choice:
-    """Annotation for a value that must be one of several; the check costs no call of Python."""
+    """Annotation for a value that must be one of several; the check needs no call into Python."""
 
     def __init__(self, choices: tuple[str | int, ...]) -> None:
         self._choices = list(choices)
@@ -94,7 +94,7 @@ Sha256 = Annotated[str, matches("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    # pydantic refuses a configuration from outside for classes, which have their own.
+    # pydantic refuses an external configuration for classes that have one of their own.
     return TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else _CONFIG)
 
 
@@ -141,12 +141,12 @@ def _describe(error: Mapping[str, Any]) -> str:
 
 def _path(location: Sequence[str | int]) -> str:
     """Return `files['config.json'].nbytes` for ("files", "config.json", "nbytes")."""
-    parts = [part for part in location if part != "[key]"]  # which pydantic adds where a key is itself wrong
+    parts = [part for part in location if part != "[key]"]  # which pydantic adds if the key itself is invalid
     text = "".join(f".{part}" if str(part).isidentifier() else f"[{_shown(part)}]" for part in parts)
     return text.removeprefix(".") or "the file's content"
 
 
 def _shown(value: object) -> str:
-    """Return a value as it stands in the file, shortened and without control characters."""
+    """Return a value as written in the file, shortened and without control characters."""
     text = repr(value) if value is not None and not isinstance(value, bool) else json.dumps(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

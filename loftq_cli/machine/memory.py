@@ -1,4 +1,4 @@
-"""Control what happens to freed memory, and recognize errors that mean there is none left."""
+"""Control what happens to freed memory, and recognize out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
 _KEEPING = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30, _ARENA_MAX: 1}
-# Once set, thresholds no longer adjust themselves: these are what large tensors would have brought them to.
+# Once set, thresholds no longer adjust themselves: these are the values that large tensors would have led to.
 _USUAL = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _ARENA_MAX: 0}
 
 
@@ -60,7 +60,7 @@ def shared_memory(*, keeps: bool) -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Collect models that only reference themselves, and release the device memory that torch has cached."""
+    """Collect unreachable reference cycles, such as models, and release the device memory that torch has cached."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ _SPINS = "3000"
 
 
 def openmp_spin_env(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what to add to the environment of a process before it imports torch, whose OpenMP reads it once; nothing
-    if the user has set it."""
+    """Return the variables to add to the environment of a process before it imports torch, whose OpenMP reads them
+    once; none if the user has set them."""
     decided = "GOMP_SPINCOUNT" in environment or "OMP_WAIT_POLICY" in environment
     return {} if decided else {"GOMP_SPINCOUNT": _SPINS}

@@ -1,4 +1,4 @@
-"""Whatever the caller or an environment variable asked torch for, LoftQ's float32 products are float32's."""
+"""Compute float32 products in full precision, whatever the caller or an environment variable has set in torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 for float32 products, and float32 sums of bfloat16 ones, until the end.
+    """Disable TF32 and bfloat16 for float32 products, and sum bfloat16 products in float32, while the block runs.
 
-    A TF32 product has three digits: the residual recorded would not be the one of the files. For a whole process; what
-    was set before is set again. Also a decorator.
+    TF32 keeps three digits: the recorded residual would not match the files. This applies to the whole process; the
+    previous settings are restored at the end. Also a decorator.
     """
     import torch
 
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" and torch.cuda.is_available():
         warnings.warn(
             "NVIDIA_TF32_OVERRIDE=1 rounds products to three digits inside NVIDIA's libraries: unset it, or the "
-            "residuals recorded will not be those of the files",
+            "recorded residuals will not match the files",
             stacklevel=3,
         )
     matmul = torch.backends.cuda.matmul
@@ -37,7 +37,10 @@ def full_precision() -> Iterator[None]:
 
 
 def _restoring() -> Callable[[], None]:
-    """torch has an old and a new way to say it, and the old one cannot be asked once the new one was used."""
+    """Return a function that restores the current settings.
+
+    torch has an old and a new interface, and the old one raises if the new one has been used.
+    """
     import torch
 
     mkldnn: Any = torch.backends.mkldnn

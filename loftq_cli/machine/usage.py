@@ -1,4 +1,4 @@
-"""What this process has used: memory, device memory, and the versions of what it runs with."""
+"""The memory and device memory that this process has used, and the versions of the software it runs with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("loftq-cli", "torch", "transformers", "safetensors", "numba")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: wall seconds, peak resident and device bytes of its processes together, and on what."""
+    """The cost of a run: its device, wall seconds, and the peak resident and device bytes of all its processes."""
 
     device: str
     memory: int
@@ -26,14 +26,14 @@ class Cost:
 
 
 def own_cost(device: torch.device) -> Cost:
-    """What this process has taken on `device` up to now."""
+    """Return the cost of this process on `device` so far."""
     if device.type != "cuda":
         return Cost(str(device), peak_memory(), 0)
     return Cost(torch.cuda.get_device_name(device), peak_memory(), torch.cuda.max_memory_allocated(device))
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can change a byte of the output."""
+    """Return the versions of everything that can change a byte of the output."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -44,19 +44,19 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):
         pass
-    # On Linux this would be the peak of the process that started this one, where that was larger.
+    # On Linux this is inherited: the peak of the process that started this one, if that was larger.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_memory() -> int:
-    """Resident bytes of this process now: interpreter and libraries, before any work."""
+    """Return the current resident bytes of this process: interpreter and libraries, before any work."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

@@ -1,10 +1,10 @@
-"""Names of dtypes as safetensors writes them."""
+"""Names of dtypes in safetensors files."""
 
 from __future__ import annotations
 
 import torch
 
-# Names as safetensors writes them. Types torch cannot hold are copied as bytes and never quantized.
+# torch types for the names that safetensors uses.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,6 +24,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 on; the scales of some FP8 checkpoints
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on; the scales of some FP8 checkpoints
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 SAFETENSORS_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}

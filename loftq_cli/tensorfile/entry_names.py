@@ -1,11 +1,11 @@
-"""Names of parts of a tensor: the only place that makes and reads them.
+"""Names of parts of a tensor: the only module that builds and parses them.
 
-| name | what it is |
+| name | meaning |
 |---|---|
 | `X[3]` | entry 3 of the first dimension of tensor X |
-| `X[8:12]` | entries 8 to 11 of it |
-| `P[3]`, `P[3].1` | the matrix of expert 3 in the stacked parameter P; its part 1, where the parameter joins several |
-| `X[3.1]` | the share that expert 3 (part 1) has in the joint adapter factor X, before it is gathered |
+| `X[8:12]` | entries 8 to 11 of the first dimension |
+| `P[3]`, `P[3].1` | the matrix of expert 3 in the stacked parameter P; its part 1, if the parameter joins several |
+| `X[3.1]` | the share of expert 3 (part 1) in the joint adapter factor X, before the shares are joined |
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Entries:
 
 
 def entry_name(whole: str, index: int) -> str:
-    """The name of one entry of a tensor."""
+    """Return the name of one entry of a tensor."""
     return f"{whole}[{index}]"
 
 
 def entries_name(whole: str, first: int, count: int) -> str:
-    """The name of `count` entries of a tensor."""
+    """Return the name of `count` entries of a tensor."""
     return f"{whole}[{first}:{first + count}]"
 
 
 def parse_entries(name: str) -> Entries | None:
-    """The parts of a name that `entry_name` or `entries_name` made; None for the name of a whole tensor."""
+    """Parse a name that `entry_name` or `entries_name` returned; None for the name of a whole tensor."""
     found = _ENTRIES.fullmatch(name)
     if found is None:
         return None
@@ -48,17 +48,17 @@ def parse_entries(name: str) -> Entries | None:
 
 
 def whole_name(name: str) -> str:
-    """The tensor that an entry belongs to; a whole tensor's name as it is."""
+    """Return the tensor that an entry belongs to; the name of a whole tensor is returned unchanged."""
     found = parse_entries(name)
     return name if found is None else found.whole
 
 
 def expert_name(parameter: str, index: int, part: int, parts: int) -> str:
-    """The name of one expert's matrix in a stacked parameter; the part counts where the parameter joins `parts` > 1."""
+    """Return the name of one expert's matrix in a stacked parameter, with its part if the parameter joins several."""
     name = entry_name(parameter, index)
     return f"{name}.{part}" if parts > 1 else name
 
 
 def share_name(factor: str, index: int, part: int) -> str:
-    """The name of one expert's share of an adapter factor that all experts of a parameter have together."""
+    """Return the name of one expert's share of an adapter factor that all experts of a parameter share."""
     return f"{factor}[{index}.{part}]"

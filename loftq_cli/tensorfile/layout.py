@@ -1,6 +1,6 @@
-"""safetensors files laid out before their content exists: the plan is the header.
+"""Lay out safetensors files before their content exists.
 
-Every tensor's place follows from names, dtypes and shapes alone, so that results can be written in any order.
+The position of every tensor follows from names, dtypes and shapes alone, so results can be written in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 
 def lay_out(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> TensorFile:
-    """Place tensors as the safetensors library does: wide dtypes first (which aligns all), then by name."""
+    """Place tensors as the safetensors library does: wide dtypes first (which aligns every tensor), then by name."""
     given = list(tensors)
     pieces = tuple(tensor for tensor in given if tensor.whole is not None)
     ordered = tuple(sorted(wholes(given), key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)))
@@ -43,7 +43,7 @@ class WeightFiles:
     """The files of a backbone, laid out.
 
     Attributes:
-        index: file of every tensor by its name; empty for a single file, which needs no index.
+        index: the file of each tensor, by name; empty for a single file, which needs no index.
     """
 
     files: tuple[TensorFile, ...]
@@ -53,7 +53,7 @@ class WeightFiles:
 def lay_out_shards(
     groups: Iterable[tuple[OutputTensor, ...]], max_bytes: int, metadata: Mapping[str, str]
 ) -> WeightFiles:
-    """Distribute tensors over safetensors files of at most `max_bytes` with Hugging Face's names, as `shard` does."""
+    """Distribute tensors over safetensors files of at most `max_bytes`, named as Hugging Face names them."""
     shards = shard(groups, max_bytes)
     files = tuple(lay_out(name, tensors, metadata) for name, tensors in zip(shard_names(len(shards)), shards))
     index = {tensor.name: file.name for file in files for tensor in file.tensors}
@@ -66,13 +66,13 @@ def backbone_metadata(fingerprint: str) -> dict[str, str]:
 
 
 def wholes(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
-    """The tensors that a file shows: each once, whether it comes whole or in pieces."""
+    """Return the tensors in a file's header: each once, even if it is written in pieces."""
     return list({whole.name: whole for whole in (tensor.whole or tensor for tensor in tensors)}.values())
 
 
 def shard(groups: Iterable[tuple[OutputTensor, ...]], max_bytes: int) -> list[list[OutputTensor]]:
-    """Fill shards in order without parting a group; a group above `max_bytes` gets a shard of its own. All pieces of a
-    tensor lie where the first one does."""
+    """Fill shards in order without splitting a group; a group above `max_bytes` gets a shard of its own. All pieces of
+    a tensor go to the shard of the first one."""
     shards: list[list[OutputTensor]] = [[]]
     homes: dict[str, list[OutputTensor]] = {}
     filled = 0
@@ -90,7 +90,7 @@ def shard(groups: Iterable[tuple[OutputTensor, ...]], max_bytes: int) -> list[li
 
 
 def shard_names(count: int) -> list[str]:
-    """Hugging Face's own names."""
+    """Return the file names that Hugging Face libraries use."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

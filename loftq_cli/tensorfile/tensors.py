@@ -1,4 +1,4 @@
-"""What output files are made of, before any of it is computed: tensors, pieces of them, and their places."""
+"""The contents of output files, before any of it is computed: tensors, pieces of tensors, and their positions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from loftq_cli.tensorfile.entry_names import entries_name, entry_name
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output file, known before any weight is read; or a piece of one.
+    """A tensor of an output file, or a piece of one, as known before any weight is read.
 
     Attributes:
-        whole: the tensor that this is a piece of, so many bytes (`offset`) from its beginning; None for a tensor.
+        whole: the tensor that this is a piece of; None for a tensor.
+        offset: bytes from the beginning of `whole` to this piece.
     """
 
     name: str
@@ -26,11 +27,11 @@ class OutputTensor:
     offset: int = 0
 
     def piece(self, index: int) -> OutputTensor:
-        """One entry of the first dimension."""
+        """Return one entry of the first dimension."""
         return OutputTensor(entry_name(self.name, index), self.dtype, self.shape[1:], self, index * self.row_bytes)
 
     def rows(self, first: int, count: int) -> OutputTensor:
-        """`count` entries of the first dimension."""
+        """Return `count` entries of the first dimension."""
         name, shape = entries_name(self.name, first, count), (count, *self.shape[1:])
         return OutputTensor(name, self.dtype, shape, self, first * self.row_bytes)
 
@@ -45,7 +46,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file that one unit writes; `name` is "" where none does and they stay zero."""
+    """Bytes of a file that one unit writes; `name` is "" for bytes that no unit writes and that stay zero."""
 
     name: str
     start: int
@@ -54,8 +55,12 @@ class Span:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One file of tensors: `header` is everything before the data; `starts` are absolute byte positions by name, of
-    the tensors and of the pieces that units write."""
+    """A file of tensors.
+
+    Attributes:
+        header: the bytes before the data.
+        starts: absolute byte position of each tensor, and of each piece that units write, by name.
+    """
 
     name: str
     header: bytes
@@ -64,7 +69,7 @@ class TensorFile:
     pieces: tuple[OutputTensor, ...] = ()
 
     def spans(self, tensor: OutputTensor) -> list[Span]:
-        """`tensor`, or the pieces it is written in and what lies between them, in the order of their bytes."""
+        """Return the span of `tensor`, or of its pieces and the gaps between them, in the order of their bytes."""
         pieces = sorted(
             ((self.starts[p.name], p) for p in self.pieces if p.whole and p.whole.name == tensor.name),
             key=lambda pair: pair[0],

@@ -1,9 +1,11 @@
-"""Output files filled in place: headers first, then every tensor at its planned position, in any order."""
+"""Write output files in place: headers first, then every tensor at its planned position, in any order."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,10 +20,10 @@ _flush = getattr(os, "fdatasync", os.fsync)
 
 
 class ShardWriter:
-    """Preallocated safetensors files; `place` says where a file of the plan lies.
+    """Preallocated safetensors files; `place` returns the path of a planned file.
 
-    A file has its final size and header from the start; what is not written yet reads as zeros. Nothing here decides
-    when a file counts as complete: the journal does.
+    A file has its final size and header from the start; unwritten parts read as zeros. The journal, not this class,
+    records which parts are complete.
     """
 
     def __init__(self, place: Callable[[str], Path], files: tuple[TensorFile, ...]) -> None:
@@ -31,12 +33,11 @@ class ShardWriter:
         self._handles: dict[str, int] = {}
 
     def prepare(self) -> None:
-        """Create what is missing; a file that is there already keeps its content."""
+        """Create missing files; a file that exists already keeps its content."""
         for file in self._files.values():
             path = self._place(file.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._handles[file.name] = handle
+            handle = self._handles[file.name] = _open_own(path)
             if os.fstat(handle).st_size != file.nbytes or os.pread(handle, len(file.header), 0) != file.header:
                 os.ftruncate(handle, 0)
                 os.ftruncate(handle, file.nbytes)
@@ -45,10 +46,10 @@ class ShardWriter:
     def open(self) -> None:
         """Open files that another process has prepared."""
         for file in self._files.values():
-            self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR)
+            self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR | os.O_NOFOLLOW)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors at their places and flush them to the disk."""
+        """Write tensors at their positions and flush them to disk."""
         touched = set()
         for name, tensor in tensors.items():
             file, planned = self._homes[name]
@@ -59,7 +60,7 @@ class ShardWriter:
             _flush(self._handles[name])
 
     def hash(self, name: str) -> str:
-        """The sha256 of the bytes that stand at a tensor's place, read in pieces."""
+        """Return the sha256 of the bytes at a tensor's position, read in pieces."""
         file, planned = self._homes[name]
         digest = hashlib.sha256()
         for piece in read_pieces(self._handles[file.name], file.starts[name], planned.nbytes):
@@ -67,17 +68,17 @@ class ShardWriter:
         return digest.hexdigest()
 
     def write_at(self, name: str, offset: int, content: Tensor) -> None:
-        """Fill part of a tensor, from `offset` bytes on; `flush` brings it to the disk."""
+        """Write part of a tensor, from byte `offset` on; `flush` writes it to disk."""
         file, _ = self._homes[name]
         _write_all(self._handles[file.name], tensor_bytes(content), file.starts[name] + offset)
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Flush everything to disk."""
         for handle in self._handles.values():
             _flush(handle)
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
-        """The bytes that stand at a tensor's place, all or `nbytes` from `offset` on."""
+        """Return the bytes at a tensor's position: all, or `nbytes` from `offset` on."""
         file, planned = self._homes[name]
         return os.pread(
             self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset
@@ -91,14 +92,26 @@ class ShardWriter:
         self._handles.clear()
 
 
+def _open_own(path: Path) -> int:
+    """Open a file for writing in place, created if it is missing.
+
+    Anything that has another name too is replaced by a new file: a link, a hard link (such as a backup's), a FIFO.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            path.unlink()
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's memory, row-major, without a copy where it is contiguous."""
+    """Return the tensor's memory, row-major, without a copy if it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def read_pieces(handle: int, start: int, count: int) -> Iterator[bytes]:
-    """`count` bytes from `start` on, or fewer where the file ends."""
+    """Yield `count` bytes from `start` on, or fewer if the file ends before."""
     while count > 0 and (piece := os.pread(handle, min(count, _PIECE), start)):
         yield piece
         start, count = start + len(piece), count - len(piece)

@@ -29,19 +29,19 @@ SECONDS = 10
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is imported and compiled at the first conversion on a machine counts for no case's seconds."""
+    """Import and compile everything first, so that no case is charged for it."""
     out = tmp_path_factory.mktemp("first") / "out"
     assert typer.testing.CliRunner().invoke(app, ["quantize", str(random_llama), "-o", str(out), "-q"]).exit_code == 0
 
 
 @pytest.fixture
 def source(random_llama: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy that a test may damage."""
     return shutil.copytree(random_llama, tmp_path / "source")
 
 
 def refused(source: Path, *words: object, code: int = 1, out: Path | None = None) -> str:
-    """The one sentence with which `loftq quantize` ends."""
+    """Return the sentence with which `loftq quantize` fails."""
     out = out or source.parent / "out"
     before = sorted(out.iterdir()) if out.is_dir() else None
     started = time.monotonic()
@@ -59,7 +59,7 @@ def refused(source: Path, *words: object, code: int = 1, out: Path | None = None
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change fields of a JSON file; `...` takes one away."""
+    """Change fields of a JSON file; `...` removes one."""
     values = {**json.loads(path.read_bytes()), **changes}
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
@@ -170,7 +170,7 @@ def test_indexes(file: object, said: str, sharded: Path) -> None:
 
 
 def test_links_out_of_the_model(source: Path) -> None:
-    """A clone may hold links; what they lead to would be copied, and perhaps published."""
+    """A clone may hold links, whose targets would be copied and perhaps published."""
     private = source.parent / "private.txt"
     private.write_text("secret")
     for name in ("LICENSE", "tokenizer.json", "config.json", "model.safetensors"):
@@ -187,10 +187,10 @@ def test_links_out_of_the_model(source: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_things_that_are_no_files(name: str, source: Path) -> None:
-    """A pipe would be waited for without end."""
+    """Reading a pipe would block forever."""
     (source / name).unlink(missing_ok=True)
     os.mkfifo(source / name)
-    if name == "tokenizer.json":  # is not copied
+    if name == "tokenizer.json":  # not copied
         assert typer.testing.CliRunner().invoke(app, ["plan", str(source)]).exit_code == 0
     else:
         refused(source)
@@ -295,7 +295,7 @@ def test_nan_and_infinity(value: str, source: Path) -> None:
 
 @pytest.mark.parametrize("index", range(len(CALLS)))
 def test_pickles_that_call_anything(index: int, source: Path) -> None:
-    """Every kind of call, in every way pickle knows, in a zip file, in one of the old kind and bare."""
+    """Every kind of call, in every way that pickle offers, in a zip file, in a legacy file and on its own."""
     from support.fuzz_pickles import _legacy, _zip
 
     class Chosen:
@@ -435,7 +435,7 @@ def test_output_is_a_file_or_foreign(source: Path, tmp_path: Path) -> None:
 def test_output_is_read_only(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "read-only").mkdir()
     (tmp_path / "read-only").chmod(0o555)
-    if os.access(tmp_path / "read-only", os.W_OK):  # root writes everywhere
+    if os.access(tmp_path / "read-only", os.W_OK):  # root can write everywhere
         mkdir = Path.mkdir
 
         def refuse(path: Path, *how: Any, **more: Any) -> None:
@@ -452,7 +452,7 @@ def test_output_is_read_only(source: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("where", ["weights", "texts", "journal"])
 def test_full_disk(where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 4: the same command goes on when there is room."""
+    """Exit code 4: the same command resumes when there is room."""
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Nothing is lost: a killed run goes on to the same bytes, and a directory is complete or looks like no model."""
+"""Nothing is lost: a killed run resumes to the same bytes, and an incomplete directory does not look like a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.interruptions import RECIPE, stop_after, tensors
+from support.interruptions import RECIPE, StopAfter, stop_after, tensors
 
 import loftq_cli
 from loftq_cli.api import plan as make_plan
@@ -32,7 +32,7 @@ def uninterrupted(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_stopped_run_goes_on_to_the_same_bytes(units: int, uninterrupted, random_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after(units, random_llama, out)
-    assert [path.name for path in out.iterdir()] == [".loftq"], "unfinished work looks like no model"
+    assert [path.name for path in out.iterdir()] == [".loftq"], "unfinished work does not look like a model"
     taken_up = []
 
     class Watch(Reporter):
@@ -91,11 +91,11 @@ def test_stop_between_the_last_renames(uninterrupted, random_llama: Path, tmp_pa
     moved = []
     replace = os.replace
 
-    def tear(source, target) -> None:
+    def tear(source, target, **folders) -> None:
         if len(moved) == 4:
             raise RuntimeError("stopped by the test")
         moved.append(target)
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", tear)
     with pytest.raises(RuntimeError):
@@ -130,9 +130,58 @@ def test_a_changed_source_is_refused_by_name_and_a_copy_is_not(uninterrupted, ra
     with pytest.raises(UsageError, match=r"the config or the tensors' .* in .*source are not those"):
         loftq_cli.quantize(source, output=out, **RECIPE)
     moved = tmp_path / "moved"
-    shutil.copytree(random_llama, moved)  # other times and another place, the same content
+    shutil.copytree(random_llama, moved)  # another path and other times, but the same content
     loftq_cli.quantize(moved, output=out, **RECIPE)
     assert tensors(out) == uninterrupted
+
+
+def test_a_matrix_replaced_between_the_sampled_blocks_is_found(random_llama, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("loftq_cli.engine.output.source_sample.sample_file", lambda path: "the same")
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(random_llama, source)
+    stop_after(5, source, out)
+    done = next(iter(Journal(out / ".loftq" / "journal").entries()))
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(weights[:8], "little")
+    start = header + json.loads(weights[8:header])[done]["data_offsets"][0]
+    weights[start] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UsageError, match=rf"model\.safetensors \({done} differs\) is not the file that the unfinished"):
+        loftq_cli.quantize(source, output=out, **RECIPE)
+    loftq_cli.quantize(source, output=out, overwrite=True, **RECIPE)
+    assert loftq_cli.verify(out, source=source).ok
+
+
+def test_a_matrix_replaced_during_the_run_is_found(random_llama: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(random_llama, source)
+
+    class Replace(StopAfter):
+        def done(self, unit, record) -> None:
+            self.left -= 1
+            if self.left == 0:
+                with open(source / "model.safetensors", "r+b") as handle:
+                    handle.seek(unit.source.start)
+                    byte = handle.read(1)[0]
+                    handle.seek(unit.source.start)
+                    handle.write(bytes([byte ^ 1]))
+
+    with pytest.raises(LoftqError, match=r"model\.safetensors was changed while it was converted") as caught:
+        loftq_cli.quantize(source, output=out, reporter=Replace(3), **RECIPE)
+    assert caught.value.exit_code == ExitCode.INCOMPLETE and not (out / "config.json").exists()
+
+
+def test_a_flipped_digit_of_the_journal_never_reaches_the_manifest(random_llama: Path, tmp_path: Path) -> None:
+    out, ref = tmp_path / "out", tmp_path / "ref"
+    loftq_cli.quantize(random_llama, output=ref, **RECIPE)
+    stop_after(10, random_llama, out)
+    journal = out / ".loftq" / "journal"
+    content = bytearray(journal.read_bytes())
+    content[content.rindex(b'"residual": 0.') + len(b'"residual": 0.') + 1] ^= 1
+    journal.write_bytes(content)
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)
+    now, before = loftq_cli.read_manifest(out), loftq_cli.read_manifest(ref)
+    assert [record.residual for record in now.matrices] == [record.residual for record in before.matrices]
 
 
 def test_finished_directories_are_kept(random_llama: Path, tmp_path: Path) -> None:
@@ -183,7 +232,7 @@ def test_interrupt_leaves_exit_130_and_state(random_llama: Path, tmp_path: Path)
     out = tmp_path / "out"
     program = f"""
 import os, signal
-from loftq_cli.engine import pipeline
+from loftq_cli.engine.compute import pipeline
 convert = pipeline.convert
 def interrupted(unit, *rest):
     if unit.matrix is not None and "layers.1" in unit.tensor:
@@ -207,7 +256,7 @@ def test_what_does_not_read_back_is_found_before_the_end_and_repeated(uninterrup
     out = tmp_path / "out"
 
     class Rot(Reporter):
-        """A disk that loses a bit after the unit was recorded."""
+        """Flips a bit on disk after the unit was recorded."""
 
         def finishing(self, step) -> None:
             with open(out / ".loftq" / "partial" / "loftq_init" / "adapter_model.safetensors", "r+b") as handle:

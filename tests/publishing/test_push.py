@@ -430,7 +430,7 @@ def test_quantize_pushes_too(hub: WriteHub, source: Path, tmp_path: Path, monkey
     words += ["--device", "cpu", "--push-to", REPO]
     hub.fail("/commit/", method="POST", status=503, times=10**6)
     result = runner.invoke(app, words)
-    assert result.exit_code == 4 and "is finished, but not on the Hub" in result.stderr, result.output
+    assert result.exit_code == 4 and "is finished, but was not pushed" in result.stderr, result.output
     hub.failures.clear()
     before = (tmp_path / "o/loftq.json").stat().st_mtime_ns
     result = runner.invoke(app, words)

@@ -1,4 +1,4 @@
-"""Convert one unit: a tensor in, its output tensors and its record out. No files."""
+"""Convert one unit: take a tensor, return its output tensors and its record. Does not touch files."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def convert(
 
     Args:
         tensor: as stored on disk, on the CPU or already on the device.
-        moment: second moment of the layer's inputs, [in] or [in, in], which weights the errors.
-        buffer: memory that W may use.
+        moment: second moment of the layer's inputs, [in] or [in, in], by which errors are weighted.
+        buffer: memory to reuse for W.
 
     Raises:
         LoftqError: a matrix to quantize holds NaN, infinity, or numbers close to what float32 can hold.
@@ -107,7 +107,7 @@ def _quantize_together(
 ) -> list[LoftQResult | None]:
     """Call `numerics.methods.stacked.stacked_loftq`."""
     matrix, target = units[0].matrix, units[0].target
-    assert matrix is not None and target is not None, "stacks are of matrices with adapters"
+    assert matrix is not None and target is not None, "stacks hold only matrices with adapters"
     return stacked_loftq(
         torch.stack([_weight(unit, tensor, device) for unit, tensor in zip(units, tensors)]),
         block_quantizer(matrix.grid, device),
@@ -130,11 +130,11 @@ def _converted(
     backbone, adapter = get_format(recipe.format).encode(unit.matrix, result.quantized), {}
     if unit.target is not None:
         adapter = encode_adapter(unit.target, result.lora_a, result.lora_b, recipe.scaling)
-        # Copies share one alpha, the recipe's rank, which readers divide by each adapter's own rank.
+        # All copies have the same alpha, the recipe's rank, which readers divide by each adapter's own rank.
         share = unit.target.rank / recipe.rank
         adapter |= get_format(recipe.format).encode_copies(unit.matrix, result.lora_a, result.lora_b * share)
     device = result.quantized.codes.device
-    if device.type == "cuda":  # else the clock would stop before the work does
+    if device.type == "cuda":  # otherwise the time would be read before the work is done
         torch.cuda.current_stream(device).synchronize()
     record = matrix_record(
         unit,
@@ -168,11 +168,11 @@ def _finite_result(
     highest = float(tensor.abs().max())
     if 1 / SAFE_NORM < highest < SAFE_NORM:
         raise LoftqError(
-            f"the steps on {unit.tensor} in {unit.source.file} left float32's range, or a decomposition failed: use "
-            f"fewer --iters, or leave the matrix out with --exclude '{unit.module}'."
+            f"the iteration on {unit.tensor} in {unit.source.file} left float32's range, or a decomposition failed: "
+            f"use fewer --iters, or leave the matrix out with --exclude '{unit.module}'."
         ) from cause
     raise LoftqError(
-        f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.3g}, with which float32 cannot calculate: "
+        f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.3g}, outside of float32's working range: "
         f"leave the matrix out with --exclude '{unit.module}'."
     ) from cause
 
@@ -232,7 +232,7 @@ def _refine(
     whitening: Whitening | None,
 ) -> tuple[LoftQResult, WeightedResult | None]:
     """Run the refined method; without an adapter it only fits the scales (and levels)."""
-    assert isinstance(quantizer, FittingQuantizer), "every container's quantizer can fit its scales"
+    assert isinstance(quantizer, FittingQuantizer), "the quantizer of every container can fit its scales"
     exact = LowRankSteps(exact_step(rank), exact_step(rank))
     steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
     if whitening is not None:
@@ -245,7 +245,7 @@ def _refine(
         init=cast(Init, recipe.init),
         levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
-        # Integer groups are fitted to all columns alike; the adapter and the choice of the step are weighted.
+        # Integer groups are fitted without column weights; the adapter and the choice of the step are weighted.
         column_weight=None if whitening is None or not isinstance(grid, BlockGrid) else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )

@@ -1,4 +1,4 @@
-"""Find matrices that hold NaN or infinity, which cannot be quantized and would spoil their block's scale."""
+"""Find matrices that hold NaN or infinity, which cannot be quantized and would make their block's scale useless."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def first_nonfinite(weight: Tensor) -> Nonfinite | None:
 
 
 def find_nonfinite(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> dict[str, str]:
-    """Return the plan's matrices that hold NaN or infinity: where, by tensor name. Reads every matrix once."""
+    """Return the first NaN or infinity of each matrix that holds any, by tensor name. Reads every matrix once."""
     reporter.checking(plan)
     found = {}
     for unit in sorted(plan.matrices, key=lambda unit: (unit.source.file, unit.source.start)):

@@ -1,8 +1,8 @@
 """Join the adapters that several experts share, the last step before files are read back.
 
 In a shared lora_B PEFT's expert index varies fastest, so the values of one expert are not contiguous. Units therefore
-write their own lora_b contiguously to a scratch file, and this step scatters it, some rows at a time. The same pieces
-give the same bytes, so an interrupted run simply repeats the step.
+write their own lora_b contiguously to a scratch file, and this step scatters it, a few rows at a time. The same pieces
+produce the same bytes, so an interrupted run simply repeats the step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.tensorfile.tensors import OutputTensor
 from loftq_cli.tensorfile.writer import ShardWriter, tensor_bytes
 
-_ROWS_BYTES = 64 << 20  # of the joint tensor, in memory at one time
+_ROWS_BYTES = 64 << 20  # of the joint tensor in memory at a time
 
 
 def join_adapters(plan: Plan, writer: ShardWriter) -> dict[str, str]:
-    """Fill the lora_B of all experts from what their units wrote; parts without an adapter stay zero.
+    """Fill the lora_B of all experts from the output of their units; parts without an adapter stay zero.
 
     Returns:
         The sha256 of the bytes written for each joined tensor.

@@ -1,5 +1,5 @@
 """Convert several matrices at a time on one CPU: small ones finish sooner on a thread or two each than one after the
-other on all threads, because everything but the products, LAPACK above all, hardly gains from threads."""
+other on all threads, because apart from matrix products, the work (above all LAPACK) hardly benefits from threads."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KEPT_BYTES = 256 << 20  # largest working set whose freed memory is kept; beyond
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many units of a run are converted at a time, and with what resources.
+    """The number of units that are converted at a time, and the resources they may use.
 
     Attributes:
         read_ahead: read the next tensor while others are converted.
         lanes: units converted at the same time; those above LANE_BYTES are always converted alone.
         threads: torch's threads in each lane.
         keeps_memory: keep memory freed by units of up to KEPT_BYTES for the next ones.
-        stack: most small matrices of equal shape that are converted at once (`engine.compute.stacks`).
+        stack: maximum number of small matrices of equal shape that are converted at once (`engine.compute.stacks`).
     """
 
     read_ahead: bool = True
@@ -51,7 +51,7 @@ def in_lanes(schedule: Schedule, items: Iterator[T], work: Callable[[T], None]) 
     another item.
 
     Raises:
-        Exception: whatever the first failing call raised, after the other lanes have finished their items.
+        Exception: from the first call that failed, after the other lanes have finished their items.
     """
     if schedule.lanes == 1:
         for item in items:

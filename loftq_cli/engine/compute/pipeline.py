@@ -4,7 +4,7 @@ time for different units."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from loftq_cli.engine.compute.convert import Converted, convert, convert_togethe
 from loftq_cli.engine.compute.lanes import Schedule, in_lanes
 from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.compute.transfers import PendingDownload, Transfers, Upload, transfers_of
-from loftq_cli.engine.output.journal import Entry, Journal, hash_tensors
+from loftq_cli.engine.output.journal import Entry, Journal, hash_tensor, hash_tensors
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.memory import Float32Buffer, is_out_of_memory
 from loftq_cli.planning.plan import Plan
@@ -44,11 +44,13 @@ class Task:
     """A stack with the source tensor of each unit.
 
     Attributes:
+        hashes: the sha256 of each source tensor of `stack.todo` as it was read, by name.
         moment: of a single unit, as in `engine.compute.convert.convert`.
     """
 
     stack: Stack
     uploads: tuple[Upload, ...]
+    hashes: Mapping[str, str]
     moment: Tensor | None
 
 
@@ -61,6 +63,14 @@ class Finished:
     record: MatrixRecord | None
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """The source tensors of a stack, being uploaded, and their hashes as in `Task`."""
+
+    uploads: tuple[Upload, ...]
+    hashes: Mapping[str, str]
+
+
 def run_stacks(run: Run, stacks: Iterable[Stack], writer: ShardWriter, journal: Journal) -> dict[str, MatrixRecord]:
     """Convert `stacks` as the run's schedule says, while the next is read and the last is written.
 
@@ -71,25 +81,25 @@ def run_stacks(run: Run, stacks: Iterable[Stack], writer: ShardWriter, journal: 
     pending: deque[Future[None]] = deque()
     transfers, buffer = transfers_of(run.device), Float32Buffer()
 
-    def store(finished: deque[Finished]) -> None:
+    def store(finished: deque[Finished], sources: Mapping[str, str]) -> None:
         while finished:  # removed one by one, so that memory is freed as soon as a unit is written
             one = finished.popleft()
             tensors = transfers.download(one.outputs)
             writer.write(tensors)
-            journal.add(Entry(one.unit.tensor, hash_tensors(tensors), one.record))
+            journal.add(Entry(one.unit.tensor, hash_tensors(tensors), one.record, sources[one.unit.tensor]))
             run.reporter.done(one.unit, one.record)
 
     def taken() -> Generator[Task, None, None]:
         read = _read_ahead if run.schedule.read_ahead else _read
-        for stack, uploads in read(run.checkpoint, stacks, transfers):
+        for stack, sources in read(run.checkpoint, stacks, transfers):
             for unit in stack.todo:
                 run.reporter.working(unit)
-            yield Task(stack, uploads, _moment(stack, run))
+            yield Task(stack, sources.uploads, sources.hashes, _moment(stack, run))
 
     def work(task: Task) -> None:
         finished = _finish(task, run, transfers, buffer)
         records.update({one.unit.tensor: one.record for one in finished if one.record is not None})
-        pending.append(writing.submit(store, finished))
+        pending.append(writing.submit(store, finished, task.hashes))
         if len(pending) > run.schedule.lanes:
             pending.popleft().result()  # bounds the memory of pending writes, and lets a failed one stop the run
 
@@ -158,17 +168,18 @@ def _moment(stack: Stack, run: Run) -> Tensor | None:
     return open_moments(run.plan.moments).of(unit.matrix.module, run.plan.recipe.calibrate_kind)
 
 
-def _upload(stack: Stack, checkpoint: Checkpoint, transfers: Transfers) -> tuple[Upload, ...]:
-    """Read a stack's tensors and start uploading them; those that are only copied stay on the CPU."""
-    return tuple(
-        Upload(unit.read(checkpoint)) if unit.matrix is None else transfers.start_upload(unit.read(checkpoint))
-        for unit in stack.units
-    )
+def _upload(stack: Stack, checkpoint: Checkpoint, transfers: Transfers) -> _Sources:
+    """Read a stack's tensors, hash them and start uploading them; those that are only copied stay on the CPU."""
+    uploads, hashes, todo = list[Upload](), dict[str, str](), {unit.tensor for unit in stack.todo}
+    for unit in stack.units:
+        tensor = unit.read(checkpoint)
+        uploads.append(Upload(tensor) if unit.matrix is None else transfers.start_upload(tensor))
+        if unit.tensor in todo:
+            hashes[unit.tensor] = hash_tensor(tensor)
+    return _Sources(tuple(uploads), hashes)
 
 
-def _read(
-    checkpoint: Checkpoint, stacks: Iterable[Stack], transfers: Transfers
-) -> Iterator[tuple[Stack, tuple[Upload, ...]]]:
+def _read(checkpoint: Checkpoint, stacks: Iterable[Stack], transfers: Transfers) -> Iterator[tuple[Stack, _Sources]]:
     """Yield stacks with their tensors, one after the other."""
     for stack in stacks:
         yield stack, _upload(stack, checkpoint, transfers)
@@ -176,7 +187,7 @@ def _read(
 
 def _read_ahead(
     checkpoint: Checkpoint, stacks: Iterable[Stack], transfers: Transfers
-) -> Iterator[tuple[Stack, tuple[Upload, ...]]]:
+) -> Iterator[tuple[Stack, _Sources]]:
     """Yield stacks with their tensors, reading the next one while the caller works on this one."""
     rest = iter(stacks)
     with ThreadPoolExecutor(max_workers=1) as reading:
@@ -184,10 +195,10 @@ def _read_ahead(
         ahead = reading.submit(_upload, stack, checkpoint, transfers) if stack else None
         try:
             while stack is not None and ahead is not None:
-                uploads = ahead.result()
+                sources = ahead.result()
                 following = next(rest, None)
                 ahead = reading.submit(_upload, following, checkpoint, transfers) if following else None
-                yield stack, uploads
+                yield stack, sources
                 stack = following
         except BaseException:  # including GeneratorExit, when the caller fails
             checkpoint.cancel()  # leaving the `with` waits for the thread, which may be waiting for the network

@@ -2,7 +2,7 @@
 on kernel launches than on computing.
 
 Sums over a stack may differ in the last bits from those over a single matrix. Therefore stacks depend on the plan
-alone, and a stack is always computed as a whole: a resumed run gives the same bytes.
+alone, and a stack is always computed as a whole: a resumed run produces the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loftq_cli.numerics.methods.stacked import may_stack
 from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
-MOST_STACKED = 32  # one launch for this many matrices makes its cost negligible
+MOST_STACKED = 32  # at this number of matrices per launch, the cost of a launch is negligible
 _SMALL_WEIGHTS = 1 << 23  # above this, a product takes a GPU longer than its launch
 _STACK_WEIGHTS = 1 << 26  # of all its matrices: about 2 GB of device memory, little for a GPU that holds an LLM
 
@@ -32,7 +32,7 @@ class Stack:
 
     @staticmethod
     def of(*units: Unit) -> Stack:
-        """Return a stack of which nothing is finished yet."""
+        """Return a stack with no finished units."""
         return Stack(units, units)
 
 
@@ -58,7 +58,7 @@ def form_stacks(
 
 
 def stack_size(unit: Unit, recipe: Recipe, most: int) -> int:
-    """Return how many units like this one are converted together at most."""
+    """Return the maximum number of units like this one that are converted together."""
     if most == 1 or not _is_stackable(unit, recipe):
         return 1
     assert unit.matrix is not None

@@ -23,7 +23,7 @@ class Upload:
 
     Attributes:
         ready: recorded when the copy is done; None if nothing is being copied.
-        source: the memory being copied from, kept alive until then.
+        source: the memory that is being copied, kept alive until then.
     """
 
     tensor: Tensor
@@ -36,7 +36,7 @@ class PendingDownload:
     """Contiguous output tensors by name.
 
     Attributes:
-        computed: recorded when they have been computed; None if they have been already.
+        computed: recorded when they have been computed; None if they are complete already.
     """
 
     tensors: Mapping[str, Tensor]
@@ -53,7 +53,7 @@ class Transfers(Protocol):
         """Computing thread: return the tensor for work on the current stream."""
 
     def prepare_download(self, tensors: Mapping[str, Tensor]) -> PendingDownload:
-        """Computing thread: mark outputs of the current stream, some of which may be on the CPU, for download.
+        """Computing thread: prepare outputs of the current stream for download; some may be on the CPU.
 
         Raises:
             torch.OutOfMemoryError: a tensor must be made contiguous, and there is too little memory.

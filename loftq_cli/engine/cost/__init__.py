@@ -1,1 +1,1 @@
-"""What a plan will take here: memory, schedule, time."""
+"""The cost of a plan on this machine: memory, schedule, time."""

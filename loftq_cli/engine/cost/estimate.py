@@ -46,7 +46,7 @@ class Estimate:
 
 @full_precision()
 def estimate(plan: Plan, device: torch.device) -> Estimate:
-    """Estimate a plan's cost on `device`; takes seconds the first time and almost none after that."""
+    """Estimate a plan's cost on `device`; takes seconds the first time and almost no time after that."""
     schedule = choose_schedule(plan, device, None)
     peak = peak_memory(plan, device, schedule)  # before the trials add their own memory
     known = _Trials(device)
@@ -58,7 +58,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
 
 
 class _Trials:
-    """Measured seconds, cached in the user's cache folder under a hash of what they depend on."""
+    """Measured seconds, cached in the user's cache folder by a hash of everything they depend on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -69,7 +69,7 @@ class _Trials:
         self._new = False
 
     def seconds(self, unit: Unit, recipe: Recipe, schedule: Schedule) -> float:
-        """Return the seconds to convert one matrix; for matrices that share the machine, its share."""
+        """Return the seconds to convert one matrix; if several share the machine, the share of one."""
         assert unit.matrix is not None
         schedule = schedule if fits_a_lane(unit, recipe.method) else Schedule(threads=torch.get_num_threads())
         trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
@@ -135,7 +135,7 @@ class _Trials:
 
 
 def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
-    """Return one unit of every kind of work, and how many there are."""
+    """Return one unit of every kind of work, and the number of such units."""
     counts: Counter[tuple] = Counter()
     first: dict[tuple, Unit] = {}
     for unit in units:
@@ -166,4 +166,4 @@ def _write_trial(folder: Path) -> float:
             hashlib.sha256(content)
             return time.perf_counter() - started
     except OSError:
-        return 0.2  # not writable now: assume an ordinary disk
+        return 0.2  # the folder is not writable: assume an ordinary disk

@@ -18,12 +18,12 @@ _SPARE = 120 << 20  # allocator, thread stacks, buffers being written
 # Bytes per weight on a device, where quantizing makes several passes over memory: measured 30 alone, 33 in a stack.
 _DEVICE_SET = 33
 _DEVICE_SPARE = 64 << 20  # cuBLAS and cuSOLVER
-_DOWNLOADS = 2  # stacks at most whose outputs are downloaded while the next is converted
-_PAGE_LOCKED = 2  # page-locked memory per byte of a tensor at most: torch rounds up to powers of two
+_DOWNLOADS = 2  # maximum number of stacks whose outputs are downloaded while the next is converted
+_PAGE_LOCKED = 2  # maximum page-locked bytes per byte of a tensor: torch rounds up to powers of two
 
 
 def peak_memory(plan: Plan, device: torch.device, schedule: Schedule) -> int:
-    """Return the peak memory in bytes of a run with this schedule; on a GPU, of the device."""
+    """Return the peak memory of a run with this schedule in bytes; on a GPU, that of the device."""
     method = plan.recipe.method
     if device.type != "cpu":
         return _device_memory(form_stacks(plan.units, plan.recipe, schedule.stack), schedule, method)
@@ -34,7 +34,8 @@ def peak_memory(plan: Plan, device: torch.device, schedule: Schedule) -> int:
 
 
 def _device_memory(stacks: Iterable[Stack], schedule: Schedule, method: str) -> int:
-    """Sum up the current stack, the next one's sources and the last ones' outputs; copied tensors stay on the host."""
+    """Add up the current stack, the sources of the next and the outputs of the last ones; copied tensors stay on the
+    host."""
     units = [[unit for unit in stack.units if unit.matrix is not None] for stack in stacks]
     needs = max((sum(device_set(unit, method) for unit in stack) for stack in units), default=0)
     ahead = max((sum(unit.source.nbytes for unit in stack) for stack in units), default=0) if schedule.read_ahead else 0
@@ -43,7 +44,7 @@ def _device_memory(stacks: Iterable[Stack], schedule: Schedule, method: str) -> 
 
 
 def resident_peak(plan: Plan, device: torch.device, schedule: Schedule) -> int:
-    """Return the peak resident memory of this process; with a GPU, what the transfers need."""
+    """Return the peak resident memory of this process; with a GPU, the memory that the transfers need."""
     if device.type == "cpu":
         return peak_memory(plan, device, schedule)
     stacks = form_stacks(plan.units, plan.recipe, schedule.stack)

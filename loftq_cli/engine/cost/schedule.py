@@ -12,7 +12,7 @@ from loftq_cli.planning.plan import Plan
 
 
 def choose_schedule(plan: Plan, device: torch.device, limit: int | None) -> Schedule:
-    """Return the fastest schedule of one process within `limit` bytes of resident memory (on a GPU, of the host's).
+    """Return the fastest schedule of one process within `limit` bytes of resident memory (on the host).
 
     Raises:
         LoftqError: not even one unit at a time fits.

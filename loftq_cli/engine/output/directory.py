@@ -1,7 +1,7 @@
 """The output directory of a conversion or a merge: claiming it, writing its files, publishing them.
 
-While work is under way everything lies in `.loftq/`. `config.json` is the last file to appear, so that no loader
-mistakes half a model for a whole one.
+During a run, everything is in `.loftq/`. `config.json` is the last file to appear, so that no loader mistakes half a
+model for a whole one.
 """
 
 from __future__ import annotations
@@ -10,26 +10,34 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.checkpoint import SideFile
 from loftq_cli.engine.output.journal import Journal
-from loftq_cli.engine.output.lock import Lock, is_lock, take
+from loftq_cli.engine.output.lock import Lock, take
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.tensorfile.hashing import FileRecord, check_file, hash_file
 from loftq_cli.tensorfile.tensors import TensorFile
 from loftq_cli.tensorfile.writer import ShardWriter
 
 STATE = ".loftq"
+_PARTIAL = f"{STATE}/partial"
+_PUBLISHING = f"{STATE}/publishing"  # exists once files are being moved to their final places
+# What conversions, merges and pushes keep in the state's folder, without locks.
+_STATE_NAME = re.compile(
+    r"journal(\..*)?|partial|publishing|run-.+|draft-.+|worker\.\d+\.log|merge(\.draft)?|push\.json"
+)
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def partial_folder(output: Path) -> Path:
     """Return the folder that holds files until they are complete."""
-    return output / STATE / "partial"
+    return output / _PARTIAL
 
 
 def journal_of(output: Path) -> Journal:
@@ -42,8 +50,8 @@ def claim(output: Path, inputs: Mapping[str, Path], prepare: Callable[[], None])
     """Hold the lock of an output directory while the `with` block runs.
 
     Args:
-        inputs: directories that are read, by what to call them in a message; the output must not overlap with them.
-        prepare: called with the lock held, to inspect what is in the directory and make it ready for writing.
+        inputs: directories that are read, by the name to use in a message; the output must not overlap with them.
+        prepare: called with the lock held, to inspect the directory and prepare it for writing.
 
     Raises:
         UsageError: the output overlaps with an input, is a file, or is being written by another run; and whatever
@@ -68,8 +76,10 @@ def _refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
 
 def _lock(output: Path, prepare: Callable[[], None]) -> Lock:
     try:
-        (output / STATE).mkdir(parents=True, exist_ok=True)
-        lock = take(output / STATE)
+        output.mkdir(parents=True, exist_ok=True)
+        state = ConfinedFolder(output).path(STATE)
+        state.mkdir(exist_ok=True)
+        lock = take(state)
         try:
             prepare()
         except BaseException:
@@ -90,25 +100,42 @@ def _abandon(output: Path, lock: Lock) -> None:
 
 
 def clear_state(output: Path, keep: str = "") -> None:
-    """Remove everything of the state but the lock and the file `keep`; the journal first, because the rest means
-    nothing without it."""
-    for path in sorted((output / STATE).iterdir(), key=lambda path: not path.name.startswith("journal")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != keep and not is_lock(path):
-            path.unlink(missing_ok=True)
+    """Remove the state except for the lock, the file `keep` and what loftq does not put there.
+
+    The journal goes first, because the rest is useless without it.
+    """
+    folder = ConfinedFolder(output)
+    state = folder.path(STATE)
+    for path in sorted(state.iterdir(), key=lambda path: not path.name.startswith("journal")):
+        if _STATE_NAME.fullmatch(path.name) is None or path.name == keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            folder.remove_tree(f"{STATE}/{path.name}")
+        else:
+            folder.unlink(f"{STATE}/{path.name}")
 
 
 def remove_files(output: Path, names: Iterable[str]) -> None:
-    """Remove published files, `config.json` first: from then on the directory no longer looks like a model."""
-    for name in sorted(names, key=lambda name: (name != "config.json", name)):
-        (output / name).unlink(missing_ok=True)
+    """Remove published files: `config.json` first, so that the directory no longer looks like a model, and the manifest
+    last, because it shows that the others are ours."""
+    for name in sorted(names, key=lambda name: (name != "config.json", name == MANIFEST, name)):
+        ConfinedFolder(output).unlink(name)
 
 
 def locate(output: Path, name: str) -> Path:
-    """Return the path of a planned file: in `.loftq/partial`, or its final place if a run stopped between two moves."""
-    partial = partial_folder(output) / name
-    return partial if partial.exists() or not (output / name).exists() else output / name
+    """Return the path of a planned file: in `.loftq/partial`, or its final place if a run stopped between two moves.
+
+    Raises:
+        LoftqError: a link is on the way.
+    """
+    folder = ConfinedFolder(output)
+    partial = folder.path(f"{_PARTIAL}/{name}")
+    return partial if partial.exists() or not is_publishing(output) or not folder.exists(name) else folder.path(name)
+
+
+def is_publishing(output: Path) -> bool:
+    """True if an earlier run has begun to move finished files to their final places."""
+    return ConfinedFolder(output).exists(_PUBLISHING)
 
 
 @contextmanager
@@ -167,13 +194,13 @@ def write_file(output: Path, name: str, content: bytes) -> FileRecord:
     Raises:
         OSError: it does not read back as it was written.
     """
-    path = partial_folder(output) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as handle:
+    folder = ConfinedFolder(output)
+    with folder.write(f"{_PARTIAL}/{name}") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
     record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    path = folder.path(f"{_PARTIAL}/{name}")
     if hash_file(path) != record:
         raise OSError(errno.EIO, "it does not read back as it was written", str(path))
     return record
@@ -181,14 +208,31 @@ def write_file(output: Path, name: str, content: bytes) -> FileRecord:
 
 def publish(output: Path, names: Iterable[str]) -> None:
     """Move complete files to their final places, `config.json` last, and remove the state but for the lock."""
+    folder = ConfinedFolder(output)
+    folder.write(_PUBLISHING).close()
+    _sync_folder(folder.path(STATE))
     for name in sorted(names, key=lambda name: (name == "config.json", name)):
-        partial = partial_folder(output) / name
-        if partial.exists():
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, output / name)
-            _sync_folder((output / name).parent)
+        if folder.exists(f"{_PARTIAL}/{name}"):
+            folder.replace(f"{_PARTIAL}/{name}", name)
+            _sync_folder(folder.path(name).parent)
     clear_state(output)
     _sync_folder(output)
+
+
+def check_unchanged(output: Path, records: Mapping[str, FileRecord]) -> None:
+    """Check that small files still are what `write_files` wrote.
+
+    Raises:
+        LoftqError: one has changed (exit code 4).
+    """
+    for name, record in records.items():
+        path = locate(output, name)
+        if not path.is_file() or hash_file(path) != record:
+            raise LoftqError(
+                f"{path} does not hold what was written to it: check the disk, then run the same command again to "
+                "repeat that part.",
+                exit_code=ExitCode.INCOMPLETE,
+            )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -201,7 +245,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def on_full_disk(output: Path) -> Iterator[None]:
-    """Turn an error of the disk into a sentence.
+    """Turn a disk error into a one-sentence message.
 
     Raises:
         LoftqError: the disk is full or failing (exit code 4).

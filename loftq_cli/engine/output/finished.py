@@ -1,27 +1,26 @@
-"""Find out if a plan has been carried out already."""
+"""Find out if a plan has been completed already."""
 
 from __future__ import annotations
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.engine.output.directory import journal_of
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.planning.plan import Plan
 
 
 def find_finished(plan: Plan) -> Manifest | None:
     """Return the manifest of a finished conversion with this recipe and source, or None if there is none.
 
-    Every file must be there in its full size. Contents are not read: `verify` does that.
+    Every file must exist with its full size. Contents are not read: `verify` does that.
 
     Raises:
-        LoftqError: there is a manifest, but it is damaged.
+        LoftqError: there is a manifest, but it is damaged; or a file of it is a link.
     """
     output = plan.output
     if not (output / MANIFEST).is_file() or journal_of(output).read_header() is not None:
         return None
     manifest = read_manifest(output)
-    whole = all(
-        (output / name).is_file() and (output / name).stat().st_size == record.nbytes
-        for name, record in manifest.files.items()
-    )
+    paths = {ConfinedFolder(output).path(name): record.nbytes for name, record in manifest.files.items()}
+    whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
     return manifest if whole and manifest.fingerprint == plan.fingerprint else None

@@ -23,14 +23,16 @@ from typing import Annotated
 from pydantic import Field
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.machine.json_record import InvalidRecord, json_record, read_json
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0  # without a heartbeat, for a lock of another machine
-_SAME_START = 2.0  # seconds by which two readings of one start time may differ when the clock is adjusted
+_SAME_START = 2.0  # seconds by which two readings of the same start time may differ if the clock is adjusted
 ProcessId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _NAME = re.compile(r"lock\.(\d+)")
 _ATTEMPTS = 20
+_LONGEST_LOCK = 1 << 16  # bytes; locks have some hundreds
 
 
 @json_record
@@ -39,8 +41,8 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        place: machine, boot and process namespace; `pid` means nothing anywhere else.
-        started: start time of the process in seconds since 1970, which tells a reused pid.
+        place: machine, boot and process namespace, outside of which `pid` means nothing.
+        started: start time of the process in seconds since 1970, which reveals a reused pid.
     """
 
     host: str
@@ -53,12 +55,12 @@ class Holder:
         return Holder(socket.gethostname(), place(), os.getpid(), _start_of(os.getpid()) or time.time())
 
     def is_alive(self, path: Path) -> bool:
-        """True if the process runs; where it cannot be seen from here, if the lock at `path` has a fresh heartbeat."""
+        """True if the process is running; if it cannot be seen from here, true if the lock at `path` is fresh."""
         seen = self.seen_alive()
         return _beats(path) if seen is None else seen
 
     def seen_alive(self) -> bool | None:
-        """True if the process runs; None if it cannot be seen from here."""
+        """True if the process is running; None if it cannot be seen from here."""
         if not self.place or self.place != place():
             return None
         started = _start_of(self.pid)
@@ -112,7 +114,7 @@ def take(folder: Path) -> Lock:
             _refuse_if_alive(folder, path)
         mine = folder / f"lock.{number + 1}"
         if not _create(mine, content):
-            continue  # another process was faster
+            continue  # another process created it first
         if _highest(folder)[0] > number + 1:
             mine.unlink(missing_ok=True)  # a gap that a later owner left when it cleared away older locks
             continue
@@ -120,21 +122,17 @@ def take(folder: Path) -> Lock:
             if (match := _NAME.fullmatch(older.name)) and int(match[1]) <= number:
                 older.unlink(missing_ok=True)
         return Lock(mine, number + 1)
-    raise LoftqError(f"the lock in {folder} changes owners too fast: try again.", exit_code=ExitCode.INCOMPLETE)
-
-
-def is_lock(path: Path) -> bool:
-    """True if a file of the state is a lock, or the draft of one."""
-    return path.name.startswith("lock.")
+    raise LoftqError(f"the lock in {folder} changes owners too quickly: try again.", exit_code=ExitCode.INCOMPLETE)
 
 
 def _refuse_if_alive(folder: Path, path: Path) -> None:
     try:
-        holder = read_json(Holder, path.read_bytes())
+        with ConfinedFolder(folder).read(path.name) as handle:
+            holder = read_json(Holder, handle.read(_LONGEST_LOCK))
     except FileNotFoundError:
         return
     except (OSError, InvalidRecord) as error:
-        if _beats(path):  # nothing but its age tells whether its owner still runs
+        if _beats(path):  # only its age shows if its owner is still running
             raise UsageError(
                 f"{folder.parent} may be in use, but its lock {path} is damaged ({error}): try again in "
                 f"{STALE_SECONDS / 60:.0f} minutes, when the lock expires, or choose another -o."
@@ -213,4 +211,4 @@ def _start_of(pid: int) -> float | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.Error:
-        return time.time()  # it exists, but this user may not inspect it
+        return time.time()  # the process exists, but this user may not inspect it

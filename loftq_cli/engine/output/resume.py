@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
@@ -10,36 +11,61 @@ from loftq_cli.artifacts.manifest import read_manifest
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.output.directory import STATE, clear_state, journal_of, partial_folder, remove_files
 from loftq_cli.engine.output.journal import Header
-from loftq_cli.engine.output.source_sample import changed_files, sample_source
+from loftq_cli.engine.output.preflight import (
+    allocated,
+    check_places,
+    check_space,
+    owned_names,
+    published_names,
+)
+from loftq_cli.engine.output.source_sample import changed_files, file_states, replaced_unit, sample_source
 from loftq_cli.errors import UsageError
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.units import Unit
 
 _LONG_LIST = 6
 
 
-def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool) -> None:
-    """Keep the state of the same conversion, or begin a new one. To be called with the output's lock held.
+def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed: int) -> None:
+    """Keep the state of the same conversion, or begin a new one. Call this with the output's lock held.
+
+    Args:
+        needed: bytes of all files of the output.
 
     Raises:
         UsageError: the directory holds foreign files, a finished conversion, or the state of another conversion or
-            of a source that has changed since.
-        LoftqError: it holds a finished conversion whose manifest is damaged.
+            of a source that has changed since then.
+        LoftqError: it holds a finished conversion whose manifest is damaged, or a link where a file will be; or the
+            disk has too little room.
     """
     output, files = plan.output, sample_source(checkpoint)
+    states = file_states(checkpoint)
     header = journal_of(output).read_header()
     same = header is not None and header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
     if same and header is not None and not changed_files(header.files, files):
-        return
-    if header is not None:
+        check_places(plan, published_names(plan))
+        check_space(plan, needed, allocated(output, published_names(plan)))
+        if header.states != states and (replaced := _replaced_unit(plan, checkpoint)):
+            if not overwrite:
+                raise UsageError(_another_file(plan, replaced.source.file, f" ({replaced.tensor} differs)"))
+        else:
+            return
+    elif header is not None:
         if not overwrite:
             raise UsageError(_why_not_resumed(header, plan, checkpoint, files))
+        check_places(plan, published_names(plan))
+        check_space(plan, needed, allocated(output))
     elif (output / MANIFEST).exists():
-        _replace_finished(plan, overwrite)
+        _replace_finished(plan, overwrite, needed)
     elif any(path.name != STATE for path in output.iterdir()):
         raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
+    else:
+        check_space(plan, needed, allocated(output))
+    remove_files(output, published_names(plan))
     clear_state(output)
     partial_folder(output).mkdir(parents=True, exist_ok=True)
-    journal_of(output).begin(Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files))
+    header = Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files, states)
+    journal_of(output).begin(header)
 
 
 def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: Mapping[str, str]) -> str:
@@ -47,19 +73,31 @@ def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: 
     if different:
         return (
             f"{output} holds an unfinished conversion with {different}: repeat that command to finish it, choose "
-            "another -o, or give --overwrite to drop it."
+            "another -o, or give --overwrite to discard it."
         )
     changed = changed_files(header.files, files)
     if changed:
-        what = f"{plan.source / changed[0]} is not the file"
-    elif header.source != checkpoint.fingerprint:
+        return _another_file(plan, changed[0])
+    if header.source != checkpoint.fingerprint:
         what = f"the config or the tensors' names, types or shapes in {plan.source} are not those"
     else:
         what = "this version of loftq is not the one"
+    return _not_the_source(what, output)
+
+
+def _another_file(plan: Plan, file: str, where: str = "") -> str:
+    return _not_the_source(f"{plan.source / file}{where} is not the file", plan.output)
+
+
+def _not_the_source(what: str, output: Path) -> str:
     return (
-        f"{what} that the unfinished conversion in {output} began with: put that one back to go on, or give "
-        "--overwrite to start again."
+        f"{what} that the unfinished conversion in {output} began with: restore it to go on, or give --overwrite to "
+        "start again."
     )
+
+
+def _replaced_unit(plan: Plan, checkpoint: Checkpoint) -> Unit | None:
+    return replaced_unit(plan.units, journal_of(plan.output).entries(), checkpoint)
 
 
 def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
@@ -67,7 +105,7 @@ def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
     return recipe.get("revision") == plan.recipe.revision
 
 
-def _replace_finished(plan: Plan, overwrite: bool) -> None:
+def _replace_finished(plan: Plan, overwrite: bool, needed: int) -> None:
     manifest = read_manifest(plan.output)
     if not overwrite:
         if manifest.fingerprint == plan.fingerprint:
@@ -77,7 +115,10 @@ def _replace_finished(plan: Plan, overwrite: bool) -> None:
             f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
             "replace it."
         )
-    remove_files(plan.output, ["config.json", *manifest.files, MANIFEST])
+    ours = owned_names(plan.output, manifest)
+    check_places(plan, ours)
+    check_space(plan, needed, allocated(plan.output, ours))
+    remove_files(plan.output, ours)
 
 
 def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:

@@ -1,1 +1,1 @@
-"""Several processes on one plan: orders, sessions, supervision, launchers."""
+"""Several processes that work on one plan: orders, sessions, supervision, launchers."""

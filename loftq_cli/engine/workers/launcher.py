@@ -1,8 +1,8 @@
-"""The world of a launcher (`accelerate launch`, torchrun, mpirun, srun): who this process is, and the one word that
-the main process says to the others.
+"""The processes of a launcher (`accelerate launch`, torchrun, mpirun, srun): the rank of this one, and the one message
+that the main process sends to the others.
 
-Accelerate knows the launchers and gathers the ranks over gloo. All else goes through the output's state folder, so that
-nothing can wait for ever on a rank that died.
+Accelerate detects the launcher and connects the ranks over gloo. Everything else goes through the output's state
+folder, so that no process can wait forever for a rank that died.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from loftq_cli.errors import ExitCode, LoftqError
 
-WAIT = timedelta(hours=1)  # for all ranks to start, and for the main one to download and plan
+WAIT = timedelta(hours=1)  # for all ranks to start, and for the main process to download and plan
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -38,22 +38,22 @@ class World:
         return self.rank == 0
 
     def announce(self, run_id: str) -> None:
-        """Tell the other ranks that they may join. For the main process."""
+        """Tell the other ranks that they may join. Only the main process calls this."""
         self._announced = True
         self._broadcast({"run_id": run_id})
 
     def announce_failure(self, error: BaseException) -> None:
-        """Let the other ranks fail with this one, if they are still waiting."""
+        """Make the other ranks fail with this error, if they are still waiting."""
         if self.main and not self._announced:
             code = error.exit_code if isinstance(error, LoftqError) else ExitCode.FAILED
             with contextlib.suppress(LoftqError):  # the others are gone too
                 self._broadcast({"error": str(error), "exit_code": int(code)})
 
-    def hear(self) -> str:
-        """The id of the run that the main process announces.
+    def receive(self) -> str:
+        """Return the id of the run that the main process announces.
 
         Raises:
-            LoftqError: it failed, or is gone.
+            LoftqError: the main process failed or has ended.
         """
         message = self._broadcast(None)
         if "error" in message:
@@ -71,8 +71,8 @@ class World:
             return box[0]
         except RuntimeError as error:
             raise LoftqError(
-                f"rank {self.rank} lost the others ({str(error).splitlines()[0]}): run the same command again to go "
-                "on.",
+                f"rank {self.rank} lost its connection to the other ranks ({str(error).splitlines()[0]}): run the same "
+                "command again to go on.",
                 exit_code=ExitCode.INCOMPLETE,
             ) from error
         finally:
@@ -82,17 +82,18 @@ class World:
 
 
 def launched_rank() -> int:
-    """This process's rank in its launcher's world; 0 without one. Imports nothing."""
+    """Return this process's rank in its launcher's world; 0 without a launcher. Imports nothing."""
     _translate_slurm()
     return _first(_RANKS, 0) if _first(_SIZES, 1) > 1 else 0
 
 
 @contextmanager
 def joined_world() -> Iterator[World | None]:
-    """The world this process was started in, None where it is alone; what goes wrong inside ends the others' wait.
+    """Yield the world that this process was started in, None if it is alone; an error in the block also ends the wait
+    of the other ranks.
 
     Raises:
-        LoftqError: the ranks do not come together.
+        LoftqError: the ranks cannot connect.
     """
     world = _join()
     try:
@@ -112,13 +113,13 @@ def _join() -> World | None:
     ours = not PartialState._shared_state
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it advises on threads, which the launcher has set
-            # cpu: for gloo. What is computed on is chosen by the local rank.
+            warnings.simplefilter("ignore")  # advice on the number of threads, which the launcher has set
+            # cpu=True selects gloo. The device to compute on follows from the local rank.
             state = PartialState(cpu=True, timeout=WAIT) if ours else PartialState()
     except (RuntimeError, ValueError) as error:
         raise LoftqError(
-            f"the launcher's processes do not come together ({str(error).splitlines()[0]}): check MASTER_ADDR, "
-            "MASTER_PORT and that all were started.",
+            f"the launcher's processes cannot connect to each other ({str(error).splitlines()[0]}): check MASTER_ADDR, "
+            "MASTER_PORT and that all of them were started.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
     if state.num_processes <= 1:
@@ -131,7 +132,7 @@ def _first(names: tuple[str, ...], default: int) -> int:
 
 
 def _translate_slurm() -> None:
-    """`srun loftq quantize …` without a launcher in between: Slurm's own variables of a job step."""
+    """For `srun loftq quantize …` without a launcher, set a launcher's variables from those of Slurm's job step."""
     env = os.environ
     if _first(_SIZES, 0) or not env.get("SLURM_STEP_NUM_TASKS", "1").isdigit():
         return
@@ -140,5 +141,5 @@ def _translate_slurm() -> None:
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
         env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
         env.setdefault("MASTER_ADDR", env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-        # Jobs that share a machine differ in their numbers.
+        # Jobs that share a machine have different ids.
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))

@@ -1,4 +1,4 @@
-"""The folder that the workers of one run share, in the output's state on a file system that all of them see.
+"""The folder that the workers of one run share, in the output's state, on a file system that all of them can see.
 
 .loftq/run-ID/units        the stacks of units to convert, largest first (`WorkList`)
 .loftq/run-ID/claims/N     a worker has taken the stack that starts with unit N: created exclusively, which is atomic on
@@ -32,7 +32,7 @@ MAIN = "main"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0  # without a heartbeat, after which a worker of another launcher counts as dead
 _STATUS_BYTES = 4096
-_STATUS_READS = 3  # before a status counts as damaged: its owner may be writing it
+_STATUS_READS = 3  # attempts before a status counts as damaged: its owner may be writing it
 _REREAD_SECONDS = 0.05
 
 
@@ -43,9 +43,9 @@ class WorkList:
 
     Attributes:
         fingerprint: of the main process's plan.
-        units: stacks, as positions in the plan's units.
+        units: stacks, as indices into the plan's units.
         finished: units of these stacks that need no work.
-        nonfinite: weights with NaN or infinity by tensor name, which no header shows.
+        nonfinite: weights with NaN or infinity by tensor name, which headers do not show.
     """
 
     fingerprint: str
@@ -60,7 +60,7 @@ class WorkerStatus:
     """The status that a worker, or the main process, shows to the others.
 
     Attributes:
-        beat: increases as long as the process runs.
+        beat: increases while the process is running.
         host, place, pid, started: the process, as in `lock.Holder`.
         unit: the tensor it is converting.
         error, exit_code: why it stopped.
@@ -111,7 +111,7 @@ class Session:
         return (self.path / "units").exists()
 
     def work_list(self) -> WorkList:
-        """Return what the main process wrote.
+        """Return the work list that the main process wrote.
 
         Raises:
             FileNotFoundError: the run is over.
@@ -136,7 +136,7 @@ class Session:
         ]
 
     def claimed(self, plan: Plan) -> Iterator[Stack]:
-        """Take stacks that no other worker has taken, one by one, largest first; none once the run has failed."""
+        """Yield stacks that no other worker has taken, one by one, largest first; stop if the run has failed."""
         liveness = LivenessMonitor()
         numbers = {unit.tensor: number for number, unit in enumerate(plan.units)}
         for stack in self.stacks(plan):

@@ -1,4 +1,5 @@
-"""The main process of a run with several workers: starts its own, watches all, reports for all, computes nothing."""
+"""The main process of a run with several workers: it starts and monitors them and reports progress, and converts
+nothing itself."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from loftq_cli.engine.output.lock import Lock
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.engine.workers.session import MAIN, Heartbeat, LivenessMonitor, Session, WorkerStatus
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.usage import Cost
 from loftq_cli.planning.plan import Plan
@@ -33,16 +35,16 @@ if TYPE_CHECKING:
     from loftq_cli.planning.plan import Plan
     from loftq_cli.progress import Reporter
 
-_LOOK_SECONDS = 0.1
-_LEAVE_SECONDS = 30.0  # for a worker that has nothing left to do
+_POLL_SECONDS = 0.1
+_EXIT_SECONDS = 30.0  # for a worker that has nothing left to do
 
 
 class Team:
-    """The processes that share a run; a context that tells those that have joined how it ended.
+    """The processes that share a run; a context manager that stops them if the run fails.
 
     Args:
         orders: for the workers that the main process starts.
-        announce: called with the run's id once the session is there to be joined.
+        announce: called with the run's id when workers can join the session.
     """
 
     def __init__(self, orders: Sequence[Order], announce: Callable[[str], None] = lambda run_id: None) -> None:
@@ -52,7 +54,7 @@ class Team:
         self._heartbeat: Heartbeat | None = None
 
     def begin(self, plan: Plan, todo: Sequence[Stack]) -> Session:
-        """Lay out the session, show that the main process is there, and let others join."""
+        """Create the session, start the main process's heartbeat, and let others join."""
         self._session = Session(plan.output, uuid.uuid4().hex[:12])
         self._session.begin(plan, todo)
         self._heartbeat = Heartbeat(self._session, MAIN)
@@ -81,28 +83,29 @@ class Child:
 def supervise(
     plan: Plan, team: Team, todo: Sequence[Stack], reporter: Reporter, lock: Lock
 ) -> tuple[dict[str, MatrixRecord], Cost]:
-    """Have `todo` done: by own workers, and by whoever else joins the session.
+    """Have the units of `todo` converted, by workers started here and by any others that join the session.
 
     Returns:
-        The records of the matrices among them, by tensor name, and what it took.
+        The records of the matrices among them, by tensor name, and the cost.
 
     Raises:
-        LoftqError: a worker gave up or died (exit code 4, with the matrix it was at); no own worker is left running.
+        LoftqError: a worker failed or died (exit code 4, with the matrix it was converting); all workers started here
+            are stopped.
     """
     journal = journal_of(plan.output)
-    journal.new_entries()  # those of earlier runs
+    journal.new_entries()  # skip those of earlier runs
     session = team.begin(plan, todo)
     children: list[Child] = []
     try:
         for order in team.orders if todo else ():
             children.append(_start(dataclasses.replace(order, run_id=session.run_id), plan.output / STATE))
-        watch = _Watch(plan, session, children, journal, reporter)
-        while watch.left:
-            watch.look()
+        monitor = _Monitor(plan, session, children, journal, reporter)
+        while monitor.left:
+            monitor.poll()
             lock.check()
-            time.sleep(_LOOK_SECONDS)
-        _let_go(children)
-        return watch.records, _cost(session.statuses())
+            time.sleep(_POLL_SECONDS)
+        _await_exit(children)
+        return monitor.records, _cost(session.statuses())
     finally:
         for child in children:
             child.process.kill()
@@ -110,8 +113,8 @@ def supervise(
             child.log.close()
 
 
-class _Watch:
-    """What is left, and who is at it."""
+class _Monitor:
+    """The units that are left, and the workers that convert them."""
 
     def __init__(
         self, plan: Plan, session: Session, children: Sequence[Child], journal: Journal, reporter: Reporter
@@ -119,17 +122,17 @@ class _Watch:
         self._plan, self._session, self._children = plan, session, children
         self._journal, self._reporter = journal, reporter
         self._units = {unit.tensor: unit for unit in plan.units}
-        self._liveness, self._taken_up = LivenessMonitor(), set[str]()
+        self._liveness, self._reported = LivenessMonitor(), set[str]()
         self.left = {unit.tensor for stack in session.stacks(plan) for unit in stack.todo}
         self.records: dict[str, MatrixRecord] = {}
 
-    def look(self) -> None:
-        """Report what has been done since the last look.
+    def poll(self) -> None:
+        """Report what has been done since the last poll.
 
         Raises:
-            LoftqError: a worker will not finish.
+            LoftqError: a worker failed or died.
         """
-        # In this order: what an ended worker wrote last is seen before its end.
+        # In this order, so that the last entries of a worker that has ended are seen before its end.
         codes = {child.name: child.process.poll() for child in self._children}
         statuses = self._session.statuses()
         for entry in self._journal.new_entries():
@@ -137,7 +140,7 @@ class _Watch:
                 self.left.discard(entry.tensor)
                 if entry.record is not None:
                     self.records[entry.tensor] = entry.record
-                self._report_working(entry.tensor)  # what takes less than the time between two looks was never seen
+                self._report_working(entry.tensor)  # its status may have come and gone between two polls
                 self._reporter.done(self._units[entry.tensor], entry.record)
         for name, status in statuses.items():
             if name == MAIN:
@@ -153,8 +156,8 @@ class _Watch:
                 self._check_ended(child, statuses.get(child.name, WorkerStatus()), codes)
 
     def _report_working(self, tensor: str) -> None:
-        if tensor not in self._taken_up:
-            self._taken_up.add(tensor)
+        if tensor not in self._reported:
+            self._reported.add(tensor)
             self._reporter.working(self._units[tensor])
 
     def _check_ended(self, child: Child, status: WorkerStatus, codes: Mapping[str, int | None]) -> None:
@@ -162,7 +165,7 @@ class _Watch:
         if code and code < 0:
             raise _dead(child.name, status, f"was killed by signal {-code}")
         if code:
-            raise _dead(child.name, status, f"ended with code {code}{_last_words(child)}")
+            raise _dead(child.name, status, f"ended with code {code}{_last_output(child)}")
         others = [name for name in self._session.statuses() if name != MAIN and name not in codes]
         if not others and all(code is not None for code in codes.values()):
             left = sorted(self.left)[0]
@@ -173,15 +176,15 @@ class _Watch:
 
 
 def _start(order: Order, state: Path) -> Child:
-    """A worker in a session of its own, so that Ctrl-C reaches only the main process."""
+    """Start a worker in a process session of its own, so that Ctrl-C reaches only the main process."""
     package = str(Path(__file__).resolve().parents[3])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # What a launcher told this process does not hold for its workers.
+    # The rank that a launcher gave this process does not apply to its workers.
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"PYTHONPATH": os.pathsep.join(paths), **openmp_spin_env(env)}
     if order.threads is not None:
         env["OMP_NUM_THREADS"] = str(order.threads)
-    log = open(state / f"worker.{order.rank}.log", "w+b")  # noqa: SIM115
+    log = _open_log(ConfinedFolder(state), f"worker.{order.rank}.log")
     process = subprocess.Popen(
         [sys.executable, "-m", "loftq_cli.engine.workers.worker"],
         stdin=subprocess.PIPE,
@@ -191,20 +194,25 @@ def _start(order: Order, state: Path) -> Child:
         start_new_session=True,
     )
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # its end will be seen soon enough
+    with contextlib.suppress(BrokenPipeError):  # the monitor will see that it has ended
         process.stdin.write(order.to_json().encode() + b"\n")
-        process.stdin.flush()  # and stays open: its end tells the worker of ours
+        process.stdin.flush()  # stays open: when it closes, the worker knows that this process has ended
     return Child(str(order.rank), process, log)
 
 
-def _let_go(children: Sequence[Child]) -> None:
-    """Wait for workers that have nothing left to do."""
-    deadline = time.monotonic() + _LEAVE_SECONDS
+def _open_log(state: ConfinedFolder, name: str) -> IO[bytes]:
+    state.unlink(name)
+    return os.fdopen(state.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b")
+
+
+def _await_exit(children: Sequence[Child]) -> None:
+    """Wait a while for workers that have nothing left to do."""
+    deadline = time.monotonic() + _EXIT_SECONDS
     for child in children:
         try:
             child.process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return  # everything is on the disk: it may be killed
+            return  # everything is on disk, so they may be killed
 
 
 def _dead(name: str, status: WorkerStatus, how: str) -> LoftqError:
@@ -216,15 +224,16 @@ def _dead(name: str, status: WorkerStatus, how: str) -> LoftqError:
     )
 
 
-def _last_words(child: Child) -> str:
+def _last_output(child: Child) -> str:
+    """Return the last line of a worker's log in parentheses, or an empty string."""
     child.log.seek(0)
     lines = child.log.read().decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f" ({said})" if said else ""
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f" ({last})" if last else ""
 
 
 def _cost(statuses: Mapping[str, WorkerStatus]) -> Cost:
-    """Of all workers together."""
+    """Return the cost of all workers together."""
     workers = [status for name, status in statuses.items() if name != MAIN]
     names = sorted({status.device for status in workers if status.device})
     counts = [f"{sum(status.device == name for status in workers)} × {name}" for name in names]
@@ -236,8 +245,7 @@ def _cost(statuses: Mapping[str, WorkerStatus]) -> Cost:
 
 
 def make_team(orders: list[Order], world: World | None) -> Team | None:
-    """None for one process alone."""
-
+    """Return the team of a run; None if one process works alone."""
     if world is not None:
         return Team(orders, world.announce)
     return Team(orders) if len(orders) > 1 else None

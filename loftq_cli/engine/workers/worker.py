@@ -1,4 +1,4 @@
-"""A worker: converts units of a run that others share, as a process of its own or as a rank of a launcher's world."""
+"""A worker: converts units of a shared run, as a process of its own or as a rank of a launcher's world."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from loftq_cli.progress import Reporter
 
 _APPEAR_SECONDS = 60.0
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 def main() -> None:
-    """`python -m loftq_cli.engine.workers.worker`: read the order, one line of stdin; exit when stdin ends."""
+    """`python -m loftq_cli.engine.workers.worker`: read the order from a line of stdin; exit when stdin closes."""
     try:
         order = Order.from_json(sys.stdin.readline())
     except LoftqError as error:
@@ -43,7 +43,7 @@ def carry_out(order: Order) -> int:
     try:
         heartbeat = Heartbeat(Session(Path(order.output), order.run_id), str(order.rank))
     except FileNotFoundError:
-        return ExitCode.INCOMPLETE  # the run is over already
+        return ExitCode.INCOMPLETE  # the run has ended already
     try:
         cost = _work(order, heartbeat.update)
         heartbeat.update(done=True, unit="", peak_memory=cost.memory, peak_device_memory=cost.device_memory)
@@ -65,7 +65,7 @@ def follow(order: Order) -> Manifest:
     """Work as a rank of a launcher's world whose main process is another rank, then wait for that one to finish.
 
     Raises:
-        LoftqError: the run has failed here or elsewhere, or the main process is dead (exit code 4).
+        LoftqError: the run failed here or elsewhere, or the main process died (exit code 4).
     """
     from loftq_cli.artifacts.manifest import read_manifest
     from loftq_cli.engine.workers.session import MAIN, LivenessMonitor, Session
@@ -73,13 +73,13 @@ def follow(order: Order) -> Manifest:
     output = Path(order.output)
     session, liveness, started = Session(output, order.run_id), LivenessMonitor(), time.monotonic()
     while not session.exists() and time.monotonic() - started < _APPEAR_SECONDS:
-        time.sleep(_LOOK_SECONDS)  # a shared file system may show it late
+        time.sleep(_POLL_SECONDS)  # a shared file system may show it late
     if session.exists():
         carry_out(order)
     while session.exists() and not session.stopped():
         if liveness.why_dead(MAIN, session.statuses().get(MAIN)):
             break
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     if session.exists() or not (output / "config.json").exists():
         raise LoftqError(
             f"the run on {output} did not finish: run the same command again to go on.",
@@ -124,7 +124,7 @@ def _work(order: Order, update: Callable[..., None]) -> Cost:
         load_kernels(plan.grids, device)
         schedule = choose_schedule(plan, device, order.max_memory)
         keeps = schedule.keeps_memory and all(keeps_little(unit, recipe.method) for unit in plan.units)
-        # One lane: the other workers fill the machine already.
+        # One lane: the other workers already keep the machine busy.
         schedule = dataclasses.replace(schedule, lanes=1, keeps_memory=keeps)
         run = Run(plan, checkpoint, device, _status_reporter(update), schedule)
         with open_writer(output, plan.written_files) as writer, shared_memory(keeps=keeps):
@@ -145,7 +145,7 @@ def _status_reporter(update: Callable[..., None]) -> Reporter:
 
 
 def _exit_with_main() -> None:
-    """Exit when the main process does: its end of the pipe closes, however it ends."""
+    """Exit when the main process ends, which closes its end of the pipe."""
     while sys.stdin.read(1):
         time.sleep(0.1)
     os._exit(ExitCode.INCOMPLETE)

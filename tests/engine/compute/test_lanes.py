@@ -1,4 +1,4 @@
-"""Several matrices at a time: all of them done, never more at once than lanes, and an orderly end when one fails."""
+"""Several matrices at a time: all are converted, never more at once than lanes, and a failure ends them cleanly."""
 
 from __future__ import annotations
 

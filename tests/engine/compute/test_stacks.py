@@ -1,4 +1,4 @@
-"""Small equal matrices converted together: the same model, the same bytes after a stop, and whatever is odd alone."""
+"""Small equal matrices are converted together, with the same result and the same bytes after a stop; others alone."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from loftq_cli.progress import Reporter
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 2}
 TOGETHER = Schedule(stack=3)
-SOURCES = ("llama", "mixtral", "gpt_oss")  # experts apart, and experts in one transposed tensor
+SOURCES = ("llama", "mixtral", "gpt_oss")  # experts in separate tensors, and in one transposed tensor
 
 
 class Spy:
-    """Notes what is converted together."""
+    """Records which matrices are converted together."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stacks: list[tuple[str, ...]] = []
@@ -48,7 +48,7 @@ class Spy:
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """From now on this machine counts as one that is faster at several matrices than at one."""
+    """Treat this machine as one that converts several matrices faster than one."""
     monkeypatch.setattr("loftq_cli.engine.run.choose_schedule", lambda *_: TOGETHER)
     return Spy(monkeypatch)
 
@@ -165,7 +165,7 @@ def test_an_odd_matrix_in_a_batch_fares_as_it_does_alone(damage: str, tmp_path: 
 
 
 def sizes(stacks: Sequence[Stack]) -> list[int]:
-    """How many matrices there are in those that have several."""
+    """Return the number of matrices in stacks of several."""
     return [len(stack.units) for stack in stacks if len(stack.units) > 1]
 
 
@@ -207,7 +207,7 @@ def test_large_matrices_and_nested_scales_are_not_batched(random_llama: Path, mo
 
 
 def test_experts_are_stacked_under_calibration_too(tmp_path: Path) -> None:
-    """Calibration does not see their inputs, so their errors all weigh alike."""
+    """Calibration does not see their inputs, so their errors are not weighted."""
     text = tmp_path / "text.txt"
     text.write_text("words " * 100)
     plan = loftq_cli.plan(saved("mixtral").folder, calibrate=text, **RECIPE)
@@ -229,7 +229,7 @@ def test_max_memory_on_a_gpu_bounds_what_passes_through_the_host(monkeypatch: py
     monkeypatch.setattr(memory_module, "resident_memory", lambda: 0)
     plan, gpu = loftq_cli.plan(saved("mixtral").folder, **RECIPE), torch.device("cuda", 0)
     schedules, spare = [choose_schedule(plan, gpu, None)], memory_module._SPARE
-    for limit in range(spare + 1_000_000, spare, -1000):  # of a few tensors of some kilobytes
+    for limit in range(spare + 1_000_000, spare, -1000):  # outputs are a few tensors of some kilobytes
         try:
             schedules.append(choose_schedule(plan, gpu, limit))
         except LoftqError as error:

@@ -1,4 +1,4 @@
-"""Copies beside the computing bring the same bytes, in the order that the streams need."""
+"""Copies that overlap with computing deliver the same bytes, in the order that the streams require."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loftq_cli.engine.compute.transfers import CudaTransfers, DirectTransfers, t
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 GPU = torch.device(
     "cuda", max(0, torch.cuda.device_count() - 1)
-)  # the last one: nothing may hang on the current device
+)  # the last one: nothing may depend on the current device
 
 
 def test_nothing_is_copied_on_the_cpu() -> None:
@@ -28,14 +28,14 @@ def test_nothing_is_copied_on_the_cpu() -> None:
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """Not contiguous, where there are two dimensions."""
+    """Not contiguous if there are two dimensions."""
     return x.mT if x.dim() > 1 else x
 
 
 @needs_gpu
 @pytest.mark.parametrize("pins", [True, False], ids=["page-locked", "pageable"])
 def test_many_overlapping_copies_bring_the_right_bytes(pins: bool) -> None:
-    """Every tensor is computed on for long, and dropped as soon as it may be, while others come and go."""
+    """Compute on every tensor for a long time and drop it as early as allowed, while others come and go."""
     transfers = CudaTransfers(GPU)
     transfers._pins = pins
     sources = [torch.randn(1500, 1500, generator=torch.Generator().manual_seed(i)) for i in range(40)]
@@ -50,7 +50,7 @@ def test_many_overlapping_copies_bring_the_right_bytes(pins: bool) -> None:
             here = transfers.finish_upload(upload)
             assert here.device == GPU
             with torch.cuda.device(GPU):
-                torch.cuda._sleep(2_000_000)  # the copies of others go on
+                torch.cuda._sleep(2_000_000)  # copies of others continue meanwhile
             outputs = {
                 "twice": here * 2,
                 "turned": here.mT if here.dim() > 1 else here.flip(0),

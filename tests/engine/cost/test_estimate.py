@@ -1,4 +1,4 @@
-"""The cost model: remembered trials, proportional work, memory limits kept before work starts."""
+"""The cost model: cached trials, proportional work, memory limits enforced before work starts."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_every_schedule_gives_the_same_bytes(
 
 
 def test_a_peak_is_not_that_of_the_process_it_was_started_from() -> None:
-    """As of a notebook that holds a model: getrusage hands it down."""
+    """getrusage inherits the peak of the parent, such as a notebook that holds a model."""
     ballast = bytearray(b"x") * (1 << 30)
-    program = "from loftq_cli.artifacts.summary import peak_memory; print(peak_memory())"
+    program = "from loftq_cli.machine.usage import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 50 << 20 < int(done.stdout) < len(ballast)

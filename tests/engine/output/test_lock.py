@@ -1,4 +1,4 @@
-"""One owner of an output: a second run is refused with host and process, a dead one's lock is taken over by one."""
+"""An output has one owner: a second run is refused with the host and process, and one takes over a dead one's lock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loftq_cli.progress import Reporter
 
 
 def leave(folder: Path, number: int = 1, *, age: float = 0.0, **changes: object) -> Path:
-    """A lock that somebody holds or left."""
+    """Write a lock that another process holds or left behind."""
     path = folder / f"lock.{number}"
     path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(Holder.me(), **changes))))
     os.utime(path, (time.time() - age, time.time() - age))
@@ -72,7 +72,7 @@ def test_the_lock_of_another_host_counts_until_its_heart_stops(tmp_path: Path) -
         take(tmp_path)
     leave(tmp_path, age=STALE_SECONDS + 1, host="node7", place="node7 another boot", pid=4711)
     take(tmp_path).release()
-    (tmp_path / "lock.1").write_bytes(b"{")  # whatever wrote that
+    (tmp_path / "lock.1").write_bytes(b"{")  # damaged
     with pytest.raises(UsageError, match=r"may be in use, .*/lock\.1 is damaged \(it is not valid JSON: "):
         take(tmp_path)
     os.utime(tmp_path / "lock.1", (1, 1))

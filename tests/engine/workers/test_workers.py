@@ -1,4 +1,4 @@
-"""Several processes on one output: the same bytes from any number of them, and never a hang when one dies."""
+"""Several processes on one output: any number of them gives the same bytes, and none hangs if one dies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
-LIMIT = 300  # seconds for a command that takes a few: the machine may be busy
+LIMIT = 300  # seconds for a command that takes a few seconds on an idle machine
 
 
 def command(source: Path, out: Path, *more: str) -> list[str]:
@@ -219,7 +219,7 @@ def test_ranks_fail_with_the_main_process(random_llama: Path, tmp_path: Path) ->
 
 
 def test_a_silent_worker_of_another_launcher_ends_the_run(random_llama: Path, tmp_path: Path, monkeypatch) -> None:
-    """A rank that joined, took a unit and was never heard of again."""
+    """A rank that joined, claimed a unit and died."""
     plan, out = make_plan(random_llama, output=tmp_path / "out", **RECIPE), tmp_path / "out"
     monkeypatch.setattr(session_module, "SILENT_SECONDS", 0.2)
 
@@ -334,7 +334,7 @@ def test_devices(monkeypatch) -> None:
 
 def test_slurm_steps_are_worlds_and_batch_scripts_are_not(monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it at the end
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
