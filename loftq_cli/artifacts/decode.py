@@ -1,4 +1,4 @@
-"""Q of one matrix, read back from an output directory by the container's own decoder."""
+"""Read Q of one matrix back from an output directory, with the container's own decoder."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _INDEX = "model.safetensors.index.json"
 
 
 def decode(path: str | Path, matrix: str) -> Tensor:
-    """Q as every loader computes it: float32 [out, in] holding values of the model's dtype.
+    """Return Q as every loader computes it: float32 [out, in] with values of the model's dtype.
 
     Args:
         path: a finished output directory.
         matrix: module path or tensor name.
 
     Raises:
-        LoftqError: no such directory or matrix.
+        LoftqError: the directory or the matrix does not exist.
     """
     manifest = read_manifest(path)
     return decode_matrix(Path(path), manifest, manifest.matrix(matrix))
 
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
-    """Like `decode`, for a record at hand."""
+    """Return Q of the matrix that a record describes; see `decode`."""
     return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
-    """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    """Return scaling · BA of a matrix with an adapter, float32 [out, in]."""
     b, a = read_factors(path, manifest, record)
     return b @ a
 
 
 def read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] of a matrix with an adapter, float32, whose product PEFT adds to the weight."""
+    """Return B [out, r] and A [r, in] of a matrix with an adapter, float32; PEFT adds their product to the weight."""
     from safetensors import safe_open
 
     target = adapter.AdapterTarget(
@@ -67,10 +67,10 @@ def read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
-    """The matrix with its grid, as the plan had it."""
+    """Return the matrix with its grid, as it was planned."""
     kind: Any = record.kind
     stacked = record.expert is not None and record.expert.stacked
-    # A unit's name has the expert's number behind the tensor's.
+    # A unit's name is the tensor's name followed by the expert's number.
     tensor = whole_name(record.tensor) if stacked else record.tensor
     return QuantizedMatrix(
         tensor, record.module, kind, *record.shape, _grid(record), record.parameter, record.expert, record.heads
@@ -78,7 +78,7 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
 
 
 def affine_record(grid: AffineGrid) -> AffineRecord:
-    """Return what a record keeps of an integer grid besides the fields that every grid has."""
+    """Return the fields of an integer grid that other grids do not have."""
     return AffineRecord(
         zero=grid.zero,
         zero_dtype=DTYPE_NAMES[grid.zero_dtype],
@@ -108,7 +108,7 @@ def _grid(record: MatrixRecord) -> Grid:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
+    """Read a tensor of the backbone, or one expert's entry of it (`experts.down_proj[3]`)."""
     from safetensors import safe_open
 
     container = container_in(path)
@@ -121,7 +121,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _content(handle: Any, name: str) -> Tensor:
-    """A tensor of an open file, or the piece of one that `OutputTensor` gives such a name."""
+    """Read a tensor of an open file, or one entry of it."""
     piece = parse_entries(name)
     if piece is None:
         return handle.get_tensor(name)
