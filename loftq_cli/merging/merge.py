@@ -6,7 +6,7 @@ Four ways:
 * `zeros`: QA-LoRA over integers with float zeros (`packed`). ΔW is constant within groups, so it is added to the
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
 * `gguf`: the same, written as a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
-* `requantize`: W = Q + ΔW is quantized again on the container's own grid; the error of that is measured.
+* `requantize`: W = Q + ΔW is quantized again on the container's own grid, and the error is measured.
 
 Experts that share a parameter in the running model are merged one at a time, under their names on disk.
 """
@@ -68,7 +68,7 @@ def merge(
         to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
         overwrite: replace a finished merge, or drop an unfinished conversion.
-        progress: called with the number of tensors that are done, and of all.
+        progress: called with the number of tensors that are done, and the total.
 
     Raises:
         UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.

@@ -35,7 +35,7 @@ def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]
         found = _only_near(path, shapes)
         if found is None:
             raise LoftqError(
-                f"the adapter changes {path}, which is no matrix of {manifest.output}: give an adapter that was "
+                f"the adapter changes {path}, which is not a matrix of {manifest.output}: give an adapter that was "
                 "trained on this backbone."
             )
         places[found] = _place(trained, path, shapes[found])
@@ -96,7 +96,7 @@ def _experts(
     if len(ordered) != len(paths):
         raise LoftqError(
             f"the adapter changes {len(paths)} parameters of {paths[0]}, and {manifest.output} has adapters for "
-            f"{len(ordered)} of those it names: is the adapter of this model?"
+            f"{len(ordered)} of them: give the adapter of this model."
         )
     places = {}
     for name, path in zip(ordered, paths):
@@ -125,6 +125,6 @@ def _depth(records: list[MatrixRecord | KeptRecord]) -> int:
 
 def _misfit(path: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> LoftqError:
     return LoftqError(
-        f"the adapter's factors for {path} give {list(given)}, but the matrix is {list(wanted)}: is the adapter of "
-        "this model?"
+        f"the adapter's factors for {path} give {list(given)}, but the matrix is {list(wanted)}: give the adapter of "
+        "this model."
     )

@@ -25,7 +25,7 @@ class MergeReport:
         way: `dense`, `zeros`, `gguf` or `requantize`.
         dtype: of the model.
         fingerprint: of backbone, adapter and way together.
-        errors: of every changed matrix, ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F: what rounding, or quantizing anew, cost.
+        errors: ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F of every changed matrix, from rounding or requantizing.
         backbone_bytes: of all tensors of the result.
     """
 
@@ -68,7 +68,7 @@ def config_of(source: Path, report: MergeReport) -> bytes:
 
 
 def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
-    """Render `loftq.json` of a merged model that is still quantized: without adapter, with residuals against Q + ΔW."""
+    """Render `loftq.json` of a merged model that is still quantized: no adapter, and residuals against Q + ΔW."""
     matrices = tuple(
         dataclasses.replace(
             record,

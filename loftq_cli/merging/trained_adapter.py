@@ -31,12 +31,12 @@ _OTHER = {
 
 @dataclass(frozen=True)
 class Place:
-    """The place of one matrix's factors in an adapter.
+    """Where an adapter keeps the factors of one matrix.
 
     Attributes:
         path: of the factors in the file, a key of `TrainedAdapter.keys`.
-        name: PEFT's name of the module or parameter, which its patterns match.
-        expert: whose share it is of factors that all experts of a parameter have in common; None for a module.
+        name: PEFT's name of the module or parameter, which patterns in the config match.
+        expert: the expert, if all experts of a parameter share their factors; None for a module.
     """
 
     path: str
@@ -50,7 +50,7 @@ class TrainedAdapter:
 
     Attributes:
         modules: paths of the modules it changes, in the order of the file.
-        group: inputs that are pooled together (QA-LoRA); 1 for no pooling.
+        group: inputs that are pooled together (QA-LoRA); 1 if none are.
     """
 
     folder: Path
@@ -98,7 +98,7 @@ class TrainedAdapter:
         constant = self._scaling(place.name)
         if self.group > 1:
             constant *= peft_constant(in_features, self.group)
-        # An embedding's factors are stored transposed; of a table [vocabulary, width] "in" is the width.
+        # An embedding's factors are stored transposed; for a table [vocabulary, width] "in" is the width.
         product = (b @ a).T if "lora_embedding" in self.keys[place.path]["A"] else b @ a
         return product * constant
 
@@ -133,9 +133,9 @@ class TrainedAdapter:
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-@lru_cache(maxsize=2)  # a checkpoint has gate, down and up of one expert after the other
+@lru_cache(maxsize=2)  # checkpoints store gate, down and up expert by expert
 def _shared(file: Path, changed: int, key: str) -> Tensor:
-    """Return a factor of all experts, of which each takes its columns; cached by the file's modification time."""
+    """Return a factor that all experts share; cached by the file's modification time."""
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(key)
 

@@ -1,4 +1,4 @@
-"""The output directory of a merge: one owner, nothing of the user's lost, an interrupted merge repeated."""
+"""The output directory of a merge has one owner, keeps the user's files, and allows an interrupted merge to repeat."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def entries(output: Path) -> set[str]:
     return {path.name for path in output.iterdir()} - {STATE}
 
 
-def test_of_two_merges_into_one_output_one_is_refused(backbone: Path, tmp_path: Path) -> None:
+def test_one_of_two_merges_into_one_output_is_refused(backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / STATE).mkdir(parents=True)
     lock = take(tmp_path / "out" / STATE)
     try:
