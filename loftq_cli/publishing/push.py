@@ -99,17 +99,17 @@ def push(
         message: the commit's message and the pull request's title.
         base_model: `ORG/NAME` of the model that was converted, for the card; by default the one on the card.
         dry_run: verify and list the files without contacting the Hub.
-        progress: called with what is being done, in a few words.
+        progress: called with a short description of each step.
 
     Raises:
         UsageError: an argument is invalid.
         LoftqError: the conversion is unfinished or damaged (exit code 3), the Hub refuses, or the upload broke off
             (exit code 4: the same call resumes).
     """
-    path, tell = Path(directory).expanduser(), progress or (lambda step: None)
+    path, report = Path(directory).expanduser(), progress or (lambda step: None)
     request = _request(repo, private, revision, create_pr, message, base_model, path)
     manifest = read_manifest(path)
-    tell("verifying")
+    report("verifying")
     _verify(path, manifest)
     with tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
         files = stage(path, manifest, request.destination, Path(folder))
@@ -119,8 +119,8 @@ def push(
             return Pushed(repo, revision, url, None, None, files, left_out, dry_run=True)
         require_login()
         with push_errors(repo):
-            number = _prepare(request, path, tell)
-            tell(f"uploading {len(files)} files")
+            number = _prepare(request, path, report)
+            report(f"uploading {len(files)} files")
             commit = with_retries(lambda: _upload(request, Path(folder), number), _ATTEMPTS)
     url = _page(request, number)
     return Pushed(repo, revision, url, commit, number, files, left_out, dry_run=False)
@@ -196,10 +196,10 @@ def _left_out(directory: Path, files: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(p.as_posix() for p in found if p.as_posix() not in files and not p.parts[0].startswith("."))
 
 
-def _prepare(request: _Request, directory: Path, tell: Callable[[str], None]) -> int | None:
+def _prepare(request: _Request, directory: Path, report: Callable[[str], None]) -> int | None:
     """Create the repository, branch and pull request that are missing; return the pull request's number."""
     api, repo = request.api, request.repo
-    tell(f"opening {api.endpoint}/{repo}")
+    report(f"opening {api.endpoint}/{repo}")
     with_retries(lambda: api.create_repo(repo, private=request.private or None, exist_ok=True), _ATTEMPTS)
     if request.private and not with_retries(lambda: api.model_info(repo), _ATTEMPTS).private:
         raise LoftqError(

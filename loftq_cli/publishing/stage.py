@@ -1,8 +1,8 @@
 """Make the copy of a conversion that is pushed to the Hub.
 
-Four small files say where the conversion lies: the adapter's config, the card, the recipe and the manifest. They are
-rewritten beside links to all the others, so that the directory itself stays as it was and the pushed manifest's hashes
-are those of the pushed files.
+Four small files name the conversion's location: the adapter's config, the card, the recipe and the manifest. They are
+rewritten next to links to all other files, so that the directory itself does not change and the hashes in the pushed
+manifest match the pushed files.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Destination:
     """Where readers will find a conversion.
 
     Attributes:
-        revision: a branch, where it is not the default one.
-        base_model: the model on the Hub that was converted; None takes what the card says.
+        revision: a branch, or None for the default one.
+        base_model: the model on the Hub that was converted; None for the card's.
     """
 
     repo: str
@@ -86,7 +86,7 @@ def published_texts(directory: Path, manifest: Manifest, destination: Destinatio
 
 
 def _published_source(manifest: Manifest, base_model: str | None) -> str:
-    """Return what MODEL was, without directories of the machine it was converted on."""
+    """Return MODEL without directories of the machine it was converted on."""
     if manifest.source_revision is not None:
         return manifest.source
     source = Path(manifest.source)
