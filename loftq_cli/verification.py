@@ -30,6 +30,8 @@ from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loftq_cli.checkpoint import Checkpoint
+
 # The manifest keeps eight digits of a float32 computation whose order depends on the machine; at 8 bits the float32
 # difference W - Q has fewer digits left.
 RELATIVE_TOLERANCE = 1e-4
@@ -191,7 +193,6 @@ def _check_source(
 ) -> Verification:
     """Compare the files with the source, one tensor at a time."""
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.checkpoint.base import read_named
 
     asked = recipe_for(manifest, source, revision)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
@@ -203,28 +204,9 @@ def _check_source(
         problems, largest = [], 0.0
         for done, record in enumerate(records):
             report(Step(record.tensor, done, len(records), of_bytes=False))
-            try:
-                original = read_named(checkpoint, record.tensor)
-            except (KeyError, ValueError, IndexError):
-                problems.append(Problem(record.tensor, "is not a tensor of the source"))
-                continue
-            try:
-                if isinstance(record, MatrixRecord):
-                    shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
-                    if shape != record.shape:
-                        what = f"is {list(shape)} in the source, but {list(record.shape)} in the manifest"
-                        problems.append(Problem(record.tensor, what))
-                        continue
-                    residual = recompute_residual(path, manifest, record, original)
-                    largest = max(largest, _deviation(residual, record.residual))
-                    if not _agrees(residual, record.residual):
-                        what = f"has a residual of {residual:.8g}, but {record.residual:.8g} in the manifest"
-                        problems.append(Problem(record.tensor, what))
-                elif not _is_copied(path, record, original):
-                    problems.append(Problem(record.tensor, "differs from the source's tensor"))
-            except _MISFITS as error:
-                what = f"cannot be read from the files as {NAME} describes it ({_first_line(error)})"
-                problems.append(Problem(record.tensor, what))
+            difference, deviation = _compare(path, manifest, record, checkpoint)
+            problems += [] if difference is None else [Problem(record.tensor, difference)]
+            largest = max(largest, deviation)
         report(Step("", len(records), len(records), of_bytes=False))
     return replace(
         found,
@@ -233,6 +215,31 @@ def _check_source(
         largest_deviation=float(f"{largest:.3g}"),
         problems=tuple(problems),
     )
+
+
+def _compare(
+    path: Path, manifest: Manifest, record: MatrixRecord | KeptRecord, checkpoint: Checkpoint
+) -> tuple[str | None, float]:
+    """Return how a record differs from the source, or None, and the relative deviation of its residual."""
+    from loftq_cli.checkpoint.base import read_named
+
+    try:
+        original = read_named(checkpoint, record.tensor)
+    except (KeyError, ValueError, IndexError):
+        return "is not a tensor of the source", 0.0
+    try:
+        if isinstance(record, KeptRecord):
+            return (None if _is_copied(path, record, original) else "differs from the source's tensor"), 0.0
+        shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
+        if shape != record.shape:
+            return f"is {list(shape)} in the source, but {list(record.shape)} in the manifest", 0.0
+        residual = recompute_residual(path, manifest, record, original)
+    except _MISFITS as error:
+        return f"cannot be read from the files as {NAME} describes it ({_first_line(error)})", 0.0
+    deviation = _deviation(residual, record.residual)
+    if not _agrees(residual, record.residual):
+        return f"has a residual of {residual:.8g}, but {record.residual:.8g} in the manifest", deviation
+    return None, deviation
 
 
 def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:

@@ -179,6 +179,20 @@ def test_records_that_do_not_fit_the_files_are_differences(copy: Path, source: P
         assert problem.name == (others or matrices)[0].tensor and problem.what.startswith(said)
 
 
+def test_no_header_is_parsed_once_for_every_tensor(copy: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq_cli.artifacts import tensor_reader
+
+    parse, parsed = tensor_reader.parse_header, []
+
+    def count(path: Path, raw: bytes, size: int) -> list:
+        parsed.append(path)
+        return parse(path, raw, size)
+
+    monkeypatch.setattr(tensor_reader, "parse_header", count)
+    assert loftq_cli.verify(copy, source=source).ok
+    assert len(parsed) == len(set(parsed)) == len(list(copy.rglob("*.safetensors"))) > 2
+
+
 def test_a_manifest_that_cannot_be_read_is_named_with_its_field(copy: Path) -> None:
     values = json.loads((copy / NAME).read_bytes())
     values["matrices"][2]["bits"] = "x"

@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
+from loftq_cli.checkpoint.local import check_file
+from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
 from loftq_cli.modules.reasons import Why
@@ -14,6 +16,8 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 
 _WORST = 5
+_LONGEST_CARD = 10_000_000
+_LONGEST_FRONT = 50_000
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -139,10 +143,10 @@ def _description(manifest: Manifest) -> str:
 
 
 def _source(manifest: Manifest) -> str:
-    model = manifest.architecture or "a checkpoint"
+    model = _cell(manifest.architecture or "a checkpoint")
     if manifest.source_revision is None:
         return model
-    return f"{manifest.source} ({model}, commit `{manifest.source_revision}`)"
+    return f"{_cell(manifest.source)} ({model}, commit `{manifest.source_revision}`)"
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
@@ -166,7 +170,8 @@ def _auto_class(manifest: Manifest) -> str:
         return "AutoModelForCausalLM"
     if manifest.task_type == "SEQ_2_SEQ_LM":
         return "AutoModelForSeq2SeqLM"
-    return manifest.architecture or "AutoModel"
+    name = manifest.architecture or ""
+    return name if name.isidentifier() else "AutoModel"  # it becomes Python that readers run
 
 
 def _front_matter(manifest: Manifest, plan: Plan) -> str:
@@ -197,19 +202,22 @@ def _licence(source: Path) -> list[str]:
     import yaml
 
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        path = source / "README.md"
+        check_file(path)
+        with open(path, "rb") as file:
+            text = file.read(_LONGEST_CARD).decode(errors="ignore")
+        front = yaml.safe_load(text.split("---")[1][:_LONGEST_FRONT]) if text.startswith("---") else {}
         found = {name: front[name] for name in _LICENCE if isinstance(front.get(name), str)}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
-        return []
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
+        return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
+    except (OSError, ValueError, LoftqError, yaml.YAMLError, AttributeError, IndexError, TypeError, RecursionError):
+        return []  # the licence is a courtesy: an odd card must not end a conversion
 
 
 def _worst(manifest: Manifest) -> str:
     ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
-    width = max(len(record.module) for record in manifest.matrices)
+    width = max(len(_cell(record.module)) for record in manifest.matrices)
     rows = [
-        f"| {record.module:{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
+        f"| {_cell(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
@@ -218,8 +226,13 @@ def _worst(manifest: Manifest) -> str:
 def _nonfinite(plan: Plan) -> str:
     """Return a list of the matrices kept because they contain NaN or infinity (--allow-nonfinite)."""
     kept = [unit for unit in plan.kept if unit.reason and unit.reason.why is Why.NONFINITE]
-    rows = "\n".join(f"- `{unit.module}` {unit.reason}" for unit in kept)
+    rows = "\n".join(f"- `{_cell(unit.module or unit.tensor)}` {unit.reason}" for unit in kept)
     return f"Kept in full precision, because they contain NaN or infinity:\n\n{rows}\n\n" if kept else ""
+
+
+def _cell(text: str) -> str:
+    """Return a name without characters that end a table cell or a code span, or that do not print."""
+    return "".join(letter if letter.isprintable() and letter not in "|`<>" else "?" for letter in text)
 
 
 def _command(plan: Plan) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,12 +18,14 @@ from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.retry import CutShort, with_retries
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.publishing.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.publishing.stage import Destination, stage
 from loftq_cli.verification import verify
 
 _ATTEMPTS = 4  # huggingface_hub already tries every transfer six times
 _LONGEST_TITLE = 200
+_LONGEST_STATE = 1_000_000
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 
@@ -256,7 +257,7 @@ class _SavedNumbers:
     """Numbers of pull requests by repository, kept in the directory's state."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / STATE / "push.json"
+        self._folder, self._name = ConfinedFolder(directory), f"{STATE}/push.json"
 
     def number(self, repo: str) -> int | None:
         found = self._read().get(repo)
@@ -265,15 +266,16 @@ class _SavedNumbers:
     def save(self, repo: str, number: int) -> None:
         """Save the number; failing to is harmless, because it can be found again."""
         content = json.dumps({**self._read(), repo: number})
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(content)
-            os.replace(partial, self._path)
+        partial = self._name.replace(".json", ".partial")
+        with contextlib.suppress(OSError, LoftqError):
+            with self._folder.write(partial) as file:
+                file.write(content.encode())
+            self._folder.replace(partial, self._name)
 
     def _read(self) -> dict[str, object]:
         try:
-            values = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+            with self._folder.read(self._name) as file:
+                values = json.loads(file.read(_LONGEST_STATE))
+        except (OSError, ValueError, RecursionError, LoftqError):
             return {}
         return values if isinstance(values, dict) else {}
