@@ -1,4 +1,4 @@
-"""`loftq_cli.evaluate`: what quantization costs on a text, and how much of it the adapter gives back."""
+"""`loftq_cli.evaluate`: measure the loss from quantization on a text, and how much of it the adapter recovers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeigh
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import peak_memory
 
-_OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity a float can hold
+_OVERFLOW = 700.0  # the largest loss, in nats, whose perplexity fits a float
 
 MODELS = {
     "source": "the full-precision model",
@@ -34,15 +34,15 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Score:
-    """One model on the text.
+    """The score of one model on the text.
 
     Attributes:
         model: a key of `MODELS`.
-        loss: mean negative log-likelihood in nats of a scored token; for a model without a language head the relative
+        loss: mean negative log-likelihood in nats per scored token; for a model without a language head the relative
             error ‖h − h_source‖ / ‖h_source‖ of its last hidden states.
         perplexity: exp(loss); None without a language head.
         gap: (loss − loss of the source) / (loss of plain − loss of the source): 1 for plain quantization, 0 for the
-            source; None for these two, and where plain quantization costs nothing.
+            source; None for these two, and if plain quantization costs nothing.
         seconds: of its passes.
     """
 
@@ -55,12 +55,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `loftq eval` prints.
+    """The result of `loftq eval`.
 
     Attributes:
         metric: `perplexity`, `masked loss`, `sequence loss` or `representation error`.
-        tokens: scored ones; windows of `window` tokens each.
-        blocks: how many blocks the model was run in, one of them in memory at a time; 0 where it was held whole.
+        tokens: scored tokens; each window has `window` tokens.
+        blocks: the number of blocks, of which one was in memory at a time; 0 if the whole model was in memory.
         peak_memory_bytes: of the whole process.
     """
 
@@ -80,21 +80,21 @@ class Evaluation:
     peak_device_memory_bytes: int
 
     def score(self, model: str) -> Score:
-        """The row of one model."""
+        """Return the score of one model."""
         return next(score for score in self.scores if score.model == model)
 
 
 class EvalReporter:
-    """Hears of progress; silent."""
+    """Receives progress events and ignores them; subclasses show them."""
 
     def start(self, work: int) -> None:
-        """How many calls of `advance` will come."""
+        """Called first, with the number of calls of `advance` to come."""
 
     def advance(self, model: str) -> None:
-        """One group of windows went through one model."""
+        """Called when one group of windows has run through one model."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Called last."""
 
 
 @full_precision()
@@ -108,30 +108,30 @@ def evaluate(
     device: str = "auto",
     reporter: EvalReporter | None = None,
 ) -> Evaluation:
-    """Loss on a text of the source, its plain quantization, the backbone alone and the backbone with its adapter.
+    """Measure the loss on a text for the source, its plain quantization, the backbone alone and with its adapter.
 
     All four are computed in float32, one after the other, each with one block's weights in memory at a time; nothing is
     written. Decoders get the perplexity of next tokens in windows that do not overlap; models with a masked-language
-    head the loss on 15 % masked tokens, the same for all; encoder-decoders that of the second half of every window
+    head the loss on 15 % masked tokens, the same for all; encoder-decoders the loss on the second half of every window
     given the first; other encoders the error of their hidden states.
 
     Args:
         directory: output of `quantize`.
         text: .txt, .jsonl, .json or .parquet, or a directory of them.
-        source: the model it was made from; by default the one the manifest names.
-        max_tokens: of the text to use; None uses all of it.
-        window: tokens of a window; by default what the model takes, at most 2048.
+        source: the model it was made from; by default the one named in the manifest.
+        max_tokens: how many tokens of the text to use; None uses all.
+        window: tokens per window; by default the model's maximum, at most 2048.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
 
     Raises:
-        UsageError: an argument cannot be meant.
+        UsageError: an argument is invalid.
         LoftqError: directory, source or text cannot be read, or the model does not run on text.
     """
     from loftq_cli.machine.devices import choose_device
 
     for flag, value in (("--max-tokens", max_tokens), ("--window", window)):
         if value is not None and value < 1:
-            raise UsageError(f"{flag} cannot be {value}: give a whole number from 1 on.")
+            raise UsageError(f"{flag} cannot be {value}: give a whole number of at least 1.")
     path, started, chosen = Path(directory).expanduser(), time.perf_counter(), choose_device(device)
     manifest, read = read_manifest(path), read_text(text, "--text")
     with opened_source(manifest, source) as checkpoint:
@@ -171,7 +171,7 @@ def evaluate(
 
 @dataclass
 class _Tally:
-    """What one model has summed up: nats and tokens, or ‖h − h_source‖² and ‖h_source‖² of hidden states."""
+    """The sums of one model: nats and tokens, or ‖h − h_source‖² and ‖h_source‖² of hidden states."""
 
     total: float = 0.0
     count: float = 0.0
@@ -181,7 +181,7 @@ class _Tally:
 def _measure(
     model: StreamedModel, variants: Mapping[str, Weights], questions: Questions, reporter: EvalReporter
 ) -> dict[str, _Tally]:
-    """All variants on every group of windows; one at a time holds weights."""
+    """Run all variants on every group of windows; only one variant has its weights in memory at a time."""
     tallies = {name: _Tally() for name in variants}
     windows, tokens = questions.batch["input_ids"].shape
     size = model.group(windows, tokens)

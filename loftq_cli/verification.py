@@ -1,5 +1,5 @@
-"""Whether a finished directory still is, to the last bit, what was written; with the source, whether the files hold
-what the manifest says of every matrix."""
+"""Verify that a finished directory is, to the last bit, what was written; with the source, also recompute the residual
+of every matrix from the files."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The manifest keeps eight digits of a float32 computation whose order depends on the machine; at the residuals of
-# 8 bits a float32 difference W - Q has fewer digits left.
+    from loftq_cli.checkpoint import Checkpoint
+
+# The manifest keeps eight digits of a float32 computation whose order depends on the machine; at 8 bits the float32
+# difference W - Q has fewer digits left.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-7
 
-# Reading a tensor by a record that does not fit the files raises these; a manifest can claim anything.
+# Reading a tensor by a record that does not match the files raises these; a manifest can claim anything.
 _MISFITS = (LoftqError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One difference: the file or tensor, and what is wrong with it."""
+    """A difference: the file or tensor, and what is wrong with it."""
 
     name: str
     what: str
@@ -52,7 +54,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: what is being looked at, and how much of its pass is done, in bytes of files or in tensors."""
+    """Progress: the file or tensor being checked, and the amount done so far, in bytes of files or in tensors."""
 
     name: str
     done: int
@@ -62,13 +64,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at and every difference that was found.
+    """The number of checks and every difference that was found.
 
     Attributes:
-        files, nbytes: files of the manifest that were hashed, the manifest itself included.
+        files, nbytes: files that were hashed, including the manifest itself.
         matrices, kept: quantized matrices whose residual was recomputed, and copied tensors that were compared; 0
             without a source.
-        largest_deviation: |recomputed - recorded| / recorded over the residuals, at most RELATIVE_TOLERANCE if good.
+        largest_deviation: |recomputed - recorded| / recorded of the residuals, at most RELATIVE_TOLERANCE if correct.
     """
 
     directory: str
@@ -97,37 +99,37 @@ def verify(
 ) -> Verification:
     """Re-read and hash every file of a finished output; with `source`, recompute every residual from the files.
 
-    The manifest must carry its own digest, every file it lists must be there with the size and sha256 it lists, and no
-    other file may be (names that start with a dot, such as `.gitattributes`, are nobody's business). With `source`,
-    every matrix is decoded by the container's own decoder and ‖W - Q - BA‖ / ‖W‖ must be the manifest's within
-    RELATIVE_TOLERANCE; copied tensors must be the source's, bit for bit. That holds one matrix in memory at a time,
-    and only happens where all files are right.
+    The manifest must match its own digest, every file it lists must exist with the listed size and sha256, and there
+    must be no other file (names that start with a dot, such as `.gitattributes`, are ignored). With `source`, every
+    matrix is decoded by the container's own decoder, and ‖W - Q - BA‖ / ‖W‖ must agree with the manifest within
+    RELATIVE_TOLERANCE; copied tensors must equal the source's, bit for bit. This keeps one matrix in memory at a time,
+    and is skipped if any file is wrong.
 
     Args:
         directory: output of `quantize`.
         source: the checkpoint it was made from: a directory, or a model on the Hub as `org/name` or `org/name@revision`
-            (by default at the commit the manifest names).
-        stream: read a model on the Hub by range requests and keep no copy.
-        progress: is told of every piece of work that is done.
+            (by default at the recorded commit).
+        stream: read a model on the Hub by range requests, without keeping a copy.
+        progress: called before every file and tensor.
 
     Raises:
-        LoftqError: there is no finished conversion, or the source cannot be read. Differences raise nothing.
+        LoftqError: there is no finished conversion, or the source cannot be read. Differences are returned, not raised.
     """
     started, path = time.perf_counter(), Path(directory).expanduser()
-    tell = progress or (lambda step: None)
+    report = progress or (lambda step: None)
     manifest, problems = _check_manifest(path)
     found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))
     if manifest is not None:
-        found = _check_files(path, manifest, found, tell)
+        found = _check_files(path, manifest, found, report)
     if manifest is not None and source is not None and found.ok:
-        found = _check_source(path, manifest, found, str(source), revision, stream, tell)
+        found = _check_source(path, manifest, found, str(source), revision, stream, report)
     return replace(found, seconds=round(time.perf_counter() - started, 3))
 
 
 def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
-    """The manifest, if it can be read at all, and whether it is what was written."""
+    """Return the manifest, None if it cannot be read, and what is wrong with it."""
     if not (path / NAME).exists() and (path / "loftq.yaml").exists() and not (path / STATE).exists():
-        return None, [Problem(NAME, "is missing: nothing tells what the files must be")]
+        return None, [Problem(NAME, "is missing, so the files cannot be checked")]
     if not (path / NAME).exists() or ((path / STATE).is_dir() and not (path / "config.json").exists()):
         read_manifest(path)
         raise unfinished(path)
@@ -138,7 +140,7 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
         return None, [Problem(NAME, f"cannot be read ({error.strerror})")]
     except LoftqError as error:
         return None, [Problem(NAME, _without_path(str(error), path / NAME))]
-    return manifest, [] if sealed else [Problem(NAME, "is damaged: its digest is not that of its content")]
+    return manifest, [] if sealed else [Problem(NAME, "is damaged: its content does not match its digest")]
 
 
 def _without_path(message: str, path: Path) -> str:
@@ -146,15 +148,15 @@ def _without_path(message: str, path: Path) -> str:
     return message.removeprefix(f"{path} ").removesuffix(": convert the model again.").removesuffix(".")
 
 
-def _check_files(path: Path, manifest: Manifest, found: Verification, tell: Callable[[Step], None]) -> Verification:
+def _check_files(path: Path, manifest: Manifest, found: Verification, report: Callable[[Step], None]) -> Verification:
     problems, hashed = [], 0
     total = sum(record.nbytes for record in manifest.files.values())
     for name, record in manifest.files.items():
-        tell(Step(name, hashed, total, of_bytes=True))
+        report(Step(name, hashed, total, of_bytes=True))
         problem = _check_file(path / name, record)
         problems += [] if problem is None else [Problem(name, problem)]
         hashed += record.nbytes
-    tell(Step("", total, total, of_bytes=True))
+    report(Step("", total, total, of_bytes=True))
     known = {NAME, *manifest.files}
     problems += [Problem(name, "is not part of the conversion") for name in _present(path) if name not in known]
     size = total + (path / NAME).stat().st_size
@@ -162,20 +164,20 @@ def _check_files(path: Path, manifest: Manifest, found: Verification, tell: Call
 
 
 def _check_file(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file."""
+    """Return what is wrong with a file, or None."""
     try:
         if not path.is_file():
             return "is missing"
         size = path.stat().st_size
         if size != record.nbytes:
             return f"is {size} bytes long instead of {record.nbytes}"
-        return None if hash_file(path).sha256 == record.sha256 else "is damaged: its sha256 is another"
+        return None if hash_file(path).sha256 == record.sha256 else "is damaged: its sha256 differs"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
 def _present(path: Path) -> list[str]:
-    """Files there are, by their path inside the directory."""
+    """Return all files, by their path inside the directory."""
     files = (found.relative_to(path) for found in path.rglob("*") if not found.is_dir())
     return sorted(file.as_posix() for file in files if not file.parts[0].startswith("."))
 
@@ -187,45 +189,25 @@ def _check_source(
     source: str,
     revision: str | None,
     stream: bool,
-    tell: Callable[[Step], None],
+    report: Callable[[Step], None],
 ) -> Verification:
-    """The files against the source, one tensor at a time."""
+    """Compare the files with the source, one tensor at a time."""
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.checkpoint.base import read_named
 
     asked = recipe_for(manifest, source, revision)
     with open_source(asked, stream=stream) as (checkpoint, resolved):
         found = replace(found, source=resolved.model)
         if checkpoint.fingerprint != manifest.source_fingerprint:
-            what = "is not the model the conversion was made from: its config or its tensors' shapes are others"
+            what = "is not the model the conversion was made from: its config or its tensors' shapes differ"
             return replace(found, problems=(Problem(source, what),))
         records: tuple[MatrixRecord | KeptRecord, ...] = (*manifest.matrices, *manifest.kept)
         problems, largest = [], 0.0
         for done, record in enumerate(records):
-            tell(Step(record.tensor, done, len(records), of_bytes=False))
-            try:
-                original = read_named(checkpoint, record.tensor)
-            except (KeyError, ValueError, IndexError):
-                problems.append(Problem(record.tensor, "is not a tensor of the source"))
-                continue
-            try:
-                if isinstance(record, MatrixRecord):
-                    shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
-                    if shape != record.shape:
-                        what = f"is {list(shape)} in the source where the manifest says {list(record.shape)}"
-                        problems.append(Problem(record.tensor, what))
-                        continue
-                    residual = recompute_residual(path, manifest, record, original)
-                    largest = max(largest, _deviation(residual, record.residual))
-                    if not _agrees(residual, record.residual):
-                        what = f"leaves a residual of {residual:.8g} where the manifest says {record.residual:.8g}"
-                        problems.append(Problem(record.tensor, what))
-                elif not _is_copied(path, record, original):
-                    problems.append(Problem(record.tensor, "is not the source's tensor"))
-            except _MISFITS as error:
-                what = f"cannot be read from the files as {NAME} describes it ({_first_line(error)})"
-                problems.append(Problem(record.tensor, what))
-        tell(Step("", len(records), len(records), of_bytes=False))
+            report(Step(record.tensor, done, len(records), of_bytes=False))
+            difference, deviation = _compare(path, manifest, record, checkpoint)
+            problems += [] if difference is None else [Problem(record.tensor, difference)]
+            largest = max(largest, deviation)
+        report(Step("", len(records), len(records), of_bytes=False))
     return replace(
         found,
         matrices=len(manifest.matrices),
@@ -235,8 +217,37 @@ def _check_source(
     )
 
 
+def _compare(
+    path: Path, manifest: Manifest, record: MatrixRecord | KeptRecord, checkpoint: Checkpoint
+) -> tuple[str | None, float]:
+    """Return how a record differs from the source, or None, and the relative deviation of its residual."""
+    from loftq_cli.checkpoint.base import read_named
+
+    try:
+        original = read_named(checkpoint, record.tensor)
+    except (KeyError, ValueError, IndexError):
+        return "is not a tensor of the source", 0.0
+    try:
+        if isinstance(record, KeptRecord):
+            return (None if _is_copied(path, record, original) else "differs from the source's tensor"), 0.0
+        shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
+        if shape != record.shape:
+            return f"is {list(shape)} in the source, but {list(record.shape)} in the manifest", 0.0
+        residual = recompute_residual(path, manifest, record, original)
+    except _MISFITS as error:
+        return f"cannot be read from the files as {NAME} describes it ({_first_line(error)})", 0.0
+    deviation = _deviation(residual, record.residual)
+    if not _agrees(residual, record.residual):
+        return f"has a residual of {residual:.8g}, but {record.residual:.8g} in the manifest", deviation
+    return None, deviation
+
+
 def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:
-    """‖W - Q - BA‖_F / ‖W‖_F of one matrix, Q and BA as the files hold them; `weight` [as in the source] is used up."""
+    """Return ‖W - Q - BA‖_F / ‖W‖_F of one matrix, with Q and BA read from the files.
+
+    Args:
+        weight: W, stored as in the source; it is overwritten.
+    """
     from loftq_cli.artifacts.decode import decode_matrix, read_factors
     from loftq_cli.numerics.lowrank.truncate import frobenius
 

@@ -1,4 +1,4 @@
-"""`loftq verify`: any change of any output file is found, and with the source every residual is recomputed."""
+"""`loftq verify` finds any change of any output file, and with the source recomputes every residual."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_a_fresh_output_is_right_and_counts_everything(finished: Path, copy: Path) -> None:
-    (copy / ".gitattributes").write_text("*.safetensors filter=lfs\n")  # what the Hub adds on the way
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs\n")  # which the Hub adds
     steps = []
     found = loftq_cli.verify(copy, progress=steps.append)
     assert found.ok and found.problems == () and found.matrices == 0
@@ -79,7 +79,7 @@ def test_a_flipped_bit_is_found_in_every_file_and_named(finished: Path) -> None:
     assert loftq_cli.verify(finished).ok
 
 
-def test_the_manifest_vouches_for_each_of_its_own_bits(finished: Path) -> None:
+def test_any_flipped_bit_of_the_manifest_breaks_its_digest(finished: Path) -> None:
     content = (finished / NAME).read_bytes()
     assert is_sealed(content) and seal(content) == content
     rng = random.Random(1)
@@ -133,7 +133,7 @@ def test_embeddings_conv1d_qlora_and_float16(tmp_path: Path) -> None:
 
 
 def test_another_source_and_a_false_manifest_are_found(copy: Path, source: Path, tmp_path: Path) -> None:
-    """A manifest that somebody wrote anew vouches for itself, yet not for the numbers."""
+    """A rewritten manifest can match its own digest while its numbers are false."""
     manifest = loftq_cli.read_manifest(copy)
     first = dataclasses.replace(manifest.matrices[0], residual=manifest.matrices[0].residual * 0.99)
     false = dataclasses.replace(manifest, matrices=(first, *manifest.matrices[1:]))
@@ -160,14 +160,14 @@ def test_another_source_and_a_false_manifest_are_found(copy: Path, source: Path,
 
 
 def test_records_that_do_not_fit_the_files_are_differences(copy: Path, source: Path) -> None:
-    """A manifest that somebody wrote anew can claim anything."""
+    """A rewritten manifest can claim anything."""
     manifest = loftq_cli.read_manifest(copy)
     first, kept = manifest.matrices[0], manifest.kept[0]
     misfit = "cannot be read from the files as loftq.json describes it"
     for matrices, others, said in (
         ([dataclasses.replace(first, module="nowhere")], [], misfit),
         ([dataclasses.replace(first, block_size=first.block_size * 2)], [], misfit),
-        ([dataclasses.replace(first, shape=(3, 5))], [], f"is {list(first.shape)} in the source where"),
+        ([dataclasses.replace(first, shape=(3, 5))], [], f"is {list(first.shape)} in the source, but"),
         ([dataclasses.replace(first, tensor="nowhere")], [], "is not a tensor of the source"),
         ([first], [dataclasses.replace(kept, tensor="nowhere[x]")], "is not a tensor of the source"),
     ):
@@ -177,6 +177,20 @@ def test_records_that_do_not_fit_the_files_are_differences(copy: Path, source: P
         (copy / NAME).write_bytes(seal(render(false)))
         (problem,) = loftq_cli.verify(copy, source=source).problems
         assert problem.name == (others or matrices)[0].tensor and problem.what.startswith(said)
+
+
+def test_no_header_is_parsed_once_for_every_tensor(copy: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq_cli.artifacts import tensor_reader
+
+    parse, parsed = tensor_reader.parse_header, []
+
+    def count(path: Path, raw: bytes, size: int) -> list:
+        parsed.append(path)
+        return parse(path, raw, size)
+
+    monkeypatch.setattr(tensor_reader, "parse_header", count)
+    assert loftq_cli.verify(copy, source=source).ok
+    assert len(parsed) == len(set(parsed)) == len(list(copy.rglob("*.safetensors"))) > 2
 
 
 def test_a_manifest_that_cannot_be_read_is_named_with_its_field(copy: Path) -> None:
@@ -208,7 +222,7 @@ def test_command_line(copy: Path, source: Path, tmp_path: Path) -> None:
 
 def test_a_directory_between_the_last_renames_is_not_finished(copy: Path) -> None:
     (copy / ".loftq").mkdir()
-    assert loftq_cli.verify(copy).ok, "config.json is the last file: what is left of the state is harmless"
+    assert loftq_cli.verify(copy).ok, "config.json is written last, so leftover state is harmless"
     (copy / "config.json").unlink()
     with pytest.raises(LoftqError, match="is not finished") as caught:
         loftq_cli.verify(copy)

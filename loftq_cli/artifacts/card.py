@@ -1,4 +1,4 @@
-"""The model card: what it is, its numbers, the exact command, and a snippet that loads it (a test runs it)."""
+"""Render the model card: a description, the numbers, the exact command, and a loading snippet that a test runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 from loftq_cli.artifacts.manifest import Manifest
+from loftq_cli.checkpoint.local import check_file
+from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
 from loftq_cli.modules.reasons import Why
@@ -14,11 +16,13 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 
 _WORST = 5
+_LONGEST_CARD = 10_000_000
+_LONGEST_FRONT = 50_000
 _LICENCE = ("license", "license_name", "license_link")
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
-    """README.md of an output directory. Measured numbers have fixed widths, so that its length is known beforehand."""
+    """Render README.md of an output directory. Measured numbers have fixed widths, so its length can be planned."""
     totals = manifest.totals
     name = plan.output.name
     mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
@@ -37,7 +41,7 @@ def render_card(manifest: Manifest, plan: Plan) -> bytes:
     return f"""{_front_matter(manifest, plan)}
 # {name}
 
-{_what(manifest)}
+{_description(manifest)}
 
 {_loading(manifest, plan)}
 
@@ -47,11 +51,11 @@ def render_card(manifest: Manifest, plan: Plan) -> bytes:
 |---|---|
 {table}
 
-The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matrices with the largest one:
+The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm. The matrices with the largest residuals:
 
 {_worst(manifest)}
 
-{_nonfinite(plan)}Every matrix stands in `loftq.json`.
+{_nonfinite(plan)}Every matrix is listed in `loftq.json`.
 
 ## How it was made
 
@@ -86,7 +90,7 @@ def snippet(manifest: Manifest, plan: Plan) -> str:
 
 
 def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
-    """Rows with the weights of the errors and the residuals under these weights."""
+    """Return the rows that describe the calibration and the weighted residuals."""
     recipe = manifest.recipe
     if recipe.get("calibrate") is None:
         return []
@@ -113,7 +117,7 @@ def _pooled_by_us(manifest: Manifest) -> bool:
     return manifest.pooling > 1 and own and manifest.totals.adapter_bytes > 0
 
 
-def _what(manifest: Manifest) -> str:
+def _description(manifest: Manifest) -> str:
     bits = sorted({record.bits for record in manifest.matrices})
     widths = "/".join(str(width) for width in bits)
     ranks = sorted({record.rank for record in manifest.matrices if record.rank})
@@ -123,7 +127,7 @@ def _what(manifest: Manifest) -> str:
     start = (
         "The adapter starts at zero, as in QLoRA (arXiv 2305.14314)."
         if not any(record.best for record in manifest.matrices)
-        else "Backbone plus adapter start where the full-precision model stood (LoftQ, arXiv 2310.08659). LoRA scaling "
+        else "Backbone plus adapter start close to the full-precision model (LoftQ, arXiv 2310.08659). LoRA scaling "
         f"is {manifest.scaling:g}; do not change `lora_alpha`."
     )
     if manifest.pooling > 1:
@@ -131,18 +135,18 @@ def _what(manifest: Manifest) -> str:
             f" The adapter sees inputs pooled in groups of {manifest.pooling} (QA-LoRA, arXiv 2309.14717), so that "
             "`loftq merge` can add it to the groups' zeros."
         )
-    what = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
+    text = f"A {widths}-bit backbone (`{manifest.format}`) of {_source(manifest)}{adapter}, made by loftq. {start}"
     loaded_experts = get_container(manifest.format).loaded_experts
     if loaded_experts and any(record.expert for record in manifest.matrices):
-        what += f" The experts are {loaded_experts}"
-    return what
+        text += f" The experts are {loaded_experts}"
+    return text
 
 
 def _source(manifest: Manifest) -> str:
-    model = manifest.architecture or "a checkpoint"
+    model = _cell(manifest.architecture or "a checkpoint")
     if manifest.source_revision is None:
         return model
-    return f"{manifest.source} ({model}, commit `{manifest.source_revision}`)"
+    return f"{_cell(manifest.source)} ({model}, commit `{manifest.source_revision}`)"
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
@@ -161,12 +165,13 @@ Or in one call, for any format: `loftq_cli.load({json.dumps(str(plan.output), en
 
 
 def _auto_class(manifest: Manifest) -> str:
-    """The Auto class of the usual tasks; else transformers' own class, which is always right."""
+    """Return the Auto class of a common task, or else the checkpoint's own class."""
     if manifest.task_type == "CAUSAL_LM":
         return "AutoModelForCausalLM"
     if manifest.task_type == "SEQ_2_SEQ_LM":
         return "AutoModelForSeq2SeqLM"
-    return manifest.architecture or "AutoModel"
+    name = manifest.architecture or ""
+    return name if name.isidentifier() else "AutoModel"  # it becomes Python that readers run
 
 
 def _front_matter(manifest: Manifest, plan: Plan) -> str:
@@ -186,51 +191,59 @@ def source_name(plan: Plan) -> str:
 
 
 def hub_id(source: Path) -> str | None:
-    """`org/name` where the source lies in the Hub's cache: models--ORG--NAME/snapshots/REVISION."""
+    """Return `org/name` if the source is in the Hub's cache (models--ORG--NAME/snapshots/REVISION), else None."""
     if source.parent.name != "snapshots" or not source.parent.parent.name.startswith("models--"):
         return None
     return source.parent.parent.name.removeprefix("models--").replace("--", "/")
 
 
 def _licence(source: Path) -> list[str]:
-    """The licence lines of the source's own card: the identifier, and the name and link that `other` comes with."""
+    """Return the licence lines of the source's own card: the identifier, and the name and link that go with `other`."""
     import yaml
 
     try:
-        text = (source / "README.md").read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        path = source / "README.md"
+        check_file(path)
+        with open(path, "rb") as file:
+            text = file.read(_LONGEST_CARD).decode(errors="ignore")
+        front = yaml.safe_load(text.split("---")[1][:_LONGEST_FRONT]) if text.startswith("---") else {}
         found = {name: front[name] for name in _LICENCE if isinstance(front.get(name), str)}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, IndexError):
-        return []
-    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
+        return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
+    except (OSError, ValueError, LoftqError, yaml.YAMLError, AttributeError, IndexError, TypeError, RecursionError):
+        return []  # the licence is a courtesy: an odd card must not end a conversion
 
 
 def _worst(manifest: Manifest) -> str:
     ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
-    width = max(len(record.module) for record in manifest.matrices)
+    width = max(len(_cell(record.module)) for record in manifest.matrices)
     rows = [
-        f"| {record.module:{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
+        f"| {_cell(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
 
 
 def _nonfinite(plan: Plan) -> str:
-    """Matrices that were left alone because of what they hold (--allow-nonfinite)."""
+    """Return a list of the matrices kept because they contain NaN or infinity (--allow-nonfinite)."""
     kept = [unit for unit in plan.kept if unit.reason and unit.reason.why is Why.NONFINITE]
-    rows = "\n".join(f"- `{unit.module}` {unit.reason}" for unit in kept)
-    return f"Kept in full precision, because they hold NaN or infinity:\n\n{rows}\n\n" if kept else ""
+    rows = "\n".join(f"- `{_cell(unit.module or unit.tensor)}` {unit.reason}" for unit in kept)
+    return f"Kept in full precision, because they contain NaN or infinity:\n\n{rows}\n\n" if kept else ""
+
+
+def _cell(text: str) -> str:
+    """Return a name without characters that end a table cell or a code span, or that do not print."""
+    return "".join(letter if letter.isprintable() and letter not in "|`<>" else "?" for letter in text)
 
 
 def _command(plan: Plan) -> str:
-    """The command with every flag that is not at its default."""
+    """Return the command with every flag that differs from its default."""
     words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
     defaults = {**Recipe("", method=plan.recipe.method).as_dict(), "method": recipe_fields()["method"]}
     for name, value in plan.recipe.as_dict().items():
         if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue
         if name == "rule" and plan.recipe.allocates:
-            value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # found, not asked for
+            value = [text for text, rule in zip(value, plan.recipe.rules) if not rule.exact]  # not the allocation's
         flag, *opposite = recipe_specs()[name].flag.split("/")
         if isinstance(value, bool):
             words.append(flag if value else opposite[0])

@@ -1,13 +1,15 @@
-"""Q of one matrix, read back from an output directory by the container's own decoder."""
+"""Read Q of one matrix back from an output directory, with the container's own decoder."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loftq_cli.artifacts.manifest import AffineRecord, Manifest, MatrixRecord, read_manifest
-from loftq_cli.formats import adapter, container_in, get_format
+from loftq_cli.artifacts import tensor_reader
+from loftq_cli.artifacts.manifest import NAME, AffineRecord, Manifest, MatrixRecord, read_manifest
+from loftq_cli.errors import LoftqError
+from loftq_cli.formats import adapter, container_in, get_container, get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
 from loftq_cli.numerics.grids.affine import AffineGrid, ScaleRule, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
@@ -16,61 +18,109 @@ from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.tensorfile.entry_names import parse_entries, whole_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-_INDEX = "model.safetensors.index.json"
+T = TypeVar("T")
+
+# Decoding by a record that does not match the files raises these; a manifest can claim anything.
+_MISFITS = (LoftqError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError, TypeError, AssertionError)
 
 
 def decode(path: str | Path, matrix: str) -> Tensor:
-    """Q as every loader computes it: float32 [out, in] holding values of the model's dtype.
+    """Return Q as every loader computes it: float32 [out, in] with values of the model's dtype.
 
     Args:
         path: a finished output directory.
         matrix: module path or tensor name.
 
     Raises:
-        LoftqError: no such directory or matrix.
+        LoftqError: the directory or the matrix does not exist.
     """
     manifest = read_manifest(path)
     return decode_matrix(Path(path), manifest, manifest.matrix(matrix))
 
 
 def decode_matrix(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
-    """Like `decode`, for a record at hand."""
-    return get_format(manifest.format).decode(quantized_matrix(record), lambda name: read_tensor(path, name))
+    """Return Q of the matrix that a record describes; see `decode`."""
+    container = get_format(manifest.format)
+
+    def decode() -> Tensor:
+        matrix = quantized_matrix(record)
+        expected = {tensor.name: tensor for tensor in container.tensors(matrix)}
+
+        def read(name: str) -> Tensor:
+            found, wanted = read_tensor(path, name), expected.get(name)
+            if wanted is not None and not get_container(manifest.format).file:
+                _check_stored(name, (found.dtype, tuple(found.shape)), (wanted.dtype, wanted.shape))
+            return found
+
+        return container.decode(matrix, read)
+
+    return as_described(path, record, decode)
+
+
+def _check_stored(
+    name: str, found: tuple[torch.dtype, tuple[int, ...]], wanted: tuple[torch.dtype, tuple[int, ...]]
+) -> None:
+    if found != wanted:
+        raise ValueError(f"{name} is {found[0]} {list(found[1])}, not {wanted[0]} {list(wanted[1])}")
+
+
+def as_described(path: Path, record: MatrixRecord, decode: Callable[[], T]) -> T:
+    """Return what `decode` returns for a record.
+
+    Raises:
+        LoftqError: it fails, because the record does not describe what the files hold.
+    """
+    try:
+        return decode()
+    except _MISFITS as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        if isinstance(error, LoftqError):  # whose advice comes after the last colon
+            reason = reason.rpartition(": ")[0]
+        raise LoftqError(
+            f"{path / NAME} does not describe {record.tensor} as the weight files hold it ({reason:.200}): restore "
+            "that file, or convert the model again."
+        ) from error
 
 
 def decode_product(path: Path, manifest: Manifest, record: MatrixRecord) -> Tensor:
-    """scaling · BA of a matrix with an adapter, float32 [out, in]."""
+    """Return scaling · BA of a matrix with an adapter, float32 [out, in]."""
     b, a = read_factors(path, manifest, record)
     return b @ a
 
 
 def read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] of a matrix with an adapter, float32, whose product PEFT adds to the weight."""
-    from safetensors import safe_open
+    """Return B [out, r] and A [r, in] of a matrix with an adapter, float32; PEFT adds their product to the weight."""
+    return as_described(path, record, lambda: _read_factors(path, manifest, record))
 
+
+def _read_factors(path: Path, manifest: Manifest, record: MatrixRecord) -> tuple[Tensor, Tensor]:
     target = adapter.AdapterTarget(
         record.module, record.kind, *record.shape, record.rank, record.parameter, record.expert, manifest.pooling
     )
     first, second = adapter.adapter_tensors(target)
     joint = adapter.joint_b(target)
-    with safe_open(path / adapter.WEIGHTS, framework="pt") as file:
-        if joint is None:
-            lora_b = file.get_tensor(second.name)
-        else:
-            begin = target.expert.part * target.out_features if target.expert else 0
-            rows = file.get_slice(joint.name)[begin : begin + target.out_features]
-            lora_b = adapter.own_columns(target, rows)
-        tensors = {first.name: _content(file, first.name), second.name: lora_b}
+    file = path / adapter.WEIGHTS
+    if joint is None:
+        lora_b = _read(file, second.name)
+    else:
+        begin = target.expert.part * target.out_features if target.expert else 0
+        info = tensor_reader.find_tensor(file, joint.name)
+        rows = tensor_reader.read_tensor(file, info, begin, begin + target.out_features)
+        lora_b = adapter.own_columns(target, rows)
+    tensors = {first.name: _read(file, first.name), second.name: lora_b}
     return adapter.decode_factors(target, tensors, manifest.scaling)
 
 
 def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
-    """The matrix with its grid, as the plan had it."""
+    """Return the matrix with its grid, as it was planned."""
     kind: Any = record.kind
     stacked = record.expert is not None and record.expert.stacked
-    # A unit's name has the expert's number behind the tensor's.
+    # A unit's name is the tensor's name followed by the expert's number.
     tensor = whole_name(record.tensor) if stacked else record.tensor
     return QuantizedMatrix(
         tensor, record.module, kind, *record.shape, _grid(record), record.parameter, record.expert, record.heads
@@ -78,7 +128,7 @@ def quantized_matrix(record: MatrixRecord) -> QuantizedMatrix:
 
 
 def affine_record(grid: AffineGrid) -> AffineRecord:
-    """Return what a record keeps of an integer grid besides the fields that every grid has."""
+    """Return the fields of an integer grid that other grids do not have."""
     return AffineRecord(
         zero=grid.zero,
         zero_dtype=DTYPE_NAMES[grid.zero_dtype],
@@ -108,22 +158,19 @@ def _grid(record: MatrixRecord) -> Grid:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of the backbone by its name; with an expert's number behind it, `experts.down_proj[3]`, that entry."""
-    from safetensors import safe_open
-
+    """Read a tensor of the backbone, or one expert's entry of it (`experts.down_proj[3]`)."""
     container = container_in(path)
     if container is not None:
         return get_format(container.name).read_tensor(path / container.file, name)
-    index, whole = path / _INDEX, whole_name(name)
-    file = json.loads(index.read_bytes())["weight_map"][whole] if index.exists() else "model.safetensors"
-    with safe_open(path / file, framework="pt") as handle:
-        return _content(handle, name)
+    return _read(tensor_reader.shard_of(path, whole_name(name)), name)
 
 
-def _content(handle: Any, name: str) -> Tensor:
-    """A tensor of an open file, or the piece of one that `OutputTensor` gives such a name."""
+def _read(file: Path, name: str) -> Tensor:
+    """Read a tensor of a file, or one entry or a range of entries of it (`experts.down_proj[3]`)."""
     piece = parse_entries(name)
     if piece is None:
-        return handle.get_tensor(name)
-    content = handle.get_slice(piece.whole)
-    return content[piece.index] if piece.end is None else content[piece.index : piece.end]
+        return tensor_reader.read_tensor(file, tensor_reader.find_tensor(file, name))
+    info = tensor_reader.find_tensor(file, piece.whole)
+    if piece.end is None:
+        return tensor_reader.read_tensor(file, info, piece.index, piece.index + 1)[0]
+    return tensor_reader.read_tensor(file, info, piece.index, piece.end)

@@ -1,6 +1,6 @@
-"""`loftq.json`: what was done to every matrix, what every file must hash to, and the totals.
+"""`loftq.json`: a record of every matrix, the hash of every file, and the totals.
 
-The manifest vouches for itself too: `digest` is the sha256 of the file with zeros in the digest's own place.
+The manifest covers itself too: `digest` is the sha256 of the file with zeros in place of the digest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "loftq.json"
 MERGE_MARK = "merge"  # in `.loftq`, while a merge into the directory is unfinished
 MANIFEST_VERSION = 1
 UNSEALED = "0" * 64
-# Strings hold no line feeds in JSON, so that this can only be the field itself.
+# JSON strings contain no line feeds, so this can only match the field itself.
 _DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
 
 
@@ -48,7 +48,7 @@ def _check_file_name(name: str) -> str:
 
 
 def _check_recipe(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Check what other commands rely on; `Recipe` checks the rest where one is made of it."""
+    """Check the fields that other commands rely on; `Recipe` checks the rest when one is built from them."""
     known = recipe_fields()
     for name, value in values.items():
         if name not in known:
@@ -66,7 +66,7 @@ def _check_recipe(values: Mapping[str, Any]) -> Mapping[str, Any]:
 @json_record
 @dataclass(frozen=True)
 class AffineRecord:
-    """What a record keeps of an integer grid besides bits, group size and the two dtypes that every grid has.
+    """The fields of an integer grid besides bits, group size and the two dtypes that every grid has.
 
     Attributes: as in `numerics.grids.affine.AffineGrid`.
     """
@@ -83,21 +83,21 @@ class AffineRecord:
 class MatrixRecord:
     """One quantized matrix. Residuals are ‖W - Q - BA‖_F / ‖W‖_F.
 
-    Where it was calibrated, the weighted ones are ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ the second moment of the
-    layer's inputs (`numerics.methods.weighted`), and the best step is the one with the smallest of these.
+    With calibration, the weighted residuals are ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ the second moment of the
+    layer's inputs (`numerics.methods.weighted`), and the best step is the one with the smallest weighted residual.
 
     Attributes:
-        module: path of the module; of an expert's matrix its parameter and number.
-        shape: [out, in] as the layer computes, whatever the orientation on disk.
+        module: path of the module; for an expert's matrix its parameter and number.
+        shape: [out, in] as the layer computes, regardless of the orientation on disk.
         data_type: the codebook (`numerics.grids.codebooks`), or `int`.
-        parameter: what PEFT adapts in place of a module, "" for a module; `expert`: whose matrix it is.
+        parameter: the parameter that PEFT adapts, "" if it adapts a module; `expert`: the expert it belongs to.
         block_size, layout, scale_dtype, value_dtype: the container's grid (`numerics.grids.blocks.BlockGrid`).
-        affine: the rest of an integer grid; None for codebooks.
+        affine: the other fields of an integer grid; None for codebooks.
         nested: absmax is quantized too (`--double-quant`).
         heads: attention heads whose rows the container reorders (`formats.base.QuantizedMatrix`).
-        plain_residual: without an adapter and without iterations, what quantization alone leaves.
-        residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, from 1; 0 for none.
-        seconds: of computing, without what goes on meanwhile; matrices that were computed together share them alike.
+        plain_residual: of quantization alone, without an adapter and without iterations.
+        residuals: after each LoftQ step; empty for QLoRA. `best`: the step that was kept, counted from 1; 0 for none.
+        seconds: of computing, without reading and writing; matrices computed together share their time equally.
     """
 
     tensor: str
@@ -134,17 +134,17 @@ class MatrixRecord:
 
     @property
     def orientation(self) -> Orientation:
-        """How the source stores it."""
+        """The orientation in which the source stores it."""
         return orientation_of(self.kind, self.expert)
 
 
 @json_record
 @dataclass(frozen=True)
 class KeptRecord:
-    """A tensor left in full precision, and why; `rank` > 0 where it got an adapter that starts at zero.
+    """A tensor kept in full precision, and the reason; `rank` > 0 if it has an adapter, which starts at zero.
 
     Attributes:
-        module: its path; of an expert's matrix the parameter, and `expert` says whose it is.
+        module: its path; for an expert's matrix the parameter, and `expert` is the expert it belongs to.
         shape: as it is stored.
     """
 
@@ -159,7 +159,7 @@ class KeptRecord:
 
     @property
     def orientation(self) -> Orientation:
-        """How a matrix is stored."""
+        """The orientation in which a matrix is stored."""
         return orientation_of(self.kind, self.expert)
 
     @property
@@ -171,7 +171,7 @@ class KeptRecord:
 @json_record
 @dataclass(frozen=True)
 class Totals:
-    """Sums and means over the quantized matrices (means unweighted); bytes of all tensors."""
+    """Sums and unweighted means over the quantized matrices; bytes of all tensors."""
 
     matrices: Count
     source_bytes: Count
@@ -193,7 +193,7 @@ class Manifest:
     """The whole record of one conversion.
 
     Attributes:
-        source, source_revision: the id of a model on the Hub and its commit; or a directory and None.
+        source, source_revision: a model id on the Hub and its commit, or a directory and None.
         digest: of the file itself (`seal`).
     """
 
@@ -225,7 +225,7 @@ class Manifest:
         return int(self.recipe["group_size"]) if self.recipe.get("method") == "qa-lora" else 1
 
     def matrix(self, name: str) -> MatrixRecord:
-        """The record of a module path or a tensor name.
+        """Return the record of a module path or a tensor name.
 
         Raises:
             LoftqError: no quantized matrix has that name.
@@ -237,7 +237,7 @@ class Manifest:
 
 
 def render(manifest: Manifest) -> bytes:
-    """JSON with one matrix, kept tensor or file a line, so that a person can read it and grep it."""
+    """Render JSON with one matrix, kept tensor or file per line, so that it can be read and searched with grep."""
     values = dataclasses.asdict(manifest)
     parts = []
     for key, value in values.items():
@@ -254,13 +254,13 @@ def render(manifest: Manifest) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    """The rendered manifest with its digest in place, in the same number of bytes; sealing twice does no harm."""
+    """Return the rendered manifest with its digest filled in, at the same length; sealing twice changes nothing."""
     blank = _DIGEST.sub(UNSEALED.encode(), content)
     return _DIGEST.sub(hashlib.sha256(blank).hexdigest().encode(), blank)
 
 
 def is_sealed(content: bytes) -> bool:
-    """Whether the file is, to the last bit, what `seal` gave."""
+    """True if the file is, to the last bit, what `seal` returned."""
     return _DIGEST.search(content) is not None and seal(content) == content
 
 
@@ -273,10 +273,10 @@ class _Version:
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """The manifest of a finished output directory.
+    """Read the manifest of a finished output directory.
 
     Raises:
-        LoftqError: there is none, it is damaged, or a newer loftq wrote it.
+        LoftqError: it is missing or damaged, or a newer loftq wrote it.
     """
     path = Path(directory) / NAME
     try:
@@ -288,7 +288,7 @@ def read_manifest(directory: Path | str) -> Manifest:
 
 
 def parse_manifest(path: Path, content: bytes) -> Manifest:
-    """A manifest from the content of its file; `path` is for messages.
+    """Parse the content of a manifest; `path` is used in messages.
 
     Raises:
         LoftqError: it is damaged, or a newer loftq wrote it.

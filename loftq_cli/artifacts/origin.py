@@ -1,4 +1,4 @@
-"""The checkpoint that a directory was made from, and the recipe that made it."""
+"""Open the checkpoint that a directory was made from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli.artifacts.manifest import (
-    Manifest,
-)
+from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.checkpoint import Checkpoint, open_source
 from loftq_cli.errors import LoftqError
 from loftq_cli.recipe.model import Recipe
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def recipe_for(manifest: Manifest, source: str, revision: str | None) -> Recipe:
-    """The conversion's recipe for `source`; of a model on the Hub the recorded commit, unless another is asked."""
+    """Return the conversion's recipe for `source`; a model on the Hub is read at the recorded commit by default."""
     from loftq_cli.checkpoint.remote.model import parse_model
 
     if revision is None and "@" not in source and not isinstance(parse_model(source, None), Path):
@@ -29,15 +27,19 @@ def recipe_for(manifest: Manifest, source: str, revision: str | None) -> Recipe:
 
 @contextmanager
 def opened_source(manifest: Manifest, source: str | Path | None) -> Iterator[Checkpoint]:
-    """The checkpoint the directory was made from."""
+    """Open the checkpoint that the directory was made from; `source` overrides the recorded one.
+
+    Raises:
+        LoftqError: it does not exist, or is another model.
+    """
     name = manifest.source if source is None else str(source)
     if source is None and manifest.source_revision is None and not Path(name).is_dir():
-        raise LoftqError(f"the model it was made from, {name}, is not there: name it with --source.")
+        raise LoftqError(f"the source model {name} does not exist: give its new location with --source.")
     recipe = recipe_for(manifest, name, None)
     with open_source(recipe) as (checkpoint, _):
         if checkpoint.fingerprint != manifest.source_fingerprint:
             raise LoftqError(
-                f"{name} is not the model this directory was made from, its config or tensors differ: name the right "
+                f"{name} is not the model this directory was made from, its config or tensors differ: give the right "
                 "one with --source."
             )
         yield checkpoint

@@ -1,7 +1,7 @@
-"""From a plan and what was measured to the manifest; and how long the manifest and the card can get.
+"""Build the manifest from a plan and its measurements, and plan the sizes of the manifest and the card.
 
-Both files hold measured numbers, yet `loftq plan` tells every file's size: they are rendered once with the widest
-numbers there can be, and the real ones are padded with blanks to that length.
+Both files contain measured numbers, yet `loftq plan` reports the size of every file: they are rendered once with the
+widest possible numbers, and the real files are padded with blanks to that length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WIDE_HASH = "0" * 64
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Bytes of the two files that hold measured numbers."""
+    """Bytes of the two files that contain measured numbers."""
 
     manifest: int
     card: int
@@ -43,7 +43,7 @@ def build_manifest(
     files: Mapping[str, FileRecord],
     cost: Cost,
 ) -> Manifest:
-    """The manifest of a finished run; `records` by tensor name."""
+    """Return the manifest of a finished run; `records` by tensor name."""
     ordered = tuple(records[unit.tensor] for unit in plan.matrices)
     totals = dataclasses.replace(
         _planned_totals(plan),
@@ -57,7 +57,7 @@ def build_manifest(
 
 
 def text_sizes(plan: Plan) -> TextSizes:
-    """How many bytes the manifest and the card of this plan take."""
+    """Return the sizes of the manifest and the card of a plan."""
     records = tuple(_widest_record(unit, plan) for unit in plan.matrices)
     names = [*(file.name for file in plan.files), *plan.texts, *(side.name for side in plan.side_files), CARD]
     files = {name: FileRecord(_WIDE_BYTES, _WIDE_HASH) for name in names}
@@ -74,8 +74,8 @@ def text_sizes(plan: Plan) -> TextSizes:
 
 
 def pad(content: bytes, size: int) -> bytes:
-    """Fill up with blanks before the last line feed, which neither JSON nor Markdown minds."""
-    assert len(content) <= size and content.endswith(b"\n"), "the planned size is the widest one"
+    """Insert blanks before the last line feed, which is harmless in JSON and Markdown."""
+    assert len(content) <= size and content.endswith(b"\n"), "the file is longer than planned"
     return content[:-1] + b" " * (size - len(content)) + b"\n"
 
 
@@ -151,7 +151,7 @@ def matrix_record(
     weighted_plain_residual: float | None = None,
     weighted_residual: float | None = None,
 ) -> MatrixRecord:
-    """What is planned of a matrix, with what was measured of it."""
+    """Return the record of a matrix from its plan and its measurements."""
     matrix, target = unit.matrix, unit.target
     assert matrix is not None
     grid = matrix.grid
@@ -185,7 +185,7 @@ def matrix_record(
 
 
 def _widest_record(unit: Unit, plan: Plan) -> MatrixRecord:
-    adapted = unit.target is not None or plan.recipe.method == "refined"  # which fits scales without an adapter too
+    adapted = unit.target is not None or plan.recipe.method == "refined"  # it fits scales even without an adapter
     steps = plan.recipe.iters if adapted and not plan.recipe.plain else 0
     return matrix_record(
         unit,

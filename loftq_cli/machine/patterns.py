@@ -19,6 +19,7 @@ _LONGEST = 10_000  # characters of an expression
 _FEW_REPEATS = 2  # with so many, the time of a search grows at most with the third power of the text
 _SHORT = 500  # characters of a text
 _SECONDS = 5.0  # for all searches with one expression
+_SECONDS_OF_A_MATCH = 1.0  # a sound expression takes microseconds
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
@@ -79,6 +80,27 @@ def bounded_pattern(text: str) -> BoundedPattern:
         ValueError: the expression is invalid; the message says why.
     """
     return BoundedPattern(text)
+
+
+def full_match(pattern: str, text: str, where: object) -> bool:
+    """True if `pattern` matches the whole of `text`.
+
+    Args:
+        where: the file and field of the pattern, for messages.
+
+    Raises:
+        LoftqError: the pattern is invalid or too long, or matching takes too long.
+    """
+    import regex
+
+    if len(pattern) > _LONGEST:
+        raise LoftqError(f"{where} has a pattern of {len(pattern)} characters: shorten it to at most {_LONGEST}.")
+    try:
+        return regex.fullmatch(pattern, text, timeout=_SECONDS_OF_A_MATCH) is not None
+    except TimeoutError:
+        raise LoftqError(f"{where}: matching {pattern!r:.80} takes too long: remove its nested repeats.") from None
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise LoftqError(f"{where}: {pattern!r:.80} is not a valid regular expression ({error}): correct it.") from None
 
 
 def _compile_timed(text: str) -> Any:

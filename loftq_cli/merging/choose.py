@@ -14,7 +14,7 @@ from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
 from loftq_cli.numerics.methods.qalora import lost_in_integer_zeros
 
 WAYS = ("auto", "dense", "zeros", "gguf", "requantize")
-_MEASURED = 3  # matrices are enough to tell how much of an update integer zeros lose
+_MEASURED = 3  # matrices suffice to measure how much of an update integer zeros lose
 
 
 def choose_way(
@@ -79,7 +79,7 @@ def _refuse_gguf(manifest: Manifest, trained: TrainedAdapter) -> None:
             "--group-size 32): use --to zeros or --to dense."
         )
     dense = next((record.tensor for record in manifest.kept if record.kind == "linear"), None)
-    if dense is not None:  # GGUF reorders rows of some, which is implemented for quantized ones only
+    if dense is not None:  # GGUF reorders rows of some layers, which is implemented for quantized ones only
         raise UsageError(f"--to gguf needs every linear layer quantized, and {dense} is not: use --to zeros.")
 
 
@@ -102,5 +102,5 @@ def _lost(
         shares.append(lost_in_integer_zeros(compact, get_format(manifest.format).decode(matrix, read)))
     return (
         f"the zero points of {manifest.format} are whole numbers, so {max(shares):.0%} of this adapter's update would "
-        "be rounded away: use --to dense, or train on --format packed, whose zeros take it exactly."
+        "be rounded away: use --to dense, or train on --format packed, whose float zeros store it exactly."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import read_named
+from loftq_cli.merging.saved_tensors import SavedTensor
 from loftq_cli.merging.trained_adapter import Place, TrainedAdapter
 from loftq_cli.modules.orientation import Orientation
 from loftq_cli.tensorfile.layout import WeightFiles
@@ -41,6 +43,7 @@ class Merge:
     Attributes:
         source: the backbone's directory; `checkpoint`: its tensors, opened.
         places: module of the backbone → its place in the adapter.
+        saved: tensor of the backbone, or a new one → what the adapter replaces it with.
         cast: tensors in full precision get `dtype` too, because the user named one.
     """
 
@@ -52,6 +55,7 @@ class Merge:
     way: str
     dtype: torch.dtype
     cast: bool
+    saved: dict[str, SavedTensor] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor of the backbone, or one expert's share of it."""
@@ -68,6 +72,7 @@ class MergePlan:
 
     Attributes:
         fingerprint: of backbone, adapter and way together.
+        config: config.json of the trained model.
         side_files: copied unchanged from the backbone.
     """
 
@@ -75,6 +80,7 @@ class MergePlan:
     weights: WeightFiles
     adapter_sha256: str
     fingerprint: str
+    config: dict[str, Any]
     side_files: tuple[SideFile, ...]
 
     @property

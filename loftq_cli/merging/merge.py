@@ -6,14 +6,14 @@ Four ways:
 * `zeros`: QA-LoRA over integers with float zeros (`packed`). ΔW is constant within groups, so it is added to the
   groups' zeros; codes, scales and bits stay as they are (QA-LoRA section 3.3).
 * `gguf`: the same, written as a GGUF file's Q4_1 blocks, whose scales and zeros are float16.
-* `requantize`: W = Q + ΔW is quantized again on the container's own grid; the error of that is measured.
+* `requantize`: W = Q + ΔW is quantized again on the container's own grid, and the error is measured.
 
 Experts that share a parameter in the running model are merged one at a time, under their names on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
+from loftq_cli.checkpoint import SideFile
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.engine.output.directory import claim, on_full_disk, open_writer, publish, read_back, write_files
@@ -35,9 +36,11 @@ from loftq_cli.merging import texts as merged
 from loftq_cli.merging.choose import choose_way
 from loftq_cli.merging.into_gguf import lay_out_gguf
 from loftq_cli.merging.job import Merge, MergePlan
+from loftq_cli.merging.model_config import merged_config
 from loftq_cli.merging.output import start_merge
 from loftq_cli.merging.pieces import merge_piece, pieces_of
 from loftq_cli.merging.places import find_places
+from loftq_cli.merging.saved_tensors import SavedTensor, find_saved
 from loftq_cli.merging.texts import MergeReport
 from loftq_cli.merging.trained_adapter import WEIGHTS, TrainedAdapter, read_adapter
 from loftq_cli.planning.output_files import INDEX, index_text
@@ -45,6 +48,7 @@ from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 from loftq_cli.tensorfile.layout import backbone_metadata, lay_out_shards
 
+_TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 Progress = Callable[[int, int], None]
 
 
@@ -68,7 +72,7 @@ def merge(
         to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
         overwrite: replace a finished merge, or drop an unfinished conversion.
-        progress: called with the number of tensors that are done, and of all.
+        progress: called with the number of tensors that are done, and the total.
 
     Raises:
         UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.
@@ -105,10 +109,37 @@ def _opened(manifest: Manifest, source: Path, trained: TrainedAdapter, to: str, 
     if get_container(manifest.format).unmergeable:
         choose_way(to, manifest, trained, {}, lambda name: torch.empty(0))  # refuses
     with closing(open_safetensors(source)) as checkpoint:
-        places = find_places(trained, manifest)
-        way = choose_way(to, manifest, trained, places, checkpoint.read)
+        saved = find_saved(trained, manifest, checkpoint.tensors, checkpoint.read)
+        places = find_places(trained, manifest, _resized(saved))
+        way = choose_way(_allowed(to, saved), manifest, trained, places, checkpoint.read)
         kind = DTYPES[manifest.dtype if dtype == "auto" else dtype]
-        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto")
+        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto", saved=saved)
+
+
+def _resized(saved: Mapping[str, SavedTensor]) -> dict[str, tuple[int, ...]]:
+    """Return the new shapes of the modules whose weights the adapter replaces by ones of another shape."""
+    return {
+        name.removesuffix(".weight"): one.shape
+        for name, one in saved.items()
+        if one.before is not None and one.shape != one.before
+    }
+
+
+def _allowed(wanted: str, saved: Mapping[str, SavedTensor]) -> str:
+    """Return the way that the adapter's whole tensors allow.
+
+    Raises:
+        UsageError: only dense weights can hold them, and the user asked for something else.
+    """
+    first = next((one for one in saved.values() if one.needs_dense), None)
+    if first is None or wanted not in ("auto", "zeros", "gguf", "requantize"):
+        return wanted
+    if wanted != "auto":
+        raise UsageError(
+            f"--to {wanted} cannot store the adapter's own {first.tensor}, which replaces a quantized matrix or has "
+            "another shape: use --to dense."
+        )
+    return "dense"
 
 
 def _make_plan(job: Merge, max_bytes: int) -> MergePlan:
@@ -120,8 +151,19 @@ def _make_plan(job: Merge, max_bytes: int) -> MergePlan:
     else:
         weights = lay_out_shards((piece.outputs for piece in pieces), max_bytes, backbone_metadata(identity))
     written = {"config.json", merged.RECORD, merged.CARD, INDEX}
-    side_files = tuple(side for side in find_side_files(job.source) if side.name not in written)
-    return MergePlan(pieces, weights, adapter_sha, identity, side_files)
+    side_files = tuple(side for side in _side_files(job) if side.name not in written)
+    config = merged_config(job.checkpoint.config, job.saved.values(), job.manifest, job.trained.config.task)
+    return MergePlan(pieces, weights, adapter_sha, identity, config, side_files)
+
+
+def _side_files(job: Merge) -> Iterable[SideFile]:
+    """Return the backbone's side files; tokenizer files beside an adapter with other tokens win over them."""
+    files = {side.name: side for side in find_side_files(job.source)}
+    vocabulary = any(one.rows or (one.before is not None and one.shape != one.before) for one in job.saved.values())
+    if vocabulary:
+        beside = find_side_files(job.trained.folder)
+        files |= {side.name: side for side in beside if side.name.startswith(_TOKENIZER_FILES)}
+    return files.values()
 
 
 def _names(job: Merge, plan: MergePlan) -> set[str]:
@@ -167,13 +209,19 @@ def _report(job: Merge, plan: MergePlan, output: Path, errors: dict[str, float])
     )
 
 
+def _architecture(job: Merge, plan: MergePlan) -> str | None:
+    """Return the model class of the result, which another head changes."""
+    names, before = plan.config.get("architectures"), job.checkpoint.config.get("architectures")
+    return job.manifest.architecture if names == before or not names else str(names[0])
+
+
 def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, str], lock: Lock) -> None:
     """Read the weights back, write every other file, and publish all of them."""
     output, index = Path(report.output), plan.weights.index
     texts = {
-        "config.json": merged.config_of(job.source, report),
+        "config.json": merged.config_of(plan.config, report),
         merged.RECORD: merged.record_of(report),
-        merged.CARD: merged.card_of(job.manifest, report),
+        merged.CARD: merged.card_of(job.manifest, report, _architecture(job, plan)),
         **({INDEX: index_text(report.backbone_bytes, index)} if index else {}),
     }
     files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.errors import LoftqError
@@ -13,30 +13,40 @@ from loftq_cli.tensorfile.entry_names import expert_name
 _NESTED = ".base_layer"
 
 
-def find_places(trained: TrainedAdapter, manifest: Manifest) -> dict[str, Place]:
+def find_places(
+    trained: TrainedAdapter, manifest: Manifest, resized: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Place]:
     """Map modules of the backbone (for experts: parameter and number) to their places in the adapter.
 
     The adapter's paths may have another prefix, if it was trained on another model class.
 
+    Args:
+        resized: module → [out, in], if the adapter replaces its weight by one of another shape.
+
     Raises:
-        LoftqError: the adapter changes a module that is not in the backbone, or has another shape.
+        LoftqError: the adapter changes a module that is not in the backbone, has another shape, or changes a module
+            twice.
     """
-    shapes = _shapes(manifest)
+    shapes = {**_shapes(manifest), **(resized or {})}
     stacks = _stacks(manifest)
     homes = {parameter.rpartition(".")[0] for parameter in stacks}
     places: dict[str, Place] = {}
     wrapped: dict[str, list[str]] = defaultdict(list)
     for path in trained.modules:
         bare = path.replace(_NESTED, "")
-        home = _only_near(bare, homes)
+        home = nearest(bare, homes)
         if home is not None:
             wrapped[home].append(path)
             continue
-        found = _only_near(path, shapes)
+        found = nearest(path, shapes)
         if found is None:
             raise LoftqError(
-                f"the adapter changes {path}, which is no matrix of {manifest.output}: give an adapter that was "
+                f"the adapter changes {path}, which is not a matrix of {manifest.output}: give an adapter that was "
                 "trained on this backbone."
+            )
+        if found in places:
+            raise LoftqError(
+                f"the adapter changes {found} twice, as {places[found].path} and as {path}: remove one of them."
             )
         places[found] = _place(trained, path, shapes[found])
     for home, paths in wrapped.items():
@@ -69,7 +79,7 @@ def parameter_of(record: MatrixRecord | KeptRecord) -> str:
     return record.parameter if isinstance(record, MatrixRecord) else record.module or ""
 
 
-def _only_near(path: str, names: Iterable[str]) -> str | None:
+def nearest(path: str, names: Iterable[str]) -> str | None:
     """Return `path` if it is one of the names, else the only name that is a suffix of `path` or has it as a suffix."""
     near = [name for name in names if name == path or name.endswith(f".{path}") or path.endswith(f".{name}")]
     return path if path in near else near[0] if len(near) == 1 else None
@@ -81,7 +91,18 @@ def _place(trained: TrainedAdapter, path: str, shape: tuple[int, ...]) -> Place:
         raise _misfit(path, trained.shape(path), (n_out, n_in))
     # PEFT also treats a matrix next to experts as a parameter, and names it so in its patterns.
     name = f"{path}.weight" if trained.targets(f"{path}.weight") else path
+    _check_rank(trained, path, name, trained.rank(path))
     return Place(path, name)
+
+
+def _check_rank(trained: TrainedAdapter, path: str, name: str, rank: int) -> None:
+    """Raise unless the factors have the rank by which PEFT scales them."""
+    configured = trained.config.rank_of(name)
+    if rank != configured:
+        raise LoftqError(
+            f"the adapter's factors for {path} have rank {rank}, but {trained.config.path} says {configured}: save the "
+            "adapter again."
+        )
 
 
 def _experts(
@@ -96,7 +117,7 @@ def _experts(
     if len(ordered) != len(paths):
         raise LoftqError(
             f"the adapter changes {len(paths)} parameters of {paths[0]}, and {manifest.output} has adapters for "
-            f"{len(ordered)} of those it names: is the adapter of this model?"
+            f"{len(ordered)} of them: give the adapter of this model."
         )
     places = {}
     for name, path in zip(ordered, paths):
@@ -106,9 +127,9 @@ def _experts(
             count, parts = record.expert.count, record.expert.parts
             if trained.shape(path) != (n_out * parts, n_in) or trained.rank(path) % count:
                 raise _misfit(path, trained.shape(path), (n_out * parts, n_in))
-            places[name_of_expert(record)] = Place(
-                path, f"{path.replace(_NESTED, '')}.{name.rpartition('.')[2]}", record.expert
-            )
+            place = Place(path, f"{path.replace(_NESTED, '')}.{name.rpartition('.')[2]}", record.expert)
+            _check_rank(trained, path, place.name, trained.rank(path) // count)
+            places[name_of_expert(record)] = place
     return places
 
 
@@ -125,6 +146,6 @@ def _depth(records: list[MatrixRecord | KeptRecord]) -> int:
 
 def _misfit(path: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> LoftqError:
     return LoftqError(
-        f"the adapter's factors for {path} give {list(given)}, but the matrix is {list(wanted)}: is the adapter of "
-        "this model?"
+        f"the adapter's factors for {path} give {list(given)}, but the matrix is {list(wanted)}: give the adapter of "
+        "this model."
     )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loftq_cli.artifacts.manifest import Manifest, render, seal
 from loftq_cli.formats import get_container
@@ -25,7 +26,7 @@ class MergeReport:
         way: `dense`, `zeros`, `gguf` or `requantize`.
         dtype: of the model.
         fingerprint: of backbone, adapter and way together.
-        errors: of every changed matrix, ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F: what rounding, or quantizing anew, cost.
+        errors: ‖merged - (Q + ΔW)‖_F / ‖Q + ΔW‖_F of every changed matrix, from rounding or requantizing.
         backbone_bytes: of all tensors of the result.
     """
 
@@ -58,9 +59,9 @@ def record_of(report: MergeReport) -> bytes:
     return (json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def config_of(source: Path, report: MergeReport) -> bytes:
-    """Render config.json: the source's, without its quantization if the result is dense."""
-    config = json.loads((source / "config.json").read_bytes())
+def config_of(config: Mapping[str, Any], report: MergeReport) -> bytes:
+    """Render config.json, without its quantization if the result is dense."""
+    config = dict(config)
     if report.way in ("dense", "gguf"):
         config.pop("quantization_config", None)
         config["dtype"] = report.dtype
@@ -68,7 +69,7 @@ def config_of(source: Path, report: MergeReport) -> bytes:
 
 
 def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
-    """Render `loftq.json` of a merged model that is still quantized: without adapter, with residuals against Q + ΔW."""
+    """Render `loftq.json` of a merged model that is still quantized: no adapter, and residuals against Q + ΔW."""
     matrices = tuple(
         dataclasses.replace(
             record,
@@ -96,8 +97,8 @@ def manifest_of(manifest: Manifest, report: MergeReport, files: Mapping[str, Fil
     return seal(render(merged))
 
 
-def card_of(manifest: Manifest, report: MergeReport) -> bytes:
-    """Render README.md."""
+def card_of(manifest: Manifest, report: MergeReport, architecture: str | None) -> bytes:
+    """Render README.md; `architecture` is the class of the merged model."""
     how = {
         "dense": f"The adapter was added to the dequantized backbone; weights are {report.dtype}.",
         "zeros": "The QA-LoRA adapter was added to the groups' zeros; codes, scales and bits are the backbone's.",
@@ -106,7 +107,10 @@ def card_of(manifest: Manifest, report: MergeReport) -> bytes:
     }[report.way]
     runtime = "".join(f"{line}\n" for line in get_container(report.format).loading.before)
     option = ', gguf_file="model.gguf"' if report.way == "gguf" else ""
-    loader = "AutoModelForCausalLM" if manifest.task_type == "CAUSAL_LM" else manifest.architecture or "AutoModel"
+    name = architecture or ""
+    auto_class = name if name.isidentifier() else "AutoModel"  # it becomes Python that readers run
+    causal = name == manifest.architecture and manifest.task_type == "CAUSAL_LM"
+    loader = "AutoModelForCausalLM" if causal else auto_class
     return f"""---
 library_name: transformers
 tags:
@@ -114,7 +118,7 @@ tags:
 ---
 # {Path(report.output).name}
 
-{manifest.architecture or "A model"} with its adapter merged by loftq (`{report.format}`). {how}
+{name if name.isidentifier() else "A model"} with its adapter merged by loftq (`{report.format}`). {how}
 
 Relative error against backbone + adapter, {len(report.errors)} matrices: mean {report.mean_error:.2e}, worst
 {report.worst_error:.2e} (`{RECORD}`).

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from math import sqrt
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from loftq_cli.artifacts import tensor_reader
+from loftq_cli.checkpoint import TensorInfo
 from loftq_cli.errors import LoftqError
+from loftq_cli.merging.adapter_config import CONFIG, AdapterConfig, read_config
 from loftq_cli.modules.experts import Expert
 from loftq_cli.numerics.methods.qalora import peft_constant, widened
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_BASE = ".base_layer."
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?$")
-
-# Settings that change the model other than by adding B @ A to a weight.
-_OTHER = {
-    "use_dora": "DoRA's magnitudes",
-    "lora_bias": "trained biases",
-    "modules_to_save": "modules trained as a whole (modules_to_save)",
-    "trainable_token_indices": "trained tokens",
-}
+_ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of one matrix's factors in an adapter.
+    """Where an adapter keeps the factors of one matrix.
 
     Attributes:
         path: of the factors in the file, a key of `TrainedAdapter.keys`.
-        name: PEFT's name of the module or parameter, which its patterns match.
-        expert: whose share it is of factors that all experts of a parameter have in common; None for a module.
+        name: PEFT's name of the module or parameter, which patterns in the config match.
+        expert: the expert, if all experts of a parameter share their factors; None for a module.
     """
 
     path: str
@@ -50,12 +45,18 @@ class TrainedAdapter:
 
     Attributes:
         modules: paths of the modules it changes, in the order of the file.
-        group: inputs that are pooled together (QA-LoRA); 1 for no pooling.
+        group: inputs that are pooled together (QA-LoRA); 1 if none are.
+        infos: dtype and shape of every tensor in the file.
+        wholes: parameter → its tensor in the file, for parameters that are saved as a whole.
+        rows: module → its trained rows in the file, for tables of which only some tokens were trained.
     """
 
     folder: Path
-    config: dict[str, Any]
+    config: AdapterConfig
     keys: dict[str, dict[str, str]]
+    infos: dict[str, TensorInfo]
+    wholes: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -63,12 +64,11 @@ class TrainedAdapter:
 
     @property
     def group(self) -> int:
-        return int(self.config["qalora_group_size"]) if self.config.get("use_qalora") else 1
+        return self.config.group
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return the shape [out, in / group] of the update."""
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            a, b = (file.get_slice(self.keys[module][factor]).get_shape() for factor in "AB")
+        a, b = (self.infos[self.keys[module][factor]].shape for factor in "AB")
         return (a[1], b[0]) if "lora_embedding" in self.keys[module]["A"] else (b[0], a[1])
 
     def rank(self, path: str) -> int:
@@ -77,8 +77,7 @@ class TrainedAdapter:
         Raises:
             LoftqError: A and B have different ranks.
         """
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            a, b = (file.get_slice(self.keys[path][factor]).get_shape() for factor in "AB")
+        a, b = (self.infos[self.keys[path][factor]].shape for factor in "AB")
         if a[0] != b[1]:
             raise LoftqError(
                 f"the adapter's factors for {path} have ranks {a[0]} and {b[1]}, which must be equal: save it again."
@@ -87,18 +86,22 @@ class TrainedAdapter:
 
     def targets(self, parameter: str) -> bool:
         """True if PEFT adapts a bare parameter; the config may name it by a suffix or with a prefix."""
-        named = self.config.get("target_parameters") or ()
         return any(
-            name == parameter or parameter.endswith(f".{name}") or name.endswith(f".{parameter}") for name in named
+            name == parameter or parameter.endswith(f".{name}") or name.endswith(f".{parameter}")
+            for name in self.config.parameters
         )
+
+    def tensor(self, key: str) -> Tensor:
+        """Read a tensor of the file."""
+        return tensor_reader.read_tensor(self.folder / WEIGHTS, self.infos[key])
 
     def compact(self, place: Place, in_features: int) -> Tensor:
         """Return the update in float32 [out, in / group]: it is constant within groups."""
         a, b = self._factors(place)
-        constant = self._scaling(place.name)
+        constant = self.config.scaling_of(place.name)
         if self.group > 1:
             constant *= peft_constant(in_features, self.group)
-        # An embedding's factors are stored transposed; of a table [vocabulary, width] "in" is the width.
+        # An embedding's factors are stored transposed; for a table [vocabulary, width] "in" is the width.
         product = (b @ a).T if "lora_embedding" in self.keys[place.path]["A"] else b @ a
         return product * constant
 
@@ -115,76 +118,65 @@ class TrainedAdapter:
         """
         file, keys, expert = self.folder / WEIGHTS, self.keys[place.path], place.expert
         if expert is None:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(keys["A"]).float(), opened.get_tensor(keys["B"]).float()
-        with safe_open(file, framework="pt") as opened:
-            whole = opened.get_slice(keys["A"])
-            rank = whole.get_shape()[0] // expert.count
-            a = whole[expert.index * rank : (expert.index + 1) * rank].float()
-        b = _shared(file, file.stat().st_mtime_ns, keys["B"])
+            return self.tensor(keys["A"]).float(), self.tensor(keys["B"]).float()
+        info = self.infos[keys["A"]]
+        rank = info.shape[0] // expert.count
+        a = tensor_reader.read_tensor(file, info, expert.index * rank, (expert.index + 1) * rank).float()
+        b = _shared(file, file.stat().st_mtime_ns, self.infos[keys["B"]])
         height = b.shape[0] // expert.parts
         rows = b[expert.part * height : (expert.part + 1) * height]
         return a, rows.unflatten(1, (rank, expert.count))[:, :, expert.index].float()
 
-    def _scaling(self, name: str) -> float:
-        """Return lora_alpha / r with PEFT's patterns, whose keys match a path or its end."""
-        rank = _matching(self.config.get("rank_pattern"), name, self.config["r"])
-        alpha = _matching(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
-        return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
-
-@lru_cache(maxsize=2)  # a checkpoint has gate, down and up of one expert after the other
-def _shared(file: Path, changed: int, key: str) -> Tensor:
-    """Return a factor of all experts, of which each takes its columns; cached by the file's modification time."""
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(key)
+@lru_cache(maxsize=2)  # checkpoints store gate, down and up expert by expert
+def _shared(file: Path, changed: int, info: TensorInfo) -> Tensor:
+    """Return a factor that all experts share; cached by the file's modification time."""
+    return tensor_reader.read_tensor(file, info)
 
 
 def read_adapter(folder: Path) -> TrainedAdapter:
-    """Open an adapter.
+    """Open an adapter, and check that all of its numbers are finite.
 
     Raises:
-        LoftqError: it is not an adapter, damaged, or does more than add B @ A to weights.
+        LoftqError: it is not an adapter, damaged, or does more than add B @ A to weights and replace whole tensors.
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise LoftqError(f"{folder} holds no {CONFIG} and {WEIGHTS}: give a folder that PEFT's save_pretrained wrote.")
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise LoftqError(f"the adapter in {folder} is damaged ({error}): save it again.") from error
-    _check_kind(folder, config)
+    config = read_config(folder)
+    infos = dict(tensor_reader.tensors_of(folder / WEIGHTS))
     keys: dict[str, dict[str, str]] = {}
-    for name in names:
-        if ".base_layer." in name and ".lora_" not in name:  # PEFT saves the frozen table beside an embedding's factors
-            continue
-        match = _KEY.match(name)
-        if match is None:
+    wholes: dict[str, str] = {}
+    rows: dict[str, str] = {}
+    for name in infos:
+        if match := _KEY.match(name):
+            keys.setdefault(match["module"], {})[match["factor"]] = name
+        elif match := _ROWS.match(name):
+            rows[match["module"].replace(_BASE.rstrip("."), "")] = name
+        elif ".lora_" in name or not name.startswith(_PREFIX):
             raise LoftqError(
-                f"the adapter in {folder} holds {name}, which is not a LoRA factor: loftq cannot merge it."
+                f"the adapter in {folder} holds {name!r:.200}, which is not a LoRA factor: loftq cannot merge it."
             )
-        keys.setdefault(match["module"], {})[match["factor"]] = name
-    if not keys or any(set(factors) != {"A", "B"} for factors in keys.values()):
+        else:
+            parameter = name.removeprefix(_PREFIX).replace(_BASE, ".")
+            if parameter in wholes:
+                raise LoftqError(f"the adapter in {folder} holds {parameter!r:.200} twice: save it again.")
+            wholes[parameter] = name
+    if not (keys or wholes or rows) or any(set(factors) != {"A", "B"} for factors in keys.values()):
         raise LoftqError(f"the adapter in {folder} has incomplete factors: save it again.")
-    return TrainedAdapter(folder, config, keys)
+    trained = TrainedAdapter(folder, config, keys, infos, wholes, rows)
+    _check_tensors(trained)
+    return trained
 
 
-def _check_kind(folder: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise LoftqError(f"the adapter in {folder} is of PEFT's type {kind}: loftq merges only LORA.")
-    found = next((what for name, what in _OTHER.items() if config.get(name)), None)
-    if found is None and config.get("bias", "none") != "none":
-        found = _OTHER["lora_bias"]
-    if found:
-        raise LoftqError(
-            f"the adapter in {folder} has {found}, which cannot be added to a weight: loftq cannot merge it."
-        )
-
-
-def _matching(pattern: dict[str, Any] | None, module: str, default: float) -> float:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _check_tensors(trained: TrainedAdapter) -> None:
+    """Raise unless factors and rows are matrices of floating-point numbers, and all numbers are finite."""
+    matrices = {name for factors in trained.keys.values() for name in factors.values()} | set(trained.rows.values())
+    for name, info in trained.infos.items():
+        if name in matrices and (len(info.shape) != 2 or not info.dtype.is_floating_point or 0 in info.shape):
+            raise LoftqError(
+                f"{name} in {trained.folder / WEIGHTS} has dtype {info.dtype} and shape {list(info.shape)}, but must "
+                "be a floating-point matrix: save the adapter again."
+            )
+    for name, info in trained.infos.items():
+        if info.dtype.is_floating_point and not torch.isfinite(trained.tensor(name).float()).all():
+            raise LoftqError(f"{name} in {trained.folder / WEIGHTS} contains NaN or infinity: train the adapter again.")

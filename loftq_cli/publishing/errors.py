@@ -25,7 +25,7 @@ _CONFLICTS = frozenset({409, 412})
 
 @contextmanager
 def push_errors(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence with the next step, without tokens in it or its causes."""
+    """Turn errors of huggingface_hub into one sentence with the next step; no token appears in it or its causes."""
     try:
         yield
     except LoftqError:
@@ -80,7 +80,7 @@ def _sentence(error: Exception, repo: str) -> LoftqError:
         return LoftqError(f"{repo} has no such revision{said}: {endpoint}/{repo}/tree/main lists branches and tags.")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return LoftqError(
-            f"{endpoint} shows no {repo} to this token{said}: check the spelling and that the token has write access."
+            f"{endpoint} has no {repo} that this token can see{said}: check the spelling and the token's write access."
         )
     if status in _CONFLICTS:
         return LoftqError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,12 +18,14 @@ from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.retry import CutShort, with_retries
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.publishing.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.publishing.stage import Destination, stage
 from loftq_cli.verification import verify
 
 _ATTEMPTS = 4  # huggingface_hub already tries every transfer six times
 _LONGEST_TITLE = 200
+_LONGEST_STATE = 1_000_000
 _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 
@@ -99,17 +100,17 @@ def push(
         message: the commit's message and the pull request's title.
         base_model: `ORG/NAME` of the model that was converted, for the card; by default the one on the card.
         dry_run: verify and list the files without contacting the Hub.
-        progress: called with what is being done, in a few words.
+        progress: called with a short description of each step.
 
     Raises:
         UsageError: an argument is invalid.
         LoftqError: the conversion is unfinished or damaged (exit code 3), the Hub refuses, or the upload broke off
             (exit code 4: the same call resumes).
     """
-    path, tell = Path(directory).expanduser(), progress or (lambda step: None)
+    path, report = Path(directory).expanduser(), progress or (lambda step: None)
     request = _request(repo, private, revision, create_pr, message, base_model, path)
     manifest = read_manifest(path)
-    tell("verifying")
+    report("verifying")
     _verify(path, manifest)
     with tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
         files = stage(path, manifest, request.destination, Path(folder))
@@ -119,8 +120,8 @@ def push(
             return Pushed(repo, revision, url, None, None, files, left_out, dry_run=True)
         require_login()
         with push_errors(repo):
-            number = _prepare(request, path, tell)
-            tell(f"uploading {len(files)} files")
+            number = _prepare(request, path, report)
+            report(f"uploading {len(files)} files")
             commit = with_retries(lambda: _upload(request, Path(folder), number), _ATTEMPTS)
     url = _page(request, number)
     return Pushed(repo, revision, url, commit, number, files, left_out, dry_run=False)
@@ -196,10 +197,10 @@ def _left_out(directory: Path, files: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(p.as_posix() for p in found if p.as_posix() not in files and not p.parts[0].startswith("."))
 
 
-def _prepare(request: _Request, directory: Path, tell: Callable[[str], None]) -> int | None:
+def _prepare(request: _Request, directory: Path, report: Callable[[str], None]) -> int | None:
     """Create the repository, branch and pull request that are missing; return the pull request's number."""
     api, repo = request.api, request.repo
-    tell(f"opening {api.endpoint}/{repo}")
+    report(f"opening {api.endpoint}/{repo}")
     with_retries(lambda: api.create_repo(repo, private=request.private or None, exist_ok=True), _ATTEMPTS)
     if request.private and not with_retries(lambda: api.model_info(repo), _ATTEMPTS).private:
         raise LoftqError(
@@ -256,7 +257,7 @@ class _SavedNumbers:
     """Numbers of pull requests by repository, kept in the directory's state."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / STATE / "push.json"
+        self._folder, self._name = ConfinedFolder(directory), f"{STATE}/push.json"
 
     def number(self, repo: str) -> int | None:
         found = self._read().get(repo)
@@ -265,15 +266,16 @@ class _SavedNumbers:
     def save(self, repo: str, number: int) -> None:
         """Save the number; failing to is harmless, because it can be found again."""
         content = json.dumps({**self._read(), repo: number})
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(exist_ok=True)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(content)
-            os.replace(partial, self._path)
+        partial = self._name.replace(".json", ".partial")
+        with contextlib.suppress(OSError, LoftqError):
+            with self._folder.write(partial) as file:
+                file.write(content.encode())
+            self._folder.replace(partial, self._name)
 
     def _read(self) -> dict[str, object]:
         try:
-            values = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+            with self._folder.read(self._name) as file:
+                values = json.loads(file.read(_LONGEST_STATE))
+        except (OSError, ValueError, RecursionError, LoftqError):
             return {}
         return values if isinstance(values, dict) else {}

@@ -1,8 +1,8 @@
 """Make the copy of a conversion that is pushed to the Hub.
 
-Four small files say where the conversion lies: the adapter's config, the card, the recipe and the manifest. They are
-rewritten beside links to all the others, so that the directory itself stays as it was and the pushed manifest's hashes
-are those of the pushed files.
+Four small files name the conversion's location: the adapter's config, the card, the recipe and the manifest. They are
+rewritten next to links to all other files, so that the directory itself does not change and the hashes in the pushed
+manifest match the pushed files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from typing import Any
 from loftq_cli.artifacts.card import hub_id
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, render, seal
+from loftq_cli.checkpoint.local import check_file
+from loftq_cli.errors import LoftqError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.tensorfile.hashing import FileRecord
 
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
 CARD = "README.md"
 RECIPE = "loftq.yaml"
 _TAG = "loftq"
+_LONGEST_TEXT = 50_000_000
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -34,8 +38,8 @@ class Destination:
     """Where readers will find a conversion.
 
     Attributes:
-        revision: a branch, where it is not the default one.
-        base_model: the model on the Hub that was converted; None takes what the card says.
+        revision: a branch, or None for the default one.
+        base_model: the model on the Hub that was converted; None for the card's.
     """
 
     repo: str
@@ -53,27 +57,87 @@ def stage(directory: Path, manifest: Manifest, destination: Destination, folder:
     Weights are symbolic links into `directory`, which is not changed.
     """
     texts = published_texts(directory, manifest, destination)
+    staged, sizes = ConfinedFolder(folder), {}
     for name in [*manifest.files, MANIFEST]:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name in texts:
-            path.write_bytes(texts[name])
+            with staged.write(name) as file:
+                file.write(texts[name])
+            sizes[name] = len(texts[name])
         else:
-            path.symlink_to((directory / name).resolve())
-    return {name: (folder / name).stat().st_size for name in [*manifest.files, MANIFEST]}
+            source = _own_file(directory, name)
+            staged.make_parents(name)
+            staged.path(name).symlink_to(source)
+            sizes[name] = source.stat().st_size
+    return sizes
+
+
+def _own_file(directory: Path, name: str) -> Path:
+    """Return the real path of a file of the conversion.
+
+    Raises:
+        LoftqError: it is missing, or a link leads out of the directory, so that a foreign file would be published.
+            Links of the Hub's cache are followed.
+    """
+    parent, _, leaf = name.rpartition("/")
+    try:
+        path = (ConfinedFolder(directory).path(parent) if parent else directory) / leaf
+        check_file(path)
+        return path.resolve()
+    except OSError as error:
+        raise LoftqError(f"{directory / name} is missing ({error.strerror}): convert the model again.") from error
+
+
+def _read_text(directory: Path, name: str) -> str:
+    """Read one of the small text files.
+
+    Raises:
+        LoftqError: it is missing, too long or not text.
+    """
+    path = _own_file(directory, name)
+    with open(path, "rb") as file:
+        content = file.read(_LONGEST_TEXT + 1)
+    try:
+        if len(content) > _LONGEST_TEXT:
+            raise ValueError(f"it is longer than {_LONGEST_TEXT} bytes")
+        return content.decode()
+    except ValueError as error:
+        raise LoftqError(f"{directory / name} cannot be published ({error}): convert the model again.") from error
+
+
+def _parse(directory: Path, name: str, text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the object that a JSON or YAML text holds.
+
+    Raises:
+        LoftqError: it is damaged or not an object.
+    """
+    import yaml
+
+    try:
+        values = parse(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LoftqError(f"{directory / name} is damaged ({reason}): convert the model again.") from error
+    if not isinstance(values, dict):
+        raise LoftqError(f"{directory / name} is damaged (it is not an object): convert the model again.")
+    return values
 
 
 def published_texts(directory: Path, manifest: Manifest, destination: Destination) -> dict[str, bytes]:
     """Return the files whose content differs on the Hub, including the manifest with their hashes."""
-    card = (directory / CARD).read_text(encoding="utf-8")
-    base = destination.base_model or _front_matter(card).get("base_model")
+    import yaml
+
+    found = {name: _read_text(directory, name) for name in (CARD, RECIPE, ADAPTER_CONFIG) if name in manifest.files}
+    front = _parse(directory, CARD, _front_matter(found.get(CARD, "")), lambda text: yaml.safe_load(text) or {})
+    base = destination.base_model or front.get("base_model")
     source = _published_source(manifest, base if isinstance(base, str) else None)
-    texts = {
-        CARD: _card(card, manifest, destination, source).encode(),
-        RECIPE: _recipe((directory / RECIPE).read_text(encoding="utf-8"), source).encode(),
-    }
-    if ADAPTER_CONFIG in manifest.files:
-        texts[ADAPTER_CONFIG] = _adapter_config(json.loads((directory / ADAPTER_CONFIG).read_bytes()), destination)
+    texts = {}
+    if CARD in found:
+        texts[CARD] = _card(found[CARD], front, manifest, destination, source).encode()
+    if RECIPE in found:  # a merged model has none
+        texts[RECIPE] = _recipe(_parse(directory, RECIPE, found[RECIPE], yaml.safe_load), source).encode()
+    if ADAPTER_CONFIG in found:
+        config = _parse(directory, ADAPTER_CONFIG, found[ADAPTER_CONFIG], json.loads)
+        texts[ADAPTER_CONFIG] = _adapter_config(config, destination)
     hashes = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest()) for name, text in texts.items()}
     published = dataclasses.replace(
         manifest,
@@ -86,7 +150,7 @@ def published_texts(directory: Path, manifest: Manifest, destination: Destinatio
 
 
 def _published_source(manifest: Manifest, base_model: str | None) -> str:
-    """Return what MODEL was, without directories of the machine it was converted on."""
+    """Return MODEL without directories of the machine it was converted on."""
     if manifest.source_revision is not None:
         return manifest.source
     source = Path(manifest.source)
@@ -100,14 +164,13 @@ def _adapter_config(config: dict[str, Any], destination: Destination) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _recipe(text: str, source: str) -> str:
+def _recipe(values: Mapping[str, Any], source: str) -> str:
     import yaml
 
-    values = {**yaml.safe_load(text), "model": source}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({**values, "model": source}, sort_keys=False, allow_unicode=True)
 
 
-def _card(text: str, manifest: Manifest, destination: Destination, source: str) -> str:
+def _card(text: str, front: Mapping[str, Any], manifest: Manifest, destination: Destination, source: str) -> str:
     """Replace the directory by the repository's id in the card's snippets, title, command and tags."""
     old, new = json.dumps(manifest.output, ensure_ascii=False), json.dumps(destination.repo)
     body = text[match.end() :] if (match := _FRONT_MATTER.match(text)) else text
@@ -117,7 +180,7 @@ def _card(text: str, manifest: Manifest, destination: Destination, source: str) 
     body = body.replace(f"# {Path(manifest.output).name}\n", f"# {destination.name}\n", 1)
     body = body.replace(f" -o {shlex.quote(manifest.output)}", f" -o {shlex.quote(destination.name)}")
     body = body.replace(f"loftq quantize {shlex.quote(manifest.source)} ", f"loftq quantize {shlex.quote(source)} ")
-    return f"---\n{_tags(_front_matter(text), destination)}---\n{body}"
+    return f"---\n{_tags(front, destination)}---\n{body}"
 
 
 def _with_revision(body: str, revision: str) -> str:
@@ -126,19 +189,17 @@ def _with_revision(body: str, revision: str) -> str:
     return re.sub(r'(loftq_cli\.load\("[^"]*")', rf"\1, revision={revision}", body)
 
 
-def _front_matter(card: str) -> dict[str, Any]:
-    import yaml
-
+def _front_matter(card: str) -> str:
     match = _FRONT_MATTER.match(card)
-    values = yaml.safe_load(match[1]) if match else {}
-    return values if isinstance(values, dict) else {}
+    return match[1] if match else ""
 
 
 def _tags(values: Mapping[str, Any], destination: Destination) -> str:
     import yaml
 
     values = dict(values)
-    tags = values.get("tags") or []
+    tags = values.get("tags")
+    tags = tags if isinstance(tags, list) else []
     values["tags"] = tags if _TAG in tags else [*tags, _TAG]
     if destination.base_model is not None:
         values["base_model"] = destination.base_model

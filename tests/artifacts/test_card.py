@@ -1,4 +1,4 @@
-"""The model card: its snippet runs as it stands, its command repeats the run, its numbers are the manifest's."""
+"""The model card: its snippet runs unchanged, its command repeats the run, and its numbers are the manifest's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def blocks(card: str, language: str) -> list[str]:
         "no adapter",
     ],
 )
-def test_snippet_runs_as_it_stands(family: str, recipe: dict, tmp_path: Path) -> None:
+def test_snippet_runs_unchanged(family: str, recipe: dict, tmp_path: Path) -> None:
     needs = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel"}.get(recipe.get("format", ""))
     if needs:
         pytest.importorskip(needs)

@@ -1,4 +1,4 @@
-"""`loftq.json`: whatever a file claims, it either loads or ends in one sentence that names the field."""
+"""`loftq.json`: any file either loads or ends in one sentence that names the field."""
 
 from __future__ import annotations
 

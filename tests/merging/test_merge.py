@@ -1,4 +1,4 @@
-"""`loftq merge`: what comes out computes what backbone and adapter computed, and costs what it says."""
+"""`loftq merge`: the result computes what backbone and adapter compute, and the reported errors are right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = torch.arange(24).reshape(2, 12)
 
 
 def train(converted: Path, saved: Path, *, rate: float = 0.02, ids: Tensor = IDS) -> Tensor:
-    """A few steps in PEFT, saved by PEFT; the logits of the trained model."""
+    """Train a few steps with PEFT, save with PEFT, and return the logits of the trained model."""
     model = loftq_cli.load(converted, trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for _ in range(3):
@@ -38,7 +38,7 @@ def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def plain_logits(path: Path) -> Tensor:
-    """Through transformers alone."""
+    """Return the logits of a directory loaded with transformers alone."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
@@ -141,7 +141,7 @@ def test_a_bfloat16_model_merges_exactly_too(small_llama: Path, tmp_path: Path) 
     assert torch.equal(loftq_cli.decode(tmp_path / "merged", "model.layers.0.mlp.up_proj"), layer.dequantized_weight())
 
 
-def test_requantize_says_what_it_costs(loftq_model: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+def test_requantize_reports_its_error(loftq_model: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
     backbone, adapter, _ = loftq_model
     report = loftq_cli.merge(backbone, adapter, output=tmp_path / "merged", to="requantize")
     loftq_cli.merge(backbone, adapter, output=tmp_path / "dense", to="dense")
@@ -211,7 +211,7 @@ def test_integer_zeros_would_lose_the_update() -> None:
     assert lost_in_integer_zeros(torch.full((16, 4), 0.2), quantized) < 1e-5, "two whole steps"
 
 
-def test_nothing_of_a_stopped_merge_looks_like_a_model(
+def test_an_interrupted_merge_does_not_look_like_a_model(
     qalora: tuple[Path, Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loftq_cli.merging import merge as engine
@@ -263,12 +263,12 @@ def test_what_cannot_be_merged_is_refused(
     tensors = load_file(lora / "adapter_model.safetensors")
     renamed = edited(lora, tmp_path / "renamed")
     save_file({n.replace("layers.1", "layers.9"): t for n, t in tensors.items()}, renamed / "adapter_model.safetensors")
-    refused("no matrix of", other, renamed, code=1)
+    refused("not a matrix of", other, renamed, code=1)
     cut = edited(lora, tmp_path / "cut")
     save_file(
         {n: t[:, 1:].clone() if "lora_A" in n else t for n, t in tensors.items()}, cut / "adapter_model.safetensors"
     )
-    refused("is the adapter of this model", other, cut, code=1)
+    refused("give the adapter of this model", other, cut, code=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in sentence(loftq("merge", backbone, adapter, "-o", tmp_path / "full", code=2))

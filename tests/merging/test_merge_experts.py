@@ -1,4 +1,4 @@
-"""`loftq merge` of mixtures: every expert's Q + BA under its own name on disk, as PEFT merges the model in memory."""
+"""`loftq merge` of mixtures stores every expert's Q + BA under its own name, equal to PEFT's merge in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
 def train(out: Path, folder: Path) -> torch.nn.Module:
-    """Two steps through PEFT, saved by PEFT; the trained model. Factors of gate and up are no longer apart then."""
+    """Train two steps with PEFT, save with PEFT, and return the model. Factors of gate and up are mixed by then."""
     model = load_plainly(out, "AutoModelForCausalLM").train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(2):
@@ -166,12 +166,12 @@ def test_adapters_of_other_mixtures_are_refused(tmp_path: Path) -> None:
         assert said in sentence(loftq("merge", out, folder, "-o", tmp_path / "never", code=1))
 
     only_down = [name for name in config["target_parameters"] if "down" in name]
-    refused("has adapters for 1 of those it names", adapter, target_parameters=only_down)
+    refused("has adapters for 1 of them", adapter, target_parameters=only_down)
     fewer = {n: t[:-4].clone() if "experts.lora_A" in n else t for n, t in adapter.items()}
     refused("have ranks 12 and 16", fewer)
     odd = {n: t[:-1].clone() if "experts.lora_A" in n else t for n, t in adapter.items()}
     odd = {n: t[:, :-1].clone() if "experts.lora_B" in n else t for n, t in odd.items()}
-    refused("is the adapter of this model", odd)
+    refused("give the adapter of this model", odd)
     narrow = {n: t[:, 1:].clone() if "experts.base_layer.lora_A" in n else t for n, t in adapter.items()}
-    refused("is the adapter of this model", narrow)
-    refused("no matrix of", {n.replace("layers.1.mlp", "layers.7.mlp"): t for n, t in adapter.items()})
+    refused("give the adapter of this model", narrow)
+    refused("not a matrix of", {n.replace("layers.1.mlp", "layers.7.mlp"): t for n, t in adapter.items()})

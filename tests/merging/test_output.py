@@ -1,4 +1,4 @@
-"""The output directory of a merge: one owner, nothing of the user's lost, an interrupted merge repeated."""
+"""The output directory of a merge has one owner, keeps the user's files, and allows an interrupted merge to repeat."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 import loftq_cli
+from loftq_cli.artifacts.manifest import MERGE_MARK
 from loftq_cli.engine.output.directory import STATE, journal_of, partial_folder
 from loftq_cli.engine.output.journal import Header
 from loftq_cli.engine.output.lock import take
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.merging.output import start_merge
 from loftq_cli.merging.texts import RECORD, MergeReport
 
@@ -45,7 +47,7 @@ def entries(output: Path) -> set[str]:
     return {path.name for path in output.iterdir()} - {STATE}
 
 
-def test_of_two_merges_into_one_output_one_is_refused(backbone: Path, tmp_path: Path) -> None:
+def test_one_of_two_merges_into_one_output_is_refused(backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / STATE).mkdir(parents=True)
     lock = take(tmp_path / "out" / STATE)
     try:
@@ -87,6 +89,31 @@ def test_repeating_an_unfinished_merge_keeps_foreign_files(tmp_path: Path) -> No
     assert entries(tmp_path) == {"model.safetensors", "mine.txt"}
 
 
+def test_overwrite_removes_only_what_a_merge_writes(tmp_path: Path) -> None:
+    fill(tmp_path, "config.json", RECORD, "1_Pooling/config.json", "1_Pooling/mine.txt")
+    with pytest.raises(UsageError, match=r"choose another -o, or move '1_Pooling/mine\.txt' away"):
+        start(tmp_path, overwrite=True)
+    (tmp_path / STATE / MERGE_MARK).write_text('["mine.txt", "config.json", "1_Pooling", "loftq_merge.json"]')
+    with pytest.raises(UsageError, match="choose another -o, or move"):
+        start(tmp_path)
+    assert (tmp_path / "1_Pooling" / "mine.txt").exists() and (tmp_path / "config.json").exists()
+
+
+def test_links_in_the_output_are_not_followed(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    fill(elsewhere, "config.json", "merge")
+    fill(out, RECORD)
+    (out / "1_Pooling").symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="move '1_Pooling' away"):
+        start(out, overwrite=True)
+    (out / "1_Pooling").unlink()
+    (out / STATE).rmdir()
+    (out / STATE).symlink_to(elsewhere)
+    with pytest.raises(LoftqError, match="is a link"):
+        start_merge(out, NAMES, overwrite=True)
+    assert entries(elsewhere) == {"config.json", "merge"}
+
+
 def test_a_finished_merge_is_replaced_only_on_request(tmp_path: Path) -> None:
     fill(tmp_path, "config.json", RECORD, "model-00001-of-00002.safetensors", "1_Pooling/config.json")
     before = entries(tmp_path)
@@ -100,17 +127,17 @@ def test_a_finished_merge_is_replaced_only_on_request(tmp_path: Path) -> None:
 def test_a_stop_while_a_finished_merge_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`config.json` goes first, and the command that was stopped can be repeated without --overwrite."""
     fill(tmp_path, "config.json", RECORD, "model-00001-of-00002.safetensors")
-    unlink, count = Path.unlink, 0
+    unlink, count = ConfinedFolder.unlink, 0
 
-    def stop(path: Path, *how: Any, **more: Any) -> None:
+    def stop(folder: ConfinedFolder, name: str) -> None:
         nonlocal count
-        count += path.parent == tmp_path
-        if path.parent == tmp_path and count == 2:
+        count += STATE not in name
+        if count == 2:
             raise KeyboardInterrupt
-        unlink(path, *how, **more)
+        unlink(folder, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stop)
+        patch.setattr(ConfinedFolder, "unlink", stop)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path, overwrite=True)
     assert entries(tmp_path) == {RECORD, "model-00001-of-00002.safetensors"}

@@ -1,4 +1,4 @@
-"""Pushing, through the real huggingface_hub client to a Hub on loopback, and what is pulled back from it."""
+"""Push with the real huggingface_hub client to a Hub on loopback, and check the files pulled back from it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def pull(repo: str = REPO, revision: str | None = None) -> Path:
 
 
 def check_pulled(folder: Path) -> None:
-    """What came back is whole, and says so itself."""
+    """Check that the pulled files are complete and verify."""
     verification = loftq_cli.verify(folder)
     assert verification.ok and verification.files > 5, verification.problems
 
@@ -272,7 +272,7 @@ def test_a_private_repository_is_private(hub: WriteHub, finished: Path) -> None:
     assert "is public" in refused(finished, private=True)
 
 
-def test_only_what_is_whole_is_pushed(hub: WriteHub, out: Path, source: Path, tmp_path: Path) -> None:
+def test_only_a_complete_conversion_is_pushed(hub: WriteHub, out: Path, source: Path, tmp_path: Path) -> None:
     (out / "notes.txt").write_text("mine")
     assert loftq_cli.push(out, REPO).left_out == ("notes.txt",) and "notes.txt" not in hub.files(REPO)
     hub.log.clear()
@@ -298,7 +298,7 @@ def test_only_what_is_whole_is_pushed(hub: WriteHub, out: Path, source: Path, tm
     [
         ("/repos/create", 401, 1, "does not accept the token"),
         ("/preupload/", 403, 1, "may not write to"),
-        ("/preupload/", 404, 1, "shows no some-org/Tiny-2bit"),
+        ("/preupload/", 404, 1, "has no some-org/Tiny-2bit that this token can see"),
         ("/commit/", 409, 4, "changed by somebody else"),
         ("/commit/", 412, 4, "changed by somebody else"),
         ("/commit/", 429, 4, "HTTP status 429"),
@@ -341,7 +341,7 @@ def test_a_hub_that_is_not_there(hub: WriteHub, finished: Path, monkeypatch: pyt
     [
         (401, 1, "does not accept the token"),
         (403, 1, "may not write"),
-        (404, 1, "shows no"),
+        (404, 1, "has no some-org/Tiny-2bit that this token can see"),
         (503, 4, "does not answer"),
     ],
 )
@@ -372,9 +372,7 @@ def test_what_hf_xet_runs_into(
         (REPO, {"revision": "a b"}, "--revision"),
     ],
 )
-def test_arguments_that_cannot_be_meant(
-    hub: WriteHub, finished: Path, repo: str, how: dict[str, object], said: str
-) -> None:
+def test_invalid_arguments(hub: WriteHub, finished: Path, repo: str, how: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
         loftq_cli.push(finished, repo, **how)
     assert not hub.log
@@ -385,7 +383,7 @@ def test_arguments_that_cannot_be_meant(
 def test_no_token_is_ever_shown(
     hub: WriteHub, out: Path, path: str, debug: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Even where a careless proxy sends the Authorization header back."""
+    """Even if a careless proxy sends the Authorization header back."""
     import traceback
 
     caplog.set_level(logging.INFO)  # below it lies the wire itself, which httpcore shows to those who ask for it
@@ -412,7 +410,7 @@ def test_the_token_stays_with_the_hub_and_out_of_the_files(hub: WriteHub, finish
     assert {request.authorization for request in hub.requests(host="hub")} == {f"Bearer {TOKEN}"}
 
 
-def test_a_dry_run_asks_nothing(hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_sends_no_request(hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     result = runner.invoke(app, ["push", str(finished), REPO, "--dry-run"])
     assert result.exit_code == 0 and "would be pushed to" in result.stdout and "model-00001-of" in result.stdout
