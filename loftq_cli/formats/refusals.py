@@ -8,23 +8,23 @@ INSTEAD = "use --format packed or --format dense"
 
 
 def plain_scales(request: GridRequest) -> Refusal | None:
-    """Scales that are not quantized themselves."""
+    """Refuse quantized scales."""
     if request.double_quant:
         return Refusal("only bitsandbytes quantizes its scales: use --format bnb", fatal=True)
     return None
 
 
 def integers_only(request: GridRequest) -> Refusal | None:
-    """Integers, with plain scales."""
+    """Refuse codebooks and quantized scales."""
     if refusal := plain_scales(request):
         return refusal
     if request.data_type != "int":
-        return Refusal(f"it holds integers, no '{request.data_type}' levels: {INSTEAD}", fatal=True)
+        return Refusal(f"it holds integers only, not '{request.data_type}' levels: {INSTEAD}", fatal=True)
     return None
 
 
 def whole_groups(request: GridRequest) -> Refusal | None:
-    """Rows that are a whole number of groups."""
+    """Refuse rows that are not a whole number of groups."""
     if not request.group_divides:
         reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
         return Refusal(f"{reason}: choose another --group-size, or {INSTEAD}", fatal=True)

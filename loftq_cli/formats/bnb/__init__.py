@@ -22,7 +22,7 @@ _REPACKS = "support_avx512bf16_for_cpu"
 class _Loading(Loading):
     def finish(self, model: nn.Module) -> None:
         for module in model.modules():
-            # One inference pass would repack the weights for AVX-512 in place, and training after it is wrong.
+            # One inference pass would repack the weights for AVX-512 in place, and later training would be wrong.
             if hasattr(module, _REPACKS):
                 setattr(module, _REPACKS, False)
 

@@ -1,4 +1,4 @@
-"""The tokenizer's vocabulary as GGUF key-values, from tokenizer.json: byte-level BPE, and SentencePiece-like BPE.
+"""Convert a vocabulary from tokenizer.json to GGUF key-values: byte-level BPE, and SentencePiece-like BPE.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer".
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-# How ggml names the regular expression that parts words, by a piece of it that the others lack.
+# ggml's names of the regular expression that splits words, by a part of it that the others lack.
 _PARTS = {r"\p{N}{1,3}": "llama-bpe", r"\p{N}|": "qwen2"}
 
 
 def vocabulary_values(tokenizer: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Key-values of `tokenizer.ggml.*`; none for a kind of tokenizer that is not known here."""
+    """Return the key-values of `tokenizer.ggml.*`; none for an unsupported kind of tokenizer."""
     try:
         content = json.loads(tokenizer)
         model = content["model"]
@@ -29,7 +29,7 @@ def vocabulary_values(tokenizer: bytes, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _splitting(content: Mapping[str, Any]) -> str | None:
-    """The name of the word splitting; "" for SentencePiece, None for one that is not known."""
+    """Return the name of the word splitting; "" for SentencePiece, None for one that is not supported."""
     if content["model"].get("byte_fallback"):
         return ""
     before = content.get("pre_tokenizer") or {}
@@ -59,7 +59,7 @@ def _values(content: Mapping[str, Any], splitting: str, config: Mapping[str, Any
     if splitting:
         found |= {"tokenizer.ggml.pre": splitting, "tokenizer.ggml.merges": merges}
     else:
-        # What SentencePiece merges first has the highest score.
+        # SentencePiece merges the pair with the highest score first.
         rank = {merge.replace(" ", ""): -float(i) for i, merge in reversed(list(enumerate(merges)))}
         found["tokenizer.ggml.scores"] = [
             rank.get(token, -1e6 if kind == _NORMAL else 0.0) for token, kind in zip(tokens, kinds)

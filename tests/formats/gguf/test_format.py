@@ -148,7 +148,7 @@ def test_the_lora_file_is_the_adapter_once_more(tmp_path: Path) -> None:
         ({"bits": 2}, "no blocks of 2 bits"),
         ({"bits": 4, "group_size": 64}, "--group-size 32"),
         ({"bits": 8, "symmetric": False}, "drop --asymmetric"),
-        ({"bits": 4, "data_type": "nf"}, "no 'nf' levels"),
+        ({"bits": 4, "data_type": "nf"}, "not 'nf' levels"),
         ({"bits": 4, "double_quant": True}, "--format bnb"),
     ],
 )
@@ -158,7 +158,7 @@ def test_what_gguf_cannot_hold_is_refused(recipe: dict, words: str, random_llama
 
 
 def test_models_gguf_is_not_written_for_are_refused(minilm: Path) -> None:
-    with pytest.raises(UsageError, match=r"not for 'bert'.*--format packed"):
+    with pytest.raises(UsageError, match=r"only, not 'bert'.*--format packed"):
         loftq_cli.plan(minilm, bits=4, format="gguf")
 
 
