@@ -127,6 +127,8 @@ class Request:
         dequantize: let the loader unpack while loading, if it can.
         config: the model's config.json.
         dense_experts: matrices of single experts that stay in full precision.
+        kept_matrices: names on disk, without `.weight`, of all matrices that stay in full precision, whatever
+            transformers makes of them: other readers may build a quantizable layer for each.
         tokenizer: reads its tokenizer.json; None if it has none.
     """
 
@@ -135,6 +137,7 @@ class Request:
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], bytes] | None = None
     dense_experts: Sequence[str] = ()
+    kept_matrices: Sequence[str] = ()
 
 
 ANY_REQUEST = Request(None)

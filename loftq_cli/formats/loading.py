@@ -75,12 +75,15 @@ class Loading:
         layer_scales: names of the parameters in which a packed layer stores its scales; a layer that lacks them after
             loading was not in the checkpoint.
         tensor_scales: suffixes that follow the name of a weight in the names of its scales.
+        skip_list: field of `quantization_config` with the layers that transformers must not replace by packed ones; ""
+            if the container lists the packed layers instead.
     """
 
     packages: tuple[Package, ...] = ()
     before: tuple[str, ...] = ()
     layer_scales: tuple[str, ...] = ()
     tensor_scales: tuple[str, ...] = ()
+    skip_list: str = ""
 
     def refuse(self, request: LoadRequest) -> str | None:
         """Return why it cannot be loaded as asked, as a sentence, or None."""

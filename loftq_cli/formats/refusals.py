@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from loftq_cli.formats.base import GridRequest, Refusal
 
 INSTEAD = "use --format packed or --format dense"
@@ -27,5 +29,11 @@ def whole_groups(request: GridRequest) -> Refusal | None:
     """Refuse rows that are not a whole number of groups."""
     if not request.group_divides:
         reason = f"groups of {request.block_size} do not divide rows of {request.in_features}"
-        return Refusal(f"{reason}: choose another --group-size, or {INSTEAD}", fatal=True)
+        ways = f"choose another --group-size, leave it out with {exclude(request.module)}, or {INSTEAD}"
+        return Refusal(f"{reason}: {ways}", fatal=True)
     return None
+
+
+def exclude(module: str) -> str:
+    """Return the option that leaves out a module in every layer."""
+    return f"--exclude '{re.sub(r'^.*[.][0-9]+[.]', '*.', module)}'"

@@ -42,6 +42,7 @@ class Merge:
         source: the backbone's directory; `checkpoint`: its tensors, opened.
         places: module of the backbone → its place in the adapter.
         cast: tensors in full precision get `dtype` too, because the user named one.
+        float32: the tensors that transformers keeps in float32 even so.
     """
 
     manifest: Manifest
@@ -52,6 +53,7 @@ class Merge:
     way: str
     dtype: torch.dtype
     cast: bool
+    float32: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
         """Read a tensor of the backbone, or one expert's share of it."""

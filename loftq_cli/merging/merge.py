@@ -40,6 +40,7 @@ from loftq_cli.merging.pieces import merge_piece, pieces_of
 from loftq_cli.merging.places import find_places
 from loftq_cli.merging.texts import MergeReport
 from loftq_cli.merging.trained_adapter import WEIGHTS, TrainedAdapter, read_adapter
+from loftq_cli.modules.roles import float32_tensors
 from loftq_cli.planning.output_files import INDEX, index_text
 from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
@@ -108,7 +109,9 @@ def _opened(manifest: Manifest, source: Path, trained: TrainedAdapter, to: str, 
         places = find_places(trained, manifest)
         way = choose_way(to, manifest, trained, places, checkpoint.read)
         kind = DTYPES[manifest.dtype if dtype == "auto" else dtype]
-        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto")
+        cast = dtype != "auto" and way == "dense"
+        float32 = float32_tensors(checkpoint.config, list(checkpoint.tensors), dtype) if cast else frozenset()
+        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast, float32)
 
 
 def _make_plan(job: Merge, max_bytes: int) -> MergePlan:

@@ -16,6 +16,7 @@ from loftq_cli.merging.into_gguf import blocks_of_record, copied, into_gguf
 from loftq_cli.merging.job import Merge, Piece
 from loftq_cli.merging.places import name_of_expert
 from loftq_cli.numerics.lowrank.truncate import frobenius
+from loftq_cli.tensorfile.dtypes import to_dtype
 from loftq_cli.tensorfile.entry_names import whole_name
 from loftq_cli.tensorfile.tensors import OutputTensor
 
@@ -59,7 +60,7 @@ def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
 
 def _kept_pieces(job: Merge, info: TensorInfo, records: list[KeptRecord]) -> Iterator[Piece]:
     """Yield a tensor in full precision; if it holds experts, one of them after the other."""
-    cast = job.cast and job.way == "dense" and info.dtype.is_floating_point
+    cast = job.cast and job.way == "dense" and info.dtype.is_floating_point and info.name not in job.float32
     output = OutputTensor(info.name, job.dtype if cast else info.dtype, info.shape)
     output = copied(output) if job.way == "gguf" else output
     if not records:
@@ -92,7 +93,7 @@ def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
         norm = frobenius(exact)
         encoded = container.encode(matrix, step.quantized)
         return {name: value.cpu() for name, value in encoded.items()}, step.residual_norm() / norm if norm else 0.0
-    stored = exact.to(job.dtype)
+    stored = to_dtype(exact, job.dtype, piece.record.tensor)
     error = _relative(exact, stored.float())
     (output,) = piece.outputs
     return {output.name: matrix.orientation.turn(stored).contiguous()}, error
@@ -102,10 +103,10 @@ def _into_full_precision(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], f
     (output,) = piece.outputs
     weight = job.read(piece.inputs[0])
     if piece.module is None:
-        return {output.name: weight.to(output.dtype)}, 0.0
+        return {output.name: to_dtype(weight, output.dtype, piece.inputs[0])}, 0.0
     _, n_in = piece.orientation.turn_shape((weight.shape[0], weight.shape[1]))
     exact = weight.float() + piece.orientation.turn(job.update(piece.module, n_in))
-    stored = exact.to(output.dtype)
+    stored = to_dtype(exact, output.dtype, piece.inputs[0])
     return {output.name: stored}, _relative(exact, stored.float())
 
 

@@ -44,6 +44,9 @@ _COUNT = re.compile(
 )
 _SMALLEST_LIMIT = 3000
 
+# Mappings whose keys are data, such as the names of labels (`label2id`), and not fields of a sub-config.
+_DATA = re.compile(r"2ids?$|^id2|_to_ids?$|^task_specific_params$")
+
 
 @dataclass(frozen=True)
 class Built:
@@ -128,7 +131,8 @@ def _refuse_huge_counts(config: Mapping[str, Any], most: int) -> None:
     """Check the counts first: configs create lists as long as the number of layers before any layer is built."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            _refuse_huge_counts(value, most)
+            if not _DATA.search(name):
+                _refuse_huge_counts(value, most)
         elif _COUNT.search(name):
             counts = value if isinstance(value, list) else [value]
             worst = max((count for count in counts if isinstance(count, int)), default=0)

@@ -33,9 +33,10 @@ def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> t
     keep = _tied(view, name) or _linear_reason(view, path) or _float32(view, name) or _read_directly(view, path)
     if path in view.heads:
         return "head", keep
-    outside = view.base and not path.startswith(view.base)
-    if keep is None and (outside or rules.TASK_HEAD_NAME.match(path)):
+    if keep is None and rules.TASK_HEAD_NAME.match(path):
         keep = Reason(Why.TASK_HEAD)
+    elif keep is None and view.base and not path.startswith(view.base):
+        keep = Reason(Why.OUTSIDE_BASE)
     return "conv1d" if isinstance(module, Conv1D) else "linear", keep
 
 

@@ -21,6 +21,7 @@ class Why(Enum):
     EMBEDDING = "embedding"
     POSITION = "position embedding"
     TASK_HEAD = "task head"
+    OUTSIDE_BASE = "task head or other layer outside the base model (choose it with --include)"
     SMALL = "smaller than {name}"
     # from transformers
     UNKNOWN = "not part of {name} (ignored by transformers)"

@@ -9,7 +9,7 @@ a model class, only names and shapes are available (`_map_by_name`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from loftq_cli.modules.experts import Expert, find_expert, is_expert
 from loftq_cli.modules.keep_rules import Tower
 from loftq_cli.modules.names import RuntimeName, runtime_names
 from loftq_cli.modules.reasons import Reason, Why
-from loftq_cli.modules.view import ModelView
+from loftq_cli.modules.view import ModelView, float32_patterns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,8 @@ class TensorRole:
         parameter: the parameter that PEFT must adapt instead of the module; "" for none.
         expert: the place of an expert's matrix; for a 3-D tensor, that of its first matrix.
         tied: for an embedding table that may still be quantized, the parameter that shares it; "" for none.
+        optional: `keep` is only the default; --include can choose the tensor all the same.
+        float32: the dtypes, by name, for which transformers keeps this tensor in float32 when it loads the model.
     """
 
     tensor: str
@@ -55,6 +57,8 @@ class TensorRole:
     parameter: str = ""
     expert: Expert | None = None
     tied: str = ""
+    optional: bool = False
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,16 +148,34 @@ def _role(view: ModelView, tensor: str, name: RuntimeName, shape: tuple[int, ...
             f"{list(expected)}: check that config.json belongs to these weights."
         )
     path, _, parameter = name.key.rpartition(".")
+    float32 = tuple(dtype for dtype, pattern in view.float32_dtypes.items() if pattern.search(name.key))
     if is_expert(view, name, path) and not is_router(view, path):
         expert = find_expert(view, name, path, shape)
         keep = expert_reason(view, name, expert)
-        return TensorRole(tensor, name.key, "expert", keep, view.tower(path), name.key, expert)
+        return TensorRole(tensor, name.key, "expert", keep, view.tower(path), name.key, expert, float32=float32)
     kind, keep = classify(view, name, path, parameter)
     module = path if parameter == "weight" and not name.merged else None
     # PEFT would treat an adapter on a module of this name as one on the experts.
     aside = kind == "linear" and keep is None and path.rpartition(".")[2] in view.expert_names
     tied = view.tied[name.key] if kind == "embedding" and keep is None and name.key in view.tied else ""
-    return TensorRole(tensor, module, kind, keep, view.tower(path), name.key if aside else "", tied=tied)
+    optional = keep is not None and keep.why is Why.OUTSIDE_BASE
+    other_name = name.key if aside else ""
+    return TensorRole(tensor, module, kind, keep, view.tower(path), other_name, None, tied, optional, float32)
+
+
+def float32_tensors(config: Mapping[str, Any], tensors: Sequence[str], dtype: str) -> frozenset[str]:
+    """Return the tensors that transformers keeps in float32 when it loads the model in `dtype`.
+
+    Args:
+        config: parsed config.json.
+        tensors: names on disk.
+    """
+    model = build_on_meta(config, len(tensors)).model
+    pattern = None if model is None else float32_patterns(model).get(dtype)
+    if model is None or pattern is None:
+        return frozenset()
+    names, _ = runtime_names(model, tensors)
+    return frozenset(tensor for tensor in tensors if pattern.search(names[tensor].key or ""))
 
 
 def _task_type(model: PreTrainedModel) -> str | None:

@@ -28,7 +28,8 @@ class ModelView:
         state: parameter or buffer name -> tensor on the meta device.
         parameters: the names in `state` that are parameters.
         tied: parameter name -> the parameter it shares its values with, both ways.
-        float32: matches the names of parameters that transformers keeps in float32.
+        float32: matches the names of tensors that transformers keeps in float32.
+        float32_dtypes: from `float32_patterns`.
         readers: module path -> class that reads its weight (`modules.weight_reads`).
         expert_names: last parts of module paths that PEFT treats as fused experts.
         heads, embedding: paths of the output embeddings and of the input embedding.
@@ -42,6 +43,7 @@ class ModelView:
     parameters: frozenset[str]
     tied: Mapping[str, str]
     float32: re.Pattern[str] | None
+    float32_dtypes: Mapping[str, re.Pattern[str]]
     readers: Mapping[str, str]
     expert_names: frozenset[str]
     heads: frozenset[str]
@@ -62,7 +64,8 @@ class ModelView:
             state=model.state_dict(),
             parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
             tied=_ties(model, modules),
-            float32=_float32_pattern(model),
+            float32=float32_patterns(model).get("float16"),
+            float32_dtypes=float32_patterns(model),
             readers=direct_weight_reads(model, model.config),
             expert_names=_expert_names(model),
             heads=heads,
@@ -162,12 +165,19 @@ def _ties(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str,
     return ties
 
 
-def _float32_pattern(model: PreTrainedModel) -> re.Pattern[str] | None:
-    """Compile the two lists as transformers matches them when it plans dtypes: anywhere in the parameter's name."""
-    patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    if not patterns:
-        return None
-    return re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)))
+def float32_patterns(model: PreTrainedModel) -> dict[str, re.Pattern[str]]:
+    """Return a pattern for the tensors that stay in float32 if the model is loaded in another dtype, by that dtype.
+
+    transformers (`_get_dtype_plan`) uses both of its lists for float16 but only the strict one for bfloat16, and
+    matches them anywhere in a tensor's name.
+    """
+    strict = {*(model._keep_in_fp32_modules_strict or ())}
+    lists = {"float16": strict | {*(model._keep_in_fp32_modules or ())}, "bfloat16": strict}
+    return {
+        dtype: re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)))
+        for dtype, patterns in lists.items()
+        if patterns
+    }
 
 
 def _expert_names(model: PreTrainedModel) -> frozenset[str]:

@@ -15,6 +15,7 @@ from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import AdapterTarget
 from loftq_cli.formats.base import GridRequest, MatrixKind, QuantizedMatrix, Refusal, Request
 from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.keep_rules import TABLES
 from loftq_cli.modules.orientation import orientation_of
 from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap, TensorRole
@@ -68,7 +69,9 @@ def build_units(source: Source, choices: Choices) -> WorkUnits:
     adapted = {role.parameter for role in modules.roles if role.expert is not None and decisions[role.tensor].rank}
     builder = _Builder(source, choices, _depths([name for name in modules.expert_parameters if name in adapted]))
     units = tuple(unit for role in modules.roles for unit in builder.units(role))
-    request = dataclasses.replace(choices.request, dense_experts=dense_experts(units))
+    request = dataclasses.replace(
+        choices.request, dense_experts=dense_experts(units), kept_matrices=_kept_matrices(units)
+    )
     notes = [*expert_notes(units, recipe), *calibration_notes(units, recipe), *level_notes(recipe, decisions)]
     work = WorkUnits(units, request, tuple(notes))
     refuse_together(work.matrices, recipe, request)
@@ -142,7 +145,7 @@ class _Builder:
     def copied(self, matrix: _Matrix) -> OutputTensor:
         """Return the output of a tensor that stays in full precision."""
         info, recipe = self.source.checkpoint.tensors[matrix.role.tensor], self.choices.recipe
-        cast_it = recipe.dtype != "auto" and info.dtype.is_floating_point
+        cast_it = recipe.dtype != "auto" and info.dtype.is_floating_point and recipe.dtype not in matrix.role.float32
         dtype = self.choices.dtype if cast_it else info.dtype
         whole = get_format(recipe.format).copied(OutputTensor(info.name, dtype, info.shape))
         return whole.piece(matrix.expert.index) if matrix.stacked and matrix.expert is not None else whole
@@ -221,6 +224,19 @@ class _Builder:
             module=matrix.role.module or "",
             parameter=bool(matrix.role.parameter),
         )
+
+
+def _kept_matrices(units: Sequence[Unit]) -> tuple[str, ...]:
+    """Return the names on disk, without `.weight`, of the matrices in full precision, except embeddings."""
+    return tuple(
+        unit.tensor.removesuffix(".weight")
+        for unit in units
+        if unit.matrix is None
+        and unit.tensor.endswith(".weight")
+        and len(unit.source.shape) == 2
+        and unit.kind != "embedding"
+        and not (unit.reason and unit.reason.why in (*TABLES, Why.CONVOLUTION, Why.NORM))
+    )
 
 
 def _depths(parameters: Sequence[str]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.checks import refuse_together
 from loftq_cli.planning.resolve import resolve
-from loftq_cli.planning.select import Decision, decide, unused_filters
+from loftq_cli.planning.select import Decision, decide, included_but_kept, unused_filters
 from loftq_cli.planning.source import Source
 from loftq_cli.recipe.model import Recipe
 from loftq_cli.tensorfile.entry_names import whole_name
@@ -56,7 +56,11 @@ def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None =
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= _keep_nonfinite(modules, nonfinite or {})
     if not any(decision.bits for decision in decisions.values()):
-        raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: check --include, --exclude and --rule.")
+        kept = included_but_kept(recipe, modules.roles).items()
+        reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
+        raise LoftqError(
+            f"nothing in {checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
+        )
     settled = resolve(recipe, modules, decisions)
     request = Request(modules.task_type, settled.dequantize, checkpoint.config, source.tokenizer)
     refuse_together((), settled, request)
@@ -100,7 +104,9 @@ def _model_dtype(recipe: Recipe, source: Source, decisions: Mapping[str, Decisio
 
 
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
-    return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+    unused = [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+    kept = included_but_kept(recipe, modules.roles).items()
+    return unused + [f"--include '{glob}' names only weights that stay in full precision: {why}." for glob, why in kept]
 
 
 def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:

@@ -34,11 +34,12 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
     Raises:
         LoftqError: a matrix that would be quantized does not contain floating-point numbers.
     """
-    reason = role.keep or _filtered(role, recipe)
+    reason = None if role.optional and _included(role, recipe) else role.keep
+    reason = reason or _filtered(role, recipe)
     if reason is not None:
         return Decision(0, 0, reason)
     assert role.module is not None, "a tensor that may be quantized is a module's weight"
-    rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))
+    rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))  # the first match wins
     if rule.keep == "skip":
         return Decision(0, 0, Reason(Why.RULE_SKIP, rule.pattern))
     if info.dtype not in QUANTIZABLE:
@@ -67,13 +68,29 @@ def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
     return unused
 
 
+def included_but_kept(recipe: Recipe, roles: Sequence[TensorRole]) -> dict[str, str]:
+    """Return the --include globs that match weights of which none can be quantized, with the reasons."""
+    found = {}
+    for glob in recipe.include:
+        named = [role for role in roles if role.module and fnmatchcase(role.module, glob)]
+        reasons = [role.keep for role in named if role.keep and not role.optional]
+        if named and len(reasons) == len(named):
+            found[glob] = ", ".join(sorted({str(reason) for reason in reasons}))
+    return found
+
+
+def _included(role: TensorRole, recipe: Recipe) -> bool:
+    """True if --include names the tensor's module."""
+    return role.module is not None and any(fnmatchcase(role.module, glob) for glob in recipe.include)
+
+
 def _filtered(role: TensorRole, recipe: Recipe) -> Reason | None:
     """Return the reason to keep a tensor that the recipe's filters or options for kinds of matrices give, if any."""
     if role.kind == "other" or role.module is None:
         return Reason(Why.NOT_LINEAR)
     if any(fnmatchcase(role.module, glob) for glob in recipe.exclude):
         return Reason(Why.EXCLUDED)
-    included = any(fnmatchcase(role.module, glob) for glob in recipe.include)
+    included = _included(role, recipe)
     if recipe.include and not included:
         return Reason(Why.NOT_INCLUDED)
     if role.kind == "expert" and recipe.experts == "keep":

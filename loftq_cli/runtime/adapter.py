@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.adapter import CONFIG, WEIGHTS
-from loftq_cli.runtime.paths import find_path
+from loftq_cli.runtime.paths import find_path, moved_prefixes
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -111,10 +111,12 @@ def _fit(config: LoraConfig, keys: Iterable[str], model: PreTrainedModel) -> _Fi
     keys = list(keys)
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
+    moved = moved_prefixes(model, (f"{_split(key)[0]}.weight" for key in keys))
+    moved |= moved_prefixes(model, config.target_parameters or ())
     renames, dropped = {}, set()
     for key in keys:
         path, leaf = _split(key)
-        found = find_path(path, modules, prefix)
+        found = find_path(path, modules, prefix, moved)
         if found is None:
             dropped.add(path)
         else:
@@ -124,13 +126,13 @@ def _fit(config: LoraConfig, keys: Iterable[str], model: PreTrainedModel) -> _Fi
             f"the adapter has no module in common with {type(model).__name__}: load the class in config.json, or "
             "another of the same family."
         )
-    moved = bool(dropped) or any(old != new for old, new in renames.items())
-    if moved:
-        _rename_config(config, model, renames.values(), dropped)
+    renamed = bool(dropped) or any(old != new for old, new in renames.items())
+    if renamed:
+        _rename_config(config, model, renames.values(), dropped, moved)
     task_type = config.task_type
     config.task_type = _task_type(model, config)
     heads = _missing_heads(model, config, keys)
-    changed = moved or bool(heads) or config.task_type != task_type
+    changed = renamed or bool(heads) or config.task_type != task_type
     return _FittedAdapter(config, renames, tuple(sorted(dropped)), heads, changed)
 
 
@@ -142,12 +144,14 @@ def _split(key: str) -> tuple[str, str]:
     return bare[:at], bare[at:]
 
 
-def _rename_config(config: LoraConfig, model: PreTrainedModel, keys: Iterable[str], dropped: Container[str]) -> None:
+def _rename_config(
+    config: LoraConfig, model: PreTrainedModel, keys: Iterable[str], dropped: Container[str], moved: Mapping[str, str]
+) -> None:
     """Rename the modules for this class: exactly those of `keys`, whatever the file's list or pattern was."""
     prefix = getattr(model, "base_model_prefix", "")
     places = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     if config.target_parameters:
-        named = [find_path(entry, places, prefix) for entry in config.target_parameters]
+        named = [find_path(entry, places, prefix, moved) for entry in config.target_parameters]
         config.target_parameters = [entry for entry in named if entry]
     aside = {name.rpartition(".")[0] for name in config.target_parameters or ()}
     layers = sorted({_split(key)[0] for key in keys if ".lora_" in key} - aside)
@@ -155,7 +159,7 @@ def _rename_config(config: LoraConfig, model: PreTrainedModel, keys: Iterable[st
     config.target_modules = layers if aside else "|".join(re.escape(path) for path in layers)
     for field in ("rank_pattern", "alpha_pattern"):
         kept = {key: value for key, value in getattr(config, field).items() if key not in dropped}
-        setattr(config, field, {find_path(key, places, prefix) or key: value for key, value in kept.items()})
+        setattr(config, field, {find_path(key, places, prefix, moved) or key: value for key, value in kept.items()})
 
 
 def _task_type(model: PreTrainedModel, config: LoraConfig) -> str | None:

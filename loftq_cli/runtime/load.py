@@ -14,6 +14,7 @@ from loftq_cli.formats import FORMATS, container_in, container_of
 from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
+from loftq_cli.runtime.other_class import other_dense_layers
 from loftq_cli.runtime.paths import find_path
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _TENSOR_SCALES = tuple({name: None for container in FORMATS.values() for name in
 # Arguments of from_pretrained about the source of files; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _PLACEMENT_OPTIONS = ("device_map", "max_memory")
+# Fields of a config that from_pretrained takes as arguments of its own.
+_NOT_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 
 
 def load(
@@ -73,7 +76,10 @@ def load(
         raise LoftqError(refusal)
     folder = _adapter_folder(name, adapter, source)
     options = {**loading.options(dataclasses.replace(request, adapter=folder is not None)), **options}
-    model = _load_backbone(_model_class(config, auto_class), name, options)
+    model_class = _model_class(config, auto_class)
+    if loading.skip_list and "config" not in options:
+        options = _with_skip_list(options, config, model_class, loading.skip_list)
+    model = _load_backbone(model_class, name, options)
     if folder is None:
         return model
     if adapter is True:
@@ -127,6 +133,27 @@ def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
     """Return how to load the container in `folder`, or on the Hub if there is no such folder."""
     container = container_in(folder) or container_of(_quant_method(config) or "")
     return PLAIN if container is None else container.loading
+
+
+def _with_skip_list(
+    options: Mapping[str, Any], config: PretrainedConfig, model_class: Any, field: str
+) -> dict[str, Any]:
+    """Return options whose config keeps the layers dense that the converted class lacks or names differently.
+
+    Args:
+        field: `Loading.skip_list`.
+    """
+    quantization = _quantization(config)
+    listed = list(quantization.get(field) or ())
+    dense = other_dense_layers(model_class, config, listed)
+    if not dense:
+        return dict(options)
+    # Given a config, from_pretrained would pass these on to the model's constructor.
+    fields = {key for key in options if key not in _NOT_CONFIG and hasattr(config, key)}
+    for key in fields:
+        setattr(config, key, options[key])
+    config.quantization_config = {**quantization, field: [*listed, *dense]}
+    return {"config": config, **{key: value for key, value in options.items() if key not in fields}}
 
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:

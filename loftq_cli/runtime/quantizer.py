@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import Codebook
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
-from loftq_cli.runtime.paths import find_path
+from loftq_cli.runtime.paths import find_path, moved_prefixes
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
 
 
@@ -109,6 +109,10 @@ class LoftqHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Extend transformers' weight conversions so that experts are unpacked before they are stacked."""
         parameters = [item for group in self.quantization_config.packed_groups() for item in group.parameters]
+        present, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
+        moved = moved_prefixes(model, (item.name for item in parameters))
+        names = [find_path(item.name, present, prefix, moved) or item.name for item in parameters]
+        parameters = [replace(item, name=name) for item, name in zip(parameters, names)]
         self._unpacking = Unpacking(parameters, getattr(model, "base_model_prefix", ""), self)
         return self._unpacking.extend(weight_conversions)
 
@@ -163,10 +167,11 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
+    moved = moved_prefixes(model, (f"{path}.weight" for group in groups for path in group.modules))
     grids: dict[str, Grid] = {}
     for group in groups:
         for path in group.modules:
-            found = find_path(path, modules, prefix)
+            found = find_path(path, modules, prefix, moved)
             if found is not None:
                 grids[found] = group.grid
     if any(group.modules for group in groups) and not grids:

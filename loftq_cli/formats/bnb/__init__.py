@@ -63,7 +63,9 @@ BNB = Container(
         serves=Claim("vLLM", UPSTREAM),
     ),
     needs=("peft", "bitsandbytes"),
-    loading=_Loading(packages=(Package("bitsandbytes", extra="bnb"),), tensor_scales=(".absmax",)),
+    loading=_Loading(
+        packages=(Package("bitsandbytes", extra="bnb"),), tensor_scales=(".absmax",), skip_list="llm_int8_skip_modules"
+    ),
     tag="bitsandbytes",
     quant_method=QUANT_METHOD,
     auto=Auto(rank=0, fits=_fits_auto),

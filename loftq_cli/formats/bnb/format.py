@@ -34,6 +34,7 @@ from loftq_cli.formats.base import (
 )
 from loftq_cli.formats.bnb import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD
+from loftq_cli.formats.skip_lists import kept_patterns
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.grids.codebooks import Codebook, codebook
 from loftq_cli.numerics.grids.grid import Quantized
@@ -156,7 +157,10 @@ class BnbFormat(FormatDefaults):
             "bnb_4bit_compute_dtype": DTYPE_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             # This replaces transformers' own list, so it names every linear layer that is not packed.
-            "llm_int8_skip_modules": [_skip_entry(module, matrices) for module in dense_linears],
+            "llm_int8_skip_modules": [
+                *(_skip_entry(module, matrices) for module in dense_linears),
+                *kept_patterns(request.kept_matrices, dense_linears, matrices),
+            ],
         }
 
 

@@ -56,7 +56,7 @@ COMPRESSED_TENSORS = Container(
         serves=Claim("vLLM, symmetric: 4 and 8 bits; 2 and 3 in new versions", UPSTREAM),
     ),
     needs=("peft", "compressed-tensors"),
-    loading=_Loading(packages=(Package("compressed_tensors", extra="compressed-tensors"),)),
+    loading=_Loading(packages=(Package("compressed_tensors", extra="compressed-tensors"),), skip_list="ignore"),
     tag="compressed-tensors",
     quant_method=QUANT_METHOD,
     integers_only=True,

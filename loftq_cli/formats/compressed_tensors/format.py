@@ -38,6 +38,7 @@ from loftq_cli.formats.base import (
 )
 from loftq_cli.formats.compressed_tensors import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
+from loftq_cli.formats.skip_lists import any_number, kept_patterns
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_words, unpack_words
@@ -139,7 +140,7 @@ class CompressedTensorsFormat(FormatDefaults):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "dequantize": request.dequantize,
-            "ignore": [*dense_linears, *_routers(matrices)],
+            "ignore": _ignored(matrices, dense_linears, request),
             "config_groups": {
                 f"group_{i}": {"targets": targets, "weights": _weights(grid)}
                 for i, (targets, grid) in enumerate(_groups(matrices))
@@ -174,9 +175,14 @@ def _routers(matrices: Sequence[QuantizedMatrix]) -> list[str]:
     )
 
 
+def _ignored(matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], request: Request) -> list[str]:
+    """Return the names and patterns of everything that stays in full precision."""
+    kept = (f"re:{pattern}" for pattern in kept_patterns(request.kept_matrices, dense_linears, matrices))
+    return list(dict.fromkeys([*dense_linears, *_routers(matrices), *kept]))
+
+
 def _any_number(prefix: str) -> str:
-    """Return one pattern for the modules of all layers and experts, instead of tens of thousands of names."""
-    return "re:^" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(prefix)) + "$"
+    return f"re:{any_number(prefix)}"
 
 
 def _weights(grid: AffineGrid) -> dict[str, Any]:

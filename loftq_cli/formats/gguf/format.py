@@ -42,7 +42,7 @@ from loftq_cli.formats.gguf import BLOCK as _BLOCK
 from loftq_cli.formats.gguf import FILE, LORA_FILE
 from loftq_cli.formats.gguf.file import GgmlType, adapter_values, file_layout, model_values
 from loftq_cli.formats.gguf.vocabulary import vocabulary_values
-from loftq_cli.formats.refusals import INSTEAD, integers_only
+from loftq_cli.formats.refusals import INSTEAD, exclude, integers_only
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
@@ -82,7 +82,8 @@ class GgufFormat(FormatDefaults):
         if request.block_size != _BLOCK:
             return Refusal(f"its blocks have {_BLOCK} weights: use --group-size {_BLOCK}, or {INSTEAD}", fatal=True)
         if not request.group_divides:
-            return Refusal(f"blocks of {_BLOCK} do not divide rows of {request.in_features}: {INSTEAD}", fatal=True)
+            reason = f"blocks of {_BLOCK} do not divide rows of {request.in_features}"
+            return Refusal(f"{reason}: leave it out with {exclude(request.module)}, or {INSTEAD}", fatal=True)
         half, single = torch.float16, torch.float32
         zero: Zero = "none" if request.symmetric else "float"
         return AffineGrid(request.bits, _BLOCK, zero, half, single, zero_dtype=half, scale_rule=request.scale_rule)

@@ -70,7 +70,7 @@ class GptqFormat(FormatDefaults):
         if refusal := whole_groups(request):
             return refusal
         if request.in_features % _WORD or request.out_features % _WORD:
-            return Refusal(f"its words need multiples of {_WORD} rows and columns: {INSTEAD}", fatal=True)
+            return Refusal(f"words of {self.name} need multiples of {_WORD} rows and columns", fatal=False)
         half = torch.float16
         zero: Zero = "none" if request.symmetric else "integer"
         return AffineGrid(
