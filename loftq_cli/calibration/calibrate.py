@@ -175,7 +175,7 @@ def _layers(plan: Plan) -> Sequence[str]:
         role.module
         for role in plan.modules.roles
         if role.module
-        and not role.keep
+        and (not role.keep or role.module in quantized)
         and (role.kind in ("linear", "conv1d") or (role.kind == "head" and role.module in quantized))
     ]
 

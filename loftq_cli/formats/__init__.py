@@ -1,4 +1,4 @@
-"""Containers: one package each, found by name. Importing this package loads no torch; `get_format` does."""
+"""Containers: one package each, found by name. Importing this package does not load torch; `get_format` does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The adapter as PEFT loads it: tensors and adapter_config.json in `loftq_init/`, in PEFT 0.21's own layout.
 
-Adapters live in a subfolder because transformers would load an adapter in the root together with the backbone.
+Adapters are in a subfolder because transformers would load an adapter in the root folder together with the backbone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CONFIG = f"{FOLDER}/adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """One adapted matrix: W [out, in] gets lora_b [out, rank] @ lora_a [rank, in].
+    """One adapted matrix: lora_b [out, rank] @ lora_a [rank, in] is added to W [out, in].
 
     Attributes:
-        parameter: what PEFT targets in place of the module (`target_parameters`); "" for a module.
-        expert: whose matrix it is, where experts share an adapter.
-        group: inputs that are pooled before A sees them, so that A is [rank, in / group] (QA-LoRA); 1 for none.
+        parameter: the parameter that PEFT targets instead of the module (`target_parameters`); "" for a module.
+        expert: the expert's place, if experts share an adapter.
+        group: number of inputs that are pooled before A, so that A is [rank, in / group] (QA-LoRA); 1 for none.
     """
 
     module: str
@@ -47,16 +47,17 @@ class AdapterTarget:
         return 1 if self.expert is None else self.expert.parts
 
     def constant(self, scaling: float) -> float:
-        """Return the factor that PEFT multiplies BA by."""
+        """Return the factor by which PEFT multiplies BA."""
         return scaling if self.group == 1 else scaling * peft_constant(self.in_features, self.group)
 
 
 def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
-    """Names and shapes of A and B as one unit of work makes them. PEFT keeps an embedding's factors transposed and
-    without `.weight`.
+    """Return names and shapes of A and B as one unit of work writes them. PEFT stores an embedding's factors transposed
+    and without `.weight`.
 
-    Experts share a pair. A [experts * rank, in] has one expert's rows together, so a matrix's own lora_a is a piece of
-    it. In B [out, rank * experts] the expert counts fastest: `joint_b` gathers the lora_b that stand apart until then.
+    Experts share a pair. In A [experts * rank, in] one expert's rows are contiguous, so a matrix's own lora_a is a
+    piece of it. In B [out, rank * experts] the expert index varies fastest: each lora_b is stored separately until
+    `joint_b` gathers them.
     """
     if target.expert is not None:
         prefix, shape = _expert_prefix(target), (_joint(target), target.in_features)
@@ -80,7 +81,7 @@ def adapter_tensors(target: AdapterTarget) -> tuple[OutputTensor, OutputTensor]:
 
 
 def joint_b(target: AdapterTarget) -> OutputTensor | None:
-    """lora_B of all experts of a parameter; None where the unit's own is what the file holds."""
+    """Return lora_B of all experts of a parameter; None if the file stores the unit's own lora_B."""
     if target.expert is None:
         return None
     shape = (target.parts * target.out_features, _joint(target))
@@ -88,27 +89,27 @@ def joint_b(target: AdapterTarget) -> OutputTensor | None:
 
 
 def own_columns(target: AdapterTarget, rows: Tensor) -> Tensor:
-    """The columns of joint rows [n, parts * rank * experts] that are this matrix's: a view [n, rank]."""
+    """Return a view [n, rank] of this matrix's columns in joint rows [n, parts * rank * experts]."""
     assert target.expert is not None
     first = target.expert.part * target.rank
     return rows.unflatten(1, (-1, target.expert.count))[:, first : first + target.rank, target.expert.index]
 
 
 def _joint(target: AdapterTarget) -> int:
-    """Ranks of all matrices of a parameter together."""
+    """Return the sum of the ranks of all matrices of a parameter."""
     assert target.expert is not None
     return target.expert.count * target.parts * target.rank
 
 
 def _expert_prefix(target: AdapterTarget) -> str:
-    """PEFT wraps a module once for every targeted parameter, the first one innermost."""
+    """Return the key's prefix: PEFT wraps a module once for every targeted parameter, the first one innermost."""
     assert target.expert is not None
     module = target.parameter.rpartition(".")[0]
     return f"base_model.model.{module}" + ".base_layer" * target.expert.depth
 
 
 def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scaling: float) -> dict[str, Tensor]:
-    """The tensors by name. PEFT multiplies BA by a constant, so B is divided by it.
+    """Return the tensors by name. PEFT multiplies BA by a constant, so B is divided by it.
 
     Args:
         lora_a: float32 [rank, in], equal within groups where inputs are pooled; lora_b: float32 [out, rank].
@@ -123,7 +124,7 @@ def encode_adapter(target: AdapterTarget, lora_a: Tensor, lora_b: Tensor, scalin
 
 
 def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling: float) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in], float32, whose product is what PEFT adds to the weight."""
+    """Return B [out, r] and A [r, in], float32, whose product PEFT adds to the weight."""
     first, second = (tensors[tensor.name].float() for tensor in adapter_tensors(target))
     b, a = (first.T, second.T) if target.kind == "embedding" else (second, first)
     constant = target.constant(scaling)
@@ -139,11 +140,11 @@ def adapter_config(
     base_model: str,
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
-    """adapter_config.json. Every module is named in full; other ranks than the usual one stand in `rank_pattern`.
+    """Return adapter_config.json. Modules have full paths; ranks other than the most common one are in `rank_pattern`.
 
-    `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ over ours.
+    `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ on top of ours.
     """
-    # Where gate and up are joined, their ranks add up: B is block-diagonal.
+    # If gate and up are joined, their ranks add up: B is block-diagonal.
     ranks = {target.parameter or target.module: target.rank * target.parts for target in targets}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: other for name, other in ranks.items() if other != rank}
@@ -169,14 +170,14 @@ def adapter_config(
 
 
 def _pooling(groups: set[int]) -> dict[str, Any]:
-    """PEFT's own fields for QA-LoRA."""
+    """Return PEFT's own fields for QA-LoRA."""
     assert len(groups) == 1, "PEFT has one group size for all"
     (group,) = groups
     return {} if group == 1 else {"use_qalora": True, "qalora_group_size": group}
 
 
 def _target_modules(targets: list[str], linear_modules: Sequence[str]) -> list[str] | str:
-    """A list matches exact paths and suffixes; where a suffix would also catch another module, one exact regex."""
+    """Return a list, which matches paths and suffixes, or one exact regex if a suffix would match other modules too."""
     chosen = set(targets)
     ambiguous = any(
         module not in chosen and any(module.endswith(f".{target}") for target in targets) for module in linear_modules

@@ -33,14 +33,15 @@ class QuantizedMatrix:
 
     Attributes:
         tensor: its name on disk, e.g. `model.layers.0.self_attn.q_proj.weight`.
-        module: its path in the transformers model, which PEFT targets; of an expert its parameter and number,
+        module: its path in the transformers model, which PEFT targets; for an expert, its parameter and number,
             `model.layers.0.mlp.experts.gate_up_proj[3]`.
-        kind: an embedding's table [vocabulary, width] counts as out_features = vocabulary, in_features = width.
+        kind: an embedding table [vocabulary, width] has out_features = vocabulary and in_features = width.
         grid: the container's own grid for it.
-        parameter: the parameter that PEFT adapts in place of a module, such as
-            `model.layers.0.mlp.experts.gate_up_proj`; it has to be dense in the running model. "" for a module.
-        expert: which expert's matrix this is.
-        heads: attention heads whose rotary halves the container stores interleaved; 0 where rows keep their order.
+        parameter: the parameter that PEFT adapts instead of a module, such as
+            `model.layers.0.mlp.experts.gate_up_proj`; it must be dense in the running model. "" for a module.
+        expert: the expert's place, if it is an expert's matrix.
+        heads: number of attention heads whose rotary halves the container stores interleaved; 0 if rows keep their
+            order.
     """
 
     tensor: str
@@ -55,7 +56,7 @@ class QuantizedMatrix:
 
     @property
     def prefix(self) -> str:
-        """The on-disk path of the module: the tensor's name without `.weight`."""
+        """Return the on-disk path of the module: the tensor's name without `.weight`."""
         return self.tensor.removesuffix(".weight")
 
     @property
@@ -64,7 +65,7 @@ class QuantizedMatrix:
 
     @property
     def orientation(self) -> Orientation:
-        """How the checkpoint stores it."""
+        """Return the orientation in which the checkpoint stores it."""
         return orientation_of(self.kind, self.expert)
 
     @property
@@ -72,14 +73,14 @@ class QuantizedMatrix:
         return self.out_features * self.in_features
 
     def stored(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> OutputTensor:
-        """An output tensor of this matrix; of a stacked expert its piece of the tensor of all."""
+        """Return an output tensor of this matrix, or for a stacked expert its piece of the stacked tensor."""
         if self.expert is None or not self.expert.stacked:
             return OutputTensor(name, dtype, shape)
         return OutputTensor(name, dtype, (self.expert.count, *shape)).piece(self.expert.index)
 
     @property
     def information_bits(self) -> int:
-        """Bits that codes, scales and levels of the matrix's own carry, however the container stores them."""
+        """Return the bits of information in codes, scales and own levels, however the container stores them."""
         return self.grid.information_bits(*self.shape)
 
 
@@ -88,13 +89,13 @@ class GridRequest:
     """The user's request for one matrix, before the container decides.
 
     Attributes:
-        block_size: weights that share a scale; 0 is a whole row (integers only).
+        block_size: number of weights that share a scale; 0 for a whole row (integers only).
         dtype: the model's.
         symmetric, scale_rule: of integers; None leaves the choice to the container.
         double_quant: quantize the scales too.
         module: path in the transformers model.
-        parameter: PEFT adapts it as a parameter and not as a module, so it has to be dense in the running model.
-        unrounded: keep values in float32 where the container can, so that an adapter can be added to the zeros exactly.
+        parameter: PEFT adapts it as a parameter and not as a module, so it must be dense in the running model.
+        unrounded: keep values in float32 if the container can, so that an adapter can be added to the zeros exactly.
     """
 
     kind: MatrixKind
@@ -122,11 +123,13 @@ class Request:
     """The user's request for the whole output, before the container decides.
 
     Attributes:
-        task_type: PEFT's name of what the model does, None where it has none.
-        dequantize: let the loader unpack while loading, where it can.
+        task_type: PEFT's task type of the model; None if it has none.
+        dequantize: let the loader unpack while loading, if it can.
         config: the model's config.json.
         dense_experts: matrices of single experts that stay in full precision.
-        tokenizer: reads its tokenizer.json; None where it has none.
+        kept_matrices: names on disk, without `.weight`, of all matrices that stay in full precision, whatever
+            transformers makes of them: other readers may build a quantizable layer for each.
+        tokenizer: reads its tokenizer.json; None if it has none.
     """
 
     task_type: str | None
@@ -134,6 +137,7 @@ class Request:
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Callable[[], bytes] | None = None
     dense_experts: Sequence[str] = ()
+    kept_matrices: Sequence[str] = ()
 
 
 ANY_REQUEST = Request(None)
@@ -141,21 +145,21 @@ ANY_REQUEST = Request(None)
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a container cannot hold a matrix. `fatal` refusals are the recipe's fault and end the plan; the others leave
-    that one matrix in full precision."""
+    """The reason why a container cannot hold a matrix. `fatal` refusals end the plan, because another recipe would
+    work; the others keep that one matrix in full precision."""
 
     reason: str
     fatal: bool
 
 
 def block_grid(matrix: QuantizedMatrix) -> BlockGrid:
-    """The grid of a matrix in a container of codebooks."""
+    """Return the grid of a matrix in a container of codebooks."""
     assert isinstance(matrix.grid, BlockGrid), "this container gave the grid"
     return matrix.grid
 
 
 def affine_grid(matrix: QuantizedMatrix) -> AffineGrid:
-    """The grid of a matrix in a container of integers."""
+    """Return the grid of a matrix in a container of integers."""
     assert isinstance(matrix.grid, AffineGrid), "this container gave the grid"
     return matrix.grid
 
@@ -177,7 +181,7 @@ class Format(Protocol):
 
     Attributes:
         holds_experts: its loader can fill the stacked parameters that transformers keeps experts in.
-        holds_stacked_experts: also from a checkpoint that stores all experts of a layer in one 3-D tensor.
+        holds_stacked_experts: the same for a checkpoint that stores all experts of a layer in one 3-D tensor.
     """
 
     name: str
@@ -185,14 +189,14 @@ class Format(Protocol):
     holds_stacked_experts: bool
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
-        """Why the model, or these matrices in one checkpoint, do not fit, as a sentence's end that names a format that
-        can. Asked first without matrices."""
+        """Return why the model, or these matrices in one checkpoint, do not fit, as the end of a sentence that names a
+        format that can hold them; None if they fit. First called without matrices."""
 
     def place(self, matrix: QuantizedMatrix, request: Request) -> QuantizedMatrix:
-        """The matrix with what the container makes of its place in the model."""
+        """Return the matrix with the container's own properties that depend on its place in the model."""
 
     def copied(self, tensor: OutputTensor) -> OutputTensor:
-        """Return the output tensor for one that is not quantized; its shape stays."""
+        """Return the output tensor for a tensor that is not quantized; the shape does not change."""
 
     def container(
         self, tensors: Sequence[OutputTensor], matrices: Sequence[QuantizedMatrix], request: Request, fingerprint: str
@@ -203,22 +207,22 @@ class Format(Protocol):
         """Return further copies of A and B, for readers that do not support PEFT."""
 
     def encode_copies(self, matrix: QuantizedMatrix, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
-        """The bytes of `adapter_copies`, by name. A [r, in] and B [out, r] as PEFT has them."""
+        """Return the contents of `adapter_copies`, by name, from A [r, in] and B [out, r] as PEFT has them."""
 
     def copies_container(self, tensors: Sequence[OutputTensor], request: Request, alpha: float) -> TensorFile | None:
-        """The file of all adapter copies."""
+        """Return the file of all adapter copies."""
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
-        """The grid LoftQ alternates on, exactly as the container's loader dequantizes it."""
+        """Return the grid for LoftQ's alternation, exactly as the container's loader dequantizes it."""
 
     def tensors(self, matrix: QuantizedMatrix) -> tuple[OutputTensor, ...]:
-        """The output tensors of a matrix: names, dtypes and shapes follow from the plan alone."""
+        """Return the output tensors of a matrix; names, dtypes and shapes depend on the plan alone."""
 
     def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
-        """The bytes of `tensors`, by name."""
+        """Return the contents of `tensors`, by name."""
 
     def decode(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Tensor:
-        """Q as the container's loader computes it: float32 [out, in]. `read` gives an output tensor by name."""
+        """Return Q as the container's loader computes it: float32 [out, in]. `read` returns output tensors by name."""
 
     def read_tensor(self, file: Path, name: str) -> Tensor:
         """Return a tensor of the container's own file, by its name there or in the source."""
@@ -230,12 +234,12 @@ class Format(Protocol):
         dtype: torch.dtype,
         request: Request = ANY_REQUEST,
     ) -> Mapping[str, Any] | None:
-        """`quantization_config` of config.json (None: plain dense weights). `dense_linears` are the module paths of
-        linear layers that stay in full precision."""
+        """Return `quantization_config` of config.json, or None for plain dense weights. `dense_linears` are the module
+        paths of linear layers that stay in full precision."""
 
 
 class FormatDefaults:
-    """Defaults that suit most containers: no refusal of a whole model, no experts, names and order kept, safetensors
+    """Defaults for most containers: accepts every model, holds no experts, keeps names and order, writes safetensors
     shards."""
 
     holds_experts = False

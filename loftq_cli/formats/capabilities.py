@@ -1,4 +1,4 @@
-"""The docs' table of containers, made from their declarations."""
+"""Render the docs' table of containers from their declarations."""
 
 from __future__ import annotations
 

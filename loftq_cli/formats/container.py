@@ -1,7 +1,7 @@
 """Declaration of a container: everything the program knows about it before it needs torch.
 
-Each container is a package here. Its `__init__.py` holds a `Container`, its `format.py` the code that quantizes and
-encodes; `registry.py` lists them all. Nothing in this file or in a declaration imports torch or transformers.
+Each container is a package here. Its `__init__.py` has a `Container`, its `format.py` the code that quantizes and
+encodes; `registry.py` lists them all. Neither this file nor a declaration imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Capability:
     """A container's row of the capability table.
 
     Attributes:
-        bits: widths it stores.
-        levels: levels it stores, in words.
-        exact: the loaded backbone equals what LoftQ optimised.
+        bits: supported bit widths.
+        levels: supported levels, as text.
+        exact: the loaded backbone equals the one that LoftQ optimised.
         trains: PEFT can wrap the loaded backbone.
-        serves: programs besides transformers that run it.
+        serves: programs other than transformers that run it.
     """
 
     bits: tuple[int, ...]
@@ -52,10 +52,10 @@ class Capability:
 
 @dataclass(frozen=True)
 class AutoRequest:
-    """The conversion that `--format auto` finds a container for.
+    """The conversion that `--format auto` chooses a container for.
 
     Attributes:
-        widths: bits of the matrices that are to be quantized.
+        widths: bits of the matrices to quantize.
         data_type: their levels: "nf", "nf4-subset", "int", ...
         kinds: their kinds, as in `formats.base.MatrixKind`.
         rebuilt_for: values of `quant_method` for which transformers builds other modules than the checkpoint has.
@@ -69,7 +69,7 @@ class AutoRequest:
 
 @dataclass(frozen=True)
 class Auto:
-    """When `--format auto` takes a container: of those that fit, the one with the lowest rank."""
+    """When `--format auto` chooses a container: the one with the lowest rank of those that fit."""
 
     rank: int
     fits: Callable[[AutoRequest], bool]
@@ -81,26 +81,26 @@ class Container:
 
     Attributes:
         name: the value.
-        open: import and make the implementation.
+        open: import and create the implementation.
         capability: its row of the capability table.
-        needs: what `pip install` takes besides transformers to load it with an adapter.
+        needs: packages to install besides transformers in order to load it with an adapter.
         loading: how transformers loads it.
         tag: the Hub tag of its library, for the model card.
-        quant_method: of `quantization_config`; "" where config.json has none.
-        file: the one file that holds all weights; "" for safetensors shards.
+        quant_method: of `quantization_config`; "" if config.json has none.
+        file: the one file that contains all weights; "" for safetensors shards.
         integers_only: it stores integers and no codebook, so that `--data-type auto` is `int`.
-        group_size: of integers, where the user gives none.
-        symmetric: integers are symmetric where the user does not say.
-        auto: when `--format auto` takes it; None for never.
+        group_size: default group size of integers.
+        symmetric: integers are symmetric by default.
+        auto: when `--format auto` chooses it; None for never.
         pools: its layers train QA-LoRA adapters.
         pooled_by_peft: PEFT itself has QA-LoRA's layer for it; otherwise `loftq_cli.runtime` provides it.
-        float_zeros: asymmetric integers have their zeros in float32 tensors of their own, to which `loftq merge` can
-            add a QA-LoRA adapter.
-        quantized: the stored weights are codes, so `loftq merge --to requantize` has something to quantize again.
-        unmergeable: why `loftq merge` does not read it and what to do instead, as a sentence; "" where it does.
+        float_zeros: asymmetric integers have their zeros in separate float32 tensors, to which `loftq merge` can add a
+            QA-LoRA adapter.
+        quantized: the stored weights are codes, so `loftq merge --to requantize` can quantize them again.
+        unmergeable: why `loftq merge` does not read it and what to do instead, as a sentence; "" if it does.
         keeps_conv1d: the running model keeps a Conv1D's [in, out] orientation.
-        loaded_experts: what happens to quantized experts when the model is loaded, to follow "the experts are"; ""
-            where they stay as they are stored.
+        loaded_experts: what happens to quantized experts when the model is loaded, to follow "the experts are"; "" if
+            they stay as they are stored.
     """
 
     name: str
@@ -125,5 +125,5 @@ class Container:
 
     @property
     def data_type(self) -> str:
-        """The levels that `--data-type auto` stands for."""
+        """Return the levels that `--data-type auto` means."""
         return "int" if self.integers_only else "nf"

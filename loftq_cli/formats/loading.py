@@ -1,4 +1,4 @@
-"""How transformers loads a container, for `loftq_cli.load` and for the snippet on the model card."""
+"""Loading of a container with transformers, for `loftq_cli.load` and for the snippet on the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that reads the container: the module it is imported as, and the extra of loftq-cli it comes with."""
+    """A package that reads the container: its import name, and the extra of loftq-cli that installs it."""
 
     module: str
     extra: str
@@ -25,9 +25,9 @@ class LoadRequest:
     Attributes:
         name: directory or Hub id.
         quantization: `quantization_config` of config.json.
-        given: the caller's own `quantization_config`, which wins over the file's; None where there is none.
+        given: the caller's own `quantization_config`, which takes precedence over the file's; None if there is none.
         dtype: of config.json.
-        adapter: an adapter is to be put around the backbone.
+        adapter: an adapter will be attached to the backbone.
     """
 
     name: str
@@ -72,22 +72,25 @@ class Loading:
     Attributes:
         packages: needed to read it.
         before: lines of Python that the card's snippet begins with.
-        layer_scales: names of the parameters a packed layer keeps its scales in; a layer that lacks them after loading
-            was not in the checkpoint.
-        tensor_scales: ends of the names of scales that stand behind the name of a whole weight.
+        layer_scales: names of the parameters in which a packed layer stores its scales; a layer that lacks them after
+            loading was not in the checkpoint.
+        tensor_scales: suffixes that follow the name of a weight in the names of its scales.
+        skip_list: field of `quantization_config` with the layers that transformers must not replace by packed ones; ""
+            if the container lists the packed layers instead.
     """
 
     packages: tuple[Package, ...] = ()
     before: tuple[str, ...] = ()
     layer_scales: tuple[str, ...] = ()
     tensor_scales: tuple[str, ...] = ()
+    skip_list: str = ""
 
     def refuse(self, request: LoadRequest) -> str | None:
         """Return why it cannot be loaded as asked, as a sentence, or None."""
         return None
 
     def options(self, request: LoadRequest) -> dict[str, Any]:
-        """Return keyword arguments for `from_pretrained`; the caller's own win."""
+        """Return keyword arguments for `from_pretrained`; the caller's own take precedence."""
         return {}
 
     def finish(self, model: nn.Module) -> None:

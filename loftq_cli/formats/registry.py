@@ -1,4 +1,4 @@
-"""All containers, in the order of `--format`. A new one adds its line here."""
+"""All containers, in the order of `--format`. Add a line here for a new one."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def container_in(folder: Path) -> Container | None:
 
 
 def container_of(quant_method: str) -> Container | None:
-    """Return the container that writes this `quant_method` into config.json, or None for other people's."""
+    """Return the container that writes this `quant_method` into config.json, or None if it is not one of ours."""
     return next((item for item in FORMATS.values() if item.quant_method and item.quant_method == quant_method), None)
 
 
 def choose_container(request: AutoRequest) -> Container:
-    """Return what `--format auto` stands for."""
+    """Return the container that `--format auto` chooses."""
     candidates = [(item.auto.rank, item) for item in FORMATS.values() if item.auto and item.auto.fits(request)]
     return min(candidates, key=lambda candidate: candidate[0])[1]

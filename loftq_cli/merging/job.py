@@ -45,6 +45,7 @@ class Merge:
         places: module of the backbone → its place in the adapter.
         saved: tensor of the backbone, or a new one → what the adapter replaces it with.
         cast: tensors in full precision get `dtype` too, because the user named one.
+        float32: the tensors that transformers keeps in float32 even so.
     """
 
     manifest: Manifest
@@ -56,6 +57,7 @@ class Merge:
     dtype: torch.dtype
     cast: bool
     saved: dict[str, SavedTensor] = field(default_factory=dict)
+    float32: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
         """Read a tensor of the backbone, or one expert's share of it."""

@@ -43,6 +43,7 @@ from loftq_cli.merging.places import find_places
 from loftq_cli.merging.saved_tensors import SavedTensor, find_saved
 from loftq_cli.merging.texts import MergeReport
 from loftq_cli.merging.trained_adapter import WEIGHTS, TrainedAdapter, read_adapter
+from loftq_cli.modules.roles import float32_tensors
 from loftq_cli.planning.output_files import INDEX, index_text
 from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
@@ -113,7 +114,9 @@ def _opened(manifest: Manifest, source: Path, trained: TrainedAdapter, to: str, 
         places = find_places(trained, manifest, _resized(saved))
         way = choose_way(_allowed(to, saved), manifest, trained, places, checkpoint.read)
         kind = DTYPES[manifest.dtype if dtype == "auto" else dtype]
-        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast=dtype != "auto", saved=saved)
+        cast = dtype != "auto" and way == "dense"
+        float32 = float32_tensors(checkpoint.config, list(checkpoint.tensors), dtype) if cast else frozenset()
+        yield Merge(manifest, source, checkpoint, trained, places, way, kind, cast, saved, float32)
 
 
 def _resized(saved: Mapping[str, SavedTensor]) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from loftq_cli.merging.into_gguf import blocks_of_record, copied, into_gguf
 from loftq_cli.merging.job import Merge, Piece
 from loftq_cli.merging.places import name_of_expert
 from loftq_cli.numerics.lowrank.truncate import frobenius
+from loftq_cli.tensorfile.dtypes import to_dtype
 from loftq_cli.tensorfile.entry_names import whole_name
 from loftq_cli.tensorfile.tensors import OutputTensor
 
@@ -95,7 +96,7 @@ def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
 
 def _kept_pieces(job: Merge, info: TensorInfo, records: list[KeptRecord]) -> Iterator[Piece]:
     """Yield a tensor in full precision; if it holds experts, one of them after the other."""
-    cast = job.cast and job.way == "dense" and info.dtype.is_floating_point
+    cast = job.cast and job.way == "dense" and info.dtype.is_floating_point and info.name not in job.float32
     saved = job.saved.get(info.name)
     output = OutputTensor(info.name, job.dtype if cast else info.dtype, info.shape if saved is None else saved.shape)
     output = copied(output) if job.way == "gguf" else output
@@ -131,7 +132,7 @@ def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
         encoded = container.encode(matrix, step.quantized)
         return {name: value.cpu() for name, value in encoded.items()}, step.residual_norm() / norm if norm else 0.0
     (output,) = piece.outputs
-    stored = _rounded(exact, job.dtype, output.name)
+    stored = to_dtype(exact, job.dtype, output.name)
     error = _relative(exact, stored.float())
     return {output.name: matrix.orientation.turn(stored).contiguous()}, error
 
@@ -140,10 +141,10 @@ def _into_full_precision(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], f
     (output,) = piece.outputs
     weight = _trained_tensor(job, piece)
     if piece.module is None:
-        return {output.name: _rounded(weight, output.dtype, output.name)}, 0.0
+        return {output.name: to_dtype(weight, output.dtype, output.name)}, 0.0
     _, n_in = piece.orientation.turn_shape((weight.shape[0], weight.shape[1]))
     exact = weight.float() + piece.orientation.turn(job.update(piece.module, n_in))
-    stored = _rounded(exact, output.dtype, output.name)
+    stored = to_dtype(exact, output.dtype, output.name)
     return {output.name: stored}, _relative(exact, stored.float())
 
 
@@ -169,22 +170,6 @@ def _trained_matrix(job: Merge, record: MatrixRecord) -> Tensor:
         return weight
     stored = None if weight is None else record.orientation.turn(weight)
     return record.orientation.turn(saved.apply(job.trained, stored)).float().contiguous()
-
-
-def _rounded(exact: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return a tensor in the dtype of the result.
-
-    Raises:
-        LoftqError: a finite value would become infinite.
-    """
-    stored = exact.to(dtype)
-    if stored.dtype.is_floating_point and not torch.equal(torch.isfinite(stored), torch.isfinite(exact)):
-        largest = float(exact[torch.isfinite(exact)].abs().max())
-        raise LoftqError(
-            f"{name} contains {largest:.4g}, which {str(dtype).removeprefix('torch.')} cannot hold: give --dtype "
-            "float32 or bfloat16."
-        )
-    return stored
 
 
 def _check_finite(exact: Tensor, name: str) -> None:

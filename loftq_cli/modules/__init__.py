@@ -1,1 +1,1 @@
-"""Which tensors are matrices, where the running model keeps them, and which must stay in full precision."""
+"""Find the matrices of a checkpoint, their place in the running model, and those that must stay in full precision."""

@@ -1,7 +1,7 @@
-"""From config.json to a model without weights.
+"""Build a model without weights from config.json.
 
-Needs transformers 5. Nothing is read from disk or network; code that a checkpoint brings
-along (`auto_map`) is never imported.
+Needs transformers 5. Nothing is read from disk or network; code that comes with a checkpoint (`auto_map`) is never
+imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from loftq_cli.errors import LoftqError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Fields that say how to load or run the model, not what it is. Some would ask for libraries or code that is not here.
+# Fields that control how the model is loaded or run, not its structure. Some would require libraries or code that may
+# not be installed.
 _NOT_STRUCTURE = frozenset(
     {
         "quantization_config",
@@ -37,11 +38,14 @@ _NOT_STRUCTURE = frozenset(
 
 _NOT_BUILT = "transformers cannot build model type {} from this config.json ({}), so it cannot be run."
 
-# Numbers of things that are made one by one. A checkpoint may hold many of them in one tensor, but not without end.
+# Counts of things that are created one by one. A checkpoint may hold many of them in one tensor, but not any number.
 _COUNT = re.compile(
     r"layers?$|depths?$|blocks?$|(^|_)n_layer|num_(local_)?experts|n_routed_experts|num_codebooks|stages?$"
 )
 _SMALLEST_LIMIT = 3000
+
+# Mappings whose keys are data, such as the names of labels (`label2id`), and not fields of a sub-config.
+_DATA = re.compile(r"2ids?$|^id2|_to_ids?$|^task_specific_params$")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Built:
     """A model on the meta device.
 
     Attributes:
-        model: None when this transformers cannot build it; `failure` then says why.
+        model: None if this version of transformers cannot build it; `failure` then gives the reason.
         notes: sentences for the user.
     """
 
@@ -62,10 +66,10 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> Built:
     """Build the class that `config` names, on the meta device.
 
     Args:
-        tensors: how many the checkpoint has; a model that is much larger is not built to its end.
+        tensors: number of tensors in the checkpoint; building stops early if the model is much larger.
 
     Raises:
-        LoftqError: the config describes a model of far more layers than the checkpoint has tensors.
+        LoftqError: the config describes a model with far more layers than the checkpoint has tensors.
     """
     import torch
     import transformers
@@ -73,8 +77,8 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> Built:
     model_type, version = str(config.get("model_type")), f"transformers {transformers.__version__}"
     notes: list[str] = []
     most = _SMALLEST_LIMIT + 10 * tensors
-    _refuse_endless(config, most)
-    with _quiet(), _at_most(most):
+    _refuse_huge_counts(config, most)
+    with _quiet(), _limit_parameters(most):
         try:
             found = _find_class(config, notes)
             if found is None:
@@ -91,10 +95,10 @@ def build_on_meta(config: Mapping[str, Any], tensors: int) -> Built:
 
 
 def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The class that `config` names, in float32 and evaluation mode: parameters on the meta device, buffers real.
+    """Build the class that `config` names, in float32 and evaluation mode: parameters on the meta device, buffers real.
 
     Raises:
-        LoftqError: this transformers cannot build it.
+        LoftqError: this version of transformers cannot build it.
     """
     import torch
     from accelerate import init_empty_weights
@@ -107,7 +111,7 @@ def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:
                 built_config.dtype = torch.float32
                 with init_empty_weights(include_buffers=False):
                     model = cls._from_config(built_config).eval()  # type: ignore[no-untyped-call]
-                model.tie_weights()  # the move to the meta device parted what is tied
+                model.tie_weights()  # moving to the meta device untied them
                 return model
         except Exception as error:  # a class may fail in any way, or lack a library
             cause: Exception | str = " ".join(str(error).split())[:200]
@@ -116,28 +120,29 @@ def build_empty(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def load_whole(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:
-    """A model with its weights in float32 and evaluation mode, as transformers loads it from a directory."""
+    """Load a model from a directory with transformers, in float32 and evaluation mode."""
     import torch
 
     with _quiet(), _no_bars():
         return model_class.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def _refuse_endless(config: Mapping[str, Any], most: int) -> None:
-    """Configs make lists as long as the number of layers before any layer is built."""
+def _refuse_huge_counts(config: Mapping[str, Any], most: int) -> None:
+    """Check the counts first: configs create lists as long as the number of layers before any layer is built."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            _refuse_endless(value, most)
+            if not _DATA.search(name):
+                _refuse_huge_counts(value, most)
         elif _COUNT.search(name):
             counts = value if isinstance(value, list) else [value]
             worst = max((count for count in counts if isinstance(count, int)), default=0)
             if worst > most:
-                raise _endless(f"{name} = {worst if worst < 10**20 else '…'}")
+                raise _too_large(f"{name} = {worst if worst < 10**20 else '…'}")
 
 
 @contextlib.contextmanager
-def _at_most(most: int) -> Iterator[None]:
-    """Stop the making of a model with more parameters than that, however its config came to ask for them."""
+def _limit_parameters(most: int) -> Iterator[None]:
+    """Stop building a model once it has more than `most` parameters, whichever config field asked for them."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     made, builder = 0, threading.get_ident()
@@ -146,7 +151,7 @@ def _at_most(most: int) -> Iterator[None]:
         nonlocal made
         made += threading.get_ident() == builder
         if made > most:
-            raise _endless(f"more than {most} parameters")
+            raise _too_large(f"more than {most} parameters")
 
     handle = register_module_parameter_registration_hook(count)
     try:
@@ -155,15 +160,15 @@ def _at_most(most: int) -> Iterator[None]:
         handle.remove()
 
 
-def _endless(what: str) -> LoftqError:
+def _too_large(request: str) -> LoftqError:
     return LoftqError(
-        f"config.json asks for {what}, of which the checkpoint has too few tensors: check that it belongs to these "
-        "weights."
+        f"config.json asks for {request}, but the checkpoint has too few tensors for that: check that it belongs to "
+        "these weights."
     )
 
 
 def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
-    """The class to build and its config; None for a model type that transformers does not have."""
+    """Return the class to build and its config, or None for a model type that transformers does not have."""
     import transformers
 
     wanted = named_class(config)
@@ -179,19 +184,19 @@ def _find_class(config: Mapping[str, Any], notes: list[str]) -> tuple[type[PreTr
     if cls is None:
         cls = _class_for(str(model_type), wanted, config_class)
         if cls is not None and wanted is not None:
-            notes.append(f"class {wanted} is unknown to transformers: {cls.__name__} was taken instead")
+            notes.append(f"class {wanted} is unknown to transformers: {cls.__name__} is used instead")
     return None if cls is None else (cls, built)
 
 
 def named_class(config: Mapping[str, Any]) -> str | None:
-    """The first of `architectures`, which people and programs write in other ways too."""
+    """Return the first of `architectures`, which is not always a list of strings."""
     named = config.get("architectures")
     first = next(iter(named), None) if isinstance(named, list) else named
     return first if isinstance(first, str) else None
 
 
 def _own_class(name: object) -> type[PreTrainedModel] | None:
-    """The class of that name if it is one of transformers' own models."""
+    """Return the class called `name` if it is one of transformers' own models."""
     import transformers
 
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -200,7 +205,7 @@ def _own_class(name: object) -> type[PreTrainedModel] | None:
 
 
 def _class_for(model_type: str, wanted: str | None, config_class: type) -> type[PreTrainedModel] | None:
-    """The auto class's choice: of the same name but for capitals (`LLaMAForCausalLM`), else the bare model."""
+    """Return the class of this name in any capitalization (`LLaMAForCausalLM`), or else the bare model."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -213,12 +218,12 @@ def _class_for(model_type: str, wanted: str | None, config_class: type) -> type[
 
 
 def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config and its sub-configs without the fields that do not shape the model."""
+    """Return the config and its sub-configs without the fields that do not affect the model's structure."""
     return {key: _plain(value) for key, value in config.items() if key not in _NOT_STRUCTURE}
 
 
 def _plain(value: Any) -> Any:
-    """One field; transformers writes an infinite number as {"__float__": "Infinity"}, which JSON has no word for."""
+    """Clean one field. JSON cannot express infinity, so transformers writes it as {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
         return float(value["__float__"]) if value.keys() == {"__float__"} else _structure(value)
     return [_plain(item) for item in value] if isinstance(value, list) else value
@@ -226,7 +231,7 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers warns about configs it reads; here nobody asked for the model."""
+    """Silence transformers, whose warnings about a config are of no use while a model is only inspected."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -241,7 +246,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """transformers draws a bar for every model it loads."""
+    """Hide the progress bar that transformers shows for every model it loads."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,8 +1,9 @@
-"""Matrices of experts: where the running model, which stacks them in one parameter, keeps each.
+"""Matrices of experts: their places in the running model, which stacks them in one parameter.
 
-transformers 5 holds the experts of a layer as 3-D parameters, `[experts, out, in]` or, where the module says
-`is_transposed`, `[experts, in, out]`. On disk they are such a tensor too, or one matrix an expert; then `gate` and `up`
-are joined along their outputs while loading. PEFT adapts the parameter (`target_parameters`).
+transformers 5 keeps the experts of a layer as 3-D parameters, `[experts, out, in]` or, if the module sets
+`is_transposed`, `[experts, in, out]`. A checkpoint stores the same 3-D tensor or one matrix per expert; in the second
+case `gate` and `up` are concatenated along their outputs during loading. PEFT adapts the parameter
+(`target_parameters`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 @json_record
 @dataclass(frozen=True)
 class Expert:
-    """Where one expert's matrix stands in the running model, which stacks experts in one parameter.
+    """Place of one expert's matrix in the running model, which stacks experts in one parameter.
 
     Attributes:
-        index, count: which expert of how many.
-        part, parts: where the model joins several matrices of an expert along their outputs (gate and up), which of
-            them this is.
+        index, count: number of this expert, and of all experts.
+        part, parts: number of this matrix, and of all matrices that the model concatenates along their outputs (gate
+            and up) for one expert.
         stacked: the checkpoint itself stores one 3-D tensor of all experts.
         transposed: that tensor is [experts, in, out], not [experts, out, in].
-        depth: how many parameters of the same module PEFT wraps after this one, which its keys count.
+        depth: number of parameters of the same module that PEFT wraps after this one; PEFT's keys depend on it.
     """
 
     index: Count
@@ -41,7 +42,7 @@ class Expert:
 
 
 def is_expert(view: ModelView, name: RuntimeName, path: str) -> bool:
-    """Whether a tensor is (part of) a stacked parameter of experts."""
+    """True if a tensor is a stacked parameter of experts, or part of one."""
     from torch import nn
 
     key, module = name.key or "", view.modules[path]
@@ -50,7 +51,7 @@ def is_expert(view: ModelView, name: RuntimeName, path: str) -> bool:
 
 
 def find_expert(view: ModelView, name: RuntimeName, path: str, shape: tuple[int, ...]) -> Expert | None:
-    """The place of a tensor of experts; None where transformers rearranges it in a way that no matrix survives."""
+    """Return the place of a tensor of experts, or None if transformers rearranges it so that no matrix stays whole."""
     expected = tuple(view.state[name.key or ""].shape)
     transposed = bool(getattr(view.modules[path], "is_transposed", False))
     if name.conversion is None:
@@ -69,7 +70,7 @@ def find_expert(view: ModelView, name: RuntimeName, path: str, shape: tuple[int,
 def _transposed(
     conversion: Conversion, shape: tuple[int, ...], expected: tuple[int, ...], transposed: bool
 ) -> Expert | None:
-    """A stacked tensor that transformers transposes, always or only where its shape is not the model's."""
+    """Return the place of a stacked tensor that transformers transposes, either always or if its shape differs."""
     steps = conversion.operations
     if len(steps) != 1 or type(steps[0]).__name__ != "Transpose" or {steps[0].dim0, steps[0].dim1} != {1, 2}:
         return None

@@ -1,6 +1,6 @@
-"""The exceptions of models, all in this file: what must stay in full precision although it looks like a matrix.
+"""All model exceptions: weights that must stay in full precision although they look like ordinary matrices.
 
-A new exception is an entry in one of these tables and a line in `tests/modules/test_roles.py` (`KEPT`).
+To add an exception, add an entry to one of these tables and a line to `KEPT` in `tests/modules/test_roles.py`.
 
 Sources: transformers 5.23 (`models/*/modeling_*.py`) and torch 2.13 (`nn/modules`), surveyed class by class; the packed
 formats keep no tensor named `weight` that other code could read.
@@ -16,30 +16,30 @@ from loftq_cli.modules.reasons import Why
 
 Tower = Literal["text", "vision", "audio", "other"]
 
-TABLES: Final = (Why.EMBEDDING, Why.POSITION)  # looked up, not multiplied: no Linear whatever their shape
+TABLES: Final = (Why.EMBEDDING, Why.POSITION)  # rows are looked up, not multiplied: never a Linear
 
 # --- names -------------------------------------------------------------------------------------------------------
-# Embeddings that encode places, not tokens; only the wording of the reason depends on it.
+# Embeddings of positions, not tokens; only the wording of the reason depends on this.
 POSITION_WORDS: Final = ("position", "pos_emb", "wpe", "rel_embeddings", "relative")
 
-# A class of this name decides between experts; so does a Linear of such a name beside a module called `experts`.
+# A class with such a name chooses between experts; so does a Linear with one of these names next to `experts`.
 ROUTER_CLASS: Final = re.compile(r"Router|Mo[Ee]\w*Gate$")
 ROUTER_NAMES: Final = ("gate", "router", "shared_expert_gate")
 
-# Heads of classes with no base model under `base_model_prefix` (T5ForQuestionAnswering, CLIPForImageClassification).
+# Heads of classes without a base model at `base_model_prefix` (T5ForQuestionAnswering, CLIPForImageClassification).
 TASK_HEAD_NAME: Final = re.compile(r"(classifier|score|qa_outputs|class_predictor|\w+_heads?)(\.|$)")
 
-# PEFT 0.21 (`_convert_peft_config_moe`) takes every target of these last names for the fused experts of the model types
-# that transformers files under the key; a shared expert or a dense MLP of that name is targeted as a parameter instead.
+# For the model types that transformers lists under the key, PEFT 0.21 (`_convert_peft_config_moe`) treats every target
+# whose name ends like this as fused experts; a shared expert or dense MLP of that name is targeted as a parameter.
 PEFT_EXPERT_NAMES: Final[Mapping[str, frozenset[str]]] = {
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
 }
 
-# Linear subclasses with a forward of their own that is x @ W.T + b all the same. bitsandbytes replaces them too.
+# Linear subclasses that override forward but still compute x @ W.T + b. bitsandbytes replaces them too.
 PLAIN_LINEAR_CLASSES: Final = frozenset({"FalconLinear"})
 
-# Part of a sub-config's key -> tower. Asked in this order; what is left is told by the sub-model's `input_modalities`.
+# Part of a sub-config's key -> tower, tried in this order; the sub-model's `input_modalities` decide if none matches.
 TOWER_WORDS: Final[tuple[tuple[str, Tower], ...]] = (
     ("qformer", "other"),
     ("projector", "other"),
@@ -54,17 +54,17 @@ TOWER_WORDS: Final[tuple[tuple[str, Tower], ...]] = (
 )
 
 # --- weights that other code reads (`weight_reads` finds the rest) ------------------------------------------------
-# The read sits behind a switch of the config: Bloom multiplies slice by slice only to repeat Megatron's rounding.
+# Reads that a switch in the config enables: Bloom multiplies slice by slice only to reproduce Megatron's rounding.
 READ_ONLY_WHEN: Final[Mapping[str, str]] = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
 
-# Reads no source analysis sees, because a local variable stands in between: class -> module paths below it.
-# Rwkv divides these weights in place when it goes to eval mode.
+# Reads that source analysis cannot see, because they go through a local variable: class -> module paths below it.
+# Rwkv divides these weights in place when it switches to eval mode.
 HIDDEN_READS: Final[Mapping[str, tuple[str, ...]]] = {
     "RwkvModel": (r"blocks\.\d+\.attention\.output", r"blocks\.\d+\.feed_forward\.value"),
 }
 
 # --- without a model class ---------------------------------------------------------------------------------------
-# Only names are left. Whole words between dots, underscores and digits, first hit wins.
+# Only names are available. Whole words between dots, underscores and digits; the first match wins.
 NAME_WORDS: Final = (
     ("experts", Why.EXPERTS),
     ("expert", Why.EXPERTS),
@@ -84,6 +84,6 @@ NAME_WORDS: Final = (
     ("score", Why.TASK_HEAD),
     ("conv", Why.CONVOLUTION),
 )
-# The last part of the module's name exactly: `mlp.gate` routes, `mlp.gate_proj` does not; `output` ends Meta's models.
+# The exact last part of the module's path: `mlp.gate` is a router, `mlp.gate_proj` is not; Meta's head is `output`.
 LAST_NAMES: Final[Mapping[str, Why]] = {"gate": Why.ROUTER, "output": Why.TASK_HEAD, "unembed": Why.TASK_HEAD}
-SMALLEST_MATRIX: Final = 32  # both sides, where only the shape tells a matrix
+SMALLEST_MATRIX: Final = 32  # of both dimensions, if only the shape identifies a matrix

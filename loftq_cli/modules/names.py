@@ -1,4 +1,4 @@
-"""From tensor names on disk to a model's parameter names, as transformers' own loading would take them."""
+"""Map tensor names on disk to a model's parameter names, exactly as transformers' own loading does."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RuntimeName:
-    """Where transformers puts one tensor of the checkpoint.
+    """The parameter that transformers loads one tensor of the checkpoint into.
 
     Attributes:
-        key: parameter name in the model; None when transformers ignores the tensor.
-        pieces: every parameter the tensor becomes (part of); more than one when a fused matrix is split.
-        merged: the tensor is stacked, split or transposed on the way (a `WeightConverter`), so on disk and in the
-            model it is not the same matrix.
-        conversion: what is done on the way; None where nothing is.
+        key: parameter name in the model; None if transformers ignores the tensor.
+        pieces: every parameter that the tensor becomes, or becomes part of; several if a fused matrix is split.
+        merged: a `WeightConverter` stacks, splits or transposes the tensor, so that the matrix on disk and the one in
+            the model differ.
+        conversion: the operations applied; None if there are none.
     """
 
     key: str | None
@@ -31,12 +31,13 @@ class RuntimeName:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One tensor's share in a `WeightConverter`.
+    """One tensor's part in a `WeightConverter`.
 
     Attributes:
         operations: transformers' own objects, in order.
-        source, sources: which of how many name patterns the tensor matches (gate and up are two).
-        position: its place among the tensors of that pattern that become one parameter, such as the expert's number.
+        source, sources: index of the name pattern that the tensor matches, and number of patterns (gate and up are
+            two).
+        position: its index among the tensors of that pattern that become one parameter, such as the expert's number.
     """
 
     operations: tuple[Any, ...]
@@ -46,10 +47,10 @@ class Conversion:
 
 
 def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[str, RuntimeName], list[str]]:
-    """Names on disk -> parameter names, as `from_pretrained` would assign them.
+    """Map names on disk to parameter names as `from_pretrained` would.
 
-    Uses transformers' own conversion mapping (semi-public: PEFT imports the same functions); where it is gone, a name
-    has to match exactly or but for the base model's prefix.
+    Uses transformers' own conversion mapping (semi-public: PEFT imports the same functions); if that is missing, a name
+    must match exactly, with or without the base model's prefix.
 
     Returns:
         One `RuntimeName` per tensor, and notes for the user.
@@ -61,22 +62,22 @@ def runtime_names(model: PreTrainedModel, tensors: Sequence[str]) -> tuple[dict[
     except ImportError:
         rename, order = _plain_rename(model, state), str
         notes.append("transformers' conversion mapping was not found: tensors were matched by name only")
-    # Some renamings wait for a first key and rely on transformers' loading order, as does the order of experts.
+    # Some renamings depend on the keys seen before, and experts on their order: use transformers' loading order.
     return {name: rename(name) for name in sorted(tensors, key=order)}, notes
 
 
 def _transformers_rename(
     model: PreTrainedModel, state: dict[str, Any]
 ) -> tuple[Callable[[str], RuntimeName], Callable[[str], Any]]:
-    """The renaming of `core_model_loading.convert_and_load_state_dict_in_model`, without the loading.
+    """Return the renaming of `core_model_loading.convert_and_load_state_dict_in_model` without the loading.
 
     Raises:
-        ImportError: this transformers has not got the functions.
+        ImportError: this version of transformers does not have the functions.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    # Fresh for every call: the transforms remember which keys they have seen.
+    # Created for every call, because the transforms remember the keys they have seen.
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -86,7 +87,7 @@ def _transformers_rename(
 
     def rename(name: str) -> RuntimeName:
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:  # saved by a newer version: the name is the model's already
+        if key not in state and name in state:  # saved by a newer version: already the model's name
             key, pattern = rename_source_key(name, [], [], prefix, state)
         if key not in state:
             return RuntimeName(None, (), False)
@@ -103,7 +104,7 @@ def _transformers_rename(
 
 
 def _plain_rename(model: PreTrainedModel, state: Mapping[str, Any]) -> Callable[[str], RuntimeName]:
-    """Exact name, or the name with the base model's prefix added or taken away."""
+    """Match the exact name, or the name with the base model's prefix added or removed."""
     prefix = f"{model.base_model_prefix}."
 
     def rename(name: str) -> RuntimeName:

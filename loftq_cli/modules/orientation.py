@@ -1,4 +1,4 @@
-"""How a checkpoint stores a matrix: most are [out, in], as the layer computes; a few are [in, out]."""
+"""Orientation of a stored matrix: most are [out, in], as the layer computes; a few are [in, out]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Orientation(Enum):
-    """The order of a stored matrix's dimensions. Turning goes both ways: from stored to [out, in], and back."""
+    """Order of a stored matrix's dimensions. `turn` works both ways: from stored to [out, in] and back."""
 
     OUT_IN = "[out, in]"
     IN_OUT = "[in, out]"
@@ -23,16 +23,16 @@ class Orientation(Enum):
         return self is Orientation.IN_OUT
 
     def turn(self, weight: Tensor) -> Tensor:
-        """A view of a matrix in the other order: [out, in] of a stored one, or the reverse."""
+        """Return a view that converts between the stored order and [out, in]."""
         return weight.T if self.transposed else weight
 
     def turn_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The shape that `turn` gives."""
+        """Return the shape of the view that `turn` returns."""
         return (shape[1], shape[0]) if self.transposed else shape
 
 
 def orientation_of(kind: str, expert: Expert | None = None) -> Orientation:
-    """The orientation of a matrix: transformers' Conv1D is [in, out], and so are some tensors of stacked experts.
+    """Return a matrix's orientation: transformers' Conv1D is [in, out], and so are some tensors of stacked experts.
 
     Args:
         kind: as in `modules.roles.TensorRole`.

@@ -1,4 +1,4 @@
-"""Reasons to leave a tensor in full precision: data for the code, rendered for people in `Reason.__str__` alone."""
+"""Reasons to keep a tensor in full precision. Code uses the fields; only `Reason.__str__` renders them as text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from enum import Enum, unique
 
 @unique
 class Why(Enum):
-    """The kind of a reason. The value is its text, with places for the reason's fields."""
+    """The kind of a reason. The value is its text, with placeholders for the reason's fields."""
 
-    # what the tensor is
+    # from the tensor itself
     BIAS = "bias"
     NORM = "normalization"
     NOT_MATRIX = "not a matrix"
@@ -21,8 +21,9 @@ class Why(Enum):
     EMBEDDING = "embedding"
     POSITION = "position embedding"
     TASK_HEAD = "task head"
+    OUTSIDE_BASE = "task head or other layer outside the base model (choose it with --include)"
     SMALL = "smaller than {name}"
-    # how transformers treats it
+    # from transformers
     UNKNOWN = "not part of {name} (ignored by transformers)"
     TIED = "tied to {name}"
     FLOAT32 = "kept in float32 by transformers (_keep_in_fp32_modules)"
@@ -30,7 +31,7 @@ class Why(Enum):
     CUSTOM_MODULE = "custom module {name}"
     REARRANGED = "split, joined or transposed by transformers while loading"
     PARAMETRIZED = "parametrized weight"
-    # what the recipe says
+    # from the recipe
     RULE_SKIP = "rule '{name}=skip'"
     RULE_DENSE = "rule '{name}=dense'"
     EXCLUDED = "--exclude"
@@ -39,7 +40,7 @@ class Why(Enum):
     HEAD_KEPT = "output head (--lm-head keep)"
     EMBEDDINGS_KEPT = "embedding (--embeddings keep)"
     OTHER_TOWER = "{name} tower (choose it with --include)"
-    # what its weights or its container allow
+    # from its weights or its container
     NONFINITE = "holds {found}"
     BESIDE_NONFINITE = "stacked with {name}, which holds {found}"
     REFUSED = "{found}"
@@ -50,9 +51,9 @@ class Reason:
     """Why one tensor stays in full precision.
 
     Attributes:
-        name: what else the reason is about: the parameter a tensor is tied to or stacked with, the class that reads its
-            weight or does not know it, the pattern of the rule, the tower; "" where there is nothing.
-        found: the container's own words for its refusal, or the first number that is not finite and its place.
+        name: the object that the reason refers to: the parameter a tensor is tied to or stacked with, the class that
+            reads its weight or does not know it, the pattern of the rule, the tower; "" for none.
+        found: the container's text for its refusal, or the first number that is not finite and its place.
     """
 
     why: Why

@@ -1,27 +1,27 @@
-"""Which tensors of a checkpoint are matrices, where the running model keeps them, and which must stay as they are.
+"""Find the role of every tensor of a checkpoint: its kind, its module, and the reason to keep it as it is, if any.
 
-There is no table of architectures. The class that config.json names is built on the meta device; its modules say what
-is a Linear, and transformers' conversion mapping says how a name on disk becomes a module path. What has to stay in
-full precision is told by the model too: ties, float32 lists, routers, weights that other code reads
-(`keep_rules`). Without a model class, names and shapes are left (`_map_by_name`).
+There is no table of architectures. The class that config.json names is built on the meta device; its modules show what
+is a Linear, and transformers' conversion mapping shows how a name on disk becomes a module path. The model also shows
+what must stay in full precision: ties, float32 lists, routers, weights that other code reads (`keep_rules`). Without
+a model class, only names and shapes are available (`_map_by_name`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.modules import keep_rules as rules
 from loftq_cli.modules.build import Built, build_on_meta, named_class
+from loftq_cli.modules.classify import Kind, classify, expert_reason, is_router
 from loftq_cli.modules.experts import Expert, find_expert, is_expert
-from loftq_cli.modules.judge import Kind, is_router, judge, why_expert
 from loftq_cli.modules.keep_rules import Tower
 from loftq_cli.modules.names import RuntimeName, runtime_names
 from loftq_cli.modules.reasons import Reason, Why
-from loftq_cli.modules.view import ModelView
+from loftq_cli.modules.view import ModelView, float32_patterns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,22 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRole:
-    """What one tensor of the checkpoint is.
+    """Role of one tensor of the checkpoint.
 
     Attributes:
         tensor: name on disk, e.g. "bert.encoder.layer.0.attention.self.query.weight".
-        module: path of the module in the transformers-5 model whose `weight` this is (what PEFT targets); of an
-            expert's matrix the path of the parameter; None for biases, other bare parameters and tensors that
+        module: path of the module in the transformers-5 model whose `weight` this is, which PEFT targets; for an
+            expert's matrix, the path of the parameter; None for biases, other bare parameters and tensors that
             transformers ignores.
         kind: "linear" is an nn.Linear stored [out, in]; "conv1d" a transformers Conv1D stored [in, out]; "head" the
             output embedding; "embedding" the input embedding table [vocabulary, width]; "expert" a matrix of a mixture
             of experts, or all of them in a 3-D tensor; "other" everything else.
-        keep: the reason this tensor has to stay in full precision whatever the user asks; None when it may be
+        keep: the reason why this tensor must stay in full precision whatever the user asks for; None if it may be
             quantized.
-        tower: which part of a multimodal model it belongs to; "text" everywhere in a model of one modality.
-        parameter: the parameter that PEFT must adapt in place of the module; "" for none.
-        expert: the place of an expert's matrix; of a 3-D tensor that of its first one.
-        tied: the parameter that shares an embedding table which may be quantized all the same; "" for none.
+        tower: the part of a multimodal model that it belongs to; always "text" in a model of one modality.
+        parameter: the parameter that PEFT must adapt instead of the module; "" for none.
+        expert: the place of an expert's matrix; for a 3-D tensor, that of its first matrix.
+        tied: for an embedding table that may still be quantized, the parameter that shares it; "" for none.
+        optional: `keep` is only the default; --include can choose the tensor all the same.
+        float32: the dtypes, by name, for which transformers keeps this tensor in float32 when it loads the model.
     """
 
     tensor: str
@@ -55,6 +57,8 @@ class TensorRole:
     parameter: str = ""
     expert: Expert | None = None
     tied: str = ""
+    optional: bool = False
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,17 @@ class ModuleMap:
     """The whole checkpoint.
 
     Attributes:
-        architecture: the class that was built, e.g. "LlamaForCausalLM"; None when names and shapes had to do.
+        architecture: the class that was built, e.g. "LlamaForCausalLM"; None if names and shapes were used instead.
         model_type: `model_type` of config.json.
         task_type: PEFT's "CAUSAL_LM" or "SEQ_2_SEQ_LM"; None otherwise, since PEFT would add heads or rename inputs.
-        base_model_prefix: attribute of the base model inside the class, "" when unknown.
+        base_model_prefix: attribute of the base model inside the class, "" if unknown.
         roles: one per tensor of the checkpoint, in the order given.
         missing: parameters of at least two dimensions that the model has and the checkpoint lacks, without tied ones.
         notes: sentences for the user.
-        linear_modules: every module that a quantizer or PEFT would take for a Linear, with or without a tensor on
-            disk (a tied head, parts of a split matrix); the skip list of a format is this less what was quantized.
+        linear_modules: every module that a quantizer or PEFT would treat as a Linear, with or without a tensor on
+            disk (a tied head, parts of a split matrix); a format's skip list is this less what was quantized.
         expert_parameters: the stacked parameters of experts in the model's order, in which PEFT wraps them.
-        unbuilt: why the class could not be built, "" when it was; the start of a sentence.
+        unbuilt: why the class could not be built, as the start of a sentence; "" if it was.
         rebuilt_for: values of `quant_method` for which transformers loads other modules than the config describes.
     """
 
@@ -93,7 +97,7 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     """Find the role of every tensor of a checkpoint; reads neither weights nor files.
 
     Args:
-        config: config.json, parsed. Its `quantization_config` and `auto_map` are not looked at.
+        config: parsed config.json. Its `quantization_config` and `auto_map` are ignored.
         shapes: names on disk -> shapes, in the order of the checkpoint.
 
     Returns:
@@ -130,7 +134,7 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _role(view: ModelView, tensor: str, name: RuntimeName, shape: tuple[int, ...]) -> TensorRole:
-    """The role of one tensor.
+    """Find the role of one tensor.
 
     Raises:
         LoftqError: the shape contradicts the config.
@@ -144,20 +148,38 @@ def _role(view: ModelView, tensor: str, name: RuntimeName, shape: tuple[int, ...
             f"{list(expected)}: check that config.json belongs to these weights."
         )
     path, _, parameter = name.key.rpartition(".")
+    float32 = tuple(dtype for dtype, pattern in view.float32_dtypes.items() if pattern.search(name.key))
     if is_expert(view, name, path) and not is_router(view, path):
         expert = find_expert(view, name, path, shape)
-        keep = why_expert(view, name, expert)
-        return TensorRole(tensor, name.key, "expert", keep, view.tower(path), name.key, expert)
-    kind, keep = judge(view, name, path, parameter)
+        keep = expert_reason(view, name, expert)
+        return TensorRole(tensor, name.key, "expert", keep, view.tower(path), name.key, expert, float32=float32)
+    kind, keep = classify(view, name, path, parameter)
     module = path if parameter == "weight" and not name.merged else None
-    # PEFT would take an adapter on a module of this name for one on the experts.
+    # PEFT would treat an adapter on a module of this name as one on the experts.
     aside = kind == "linear" and keep is None and path.rpartition(".")[2] in view.expert_names
     tied = view.tied[name.key] if kind == "embedding" and keep is None and name.key in view.tied else ""
-    return TensorRole(tensor, module, kind, keep, view.tower(path), name.key if aside else "", tied=tied)
+    optional = keep is not None and keep.why is Why.OUTSIDE_BASE
+    other_name = name.key if aside else ""
+    return TensorRole(tensor, module, kind, keep, view.tower(path), other_name, None, tied, optional, float32)
+
+
+def float32_tensors(config: Mapping[str, Any], tensors: Sequence[str], dtype: str) -> frozenset[str]:
+    """Return the tensors that transformers keeps in float32 when it loads the model in `dtype`.
+
+    Args:
+        config: parsed config.json.
+        tensors: names on disk.
+    """
+    model = build_on_meta(config, len(tensors)).model
+    pattern = None if model is None else float32_patterns(model).get(dtype)
+    if model is None or pattern is None:
+        return frozenset()
+    names, _ = runtime_names(model, tensors)
+    return frozenset(tensor for tensor in tensors if pattern.search(names[tensor].key or ""))
 
 
 def _task_type(model: PreTrainedModel) -> str | None:
-    """PEFT's task type, where PEFT's wrapper for it takes what this class takes."""
+    """Return PEFT's task type if PEFT's wrapper for it takes the same inputs as this class."""
     from transformers.models.auto import modeling_auto
 
     name, config = type(model).__name__, model.config
@@ -174,10 +196,10 @@ def _class_names(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
 
 
 def _map_by_name(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], built: Built) -> ModuleMap:
-    """The map without a model class: large 2-D `*.weight` tensors are linear unless their names say otherwise."""
+    """Map without a model class: large 2-D `*.weight` tensors are linear unless their names imply otherwise."""
     causal = (named_class(config) or "").endswith(("ForCausalLM", "LMHeadModel"))
     roles = tuple(_role_by_name(tensor, tuple(shape)) for tensor, shape in shapes.items())
-    # Whatever has two dimensions may be a Linear in the model that nobody here has seen.
+    # Any tensor with two dimensions may be a Linear in the unknown model.
     matrices = [role for role in roles if role.module and len(shapes[role.tensor]) == 2]
     maybe = (role.module for role in matrices if role.keep is None or role.keep.why not in rules.TABLES)
     return ModuleMap(
@@ -187,7 +209,7 @@ def _map_by_name(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         base_model_prefix="",
         roles=roles,
         missing=(),
-        notes=(*built.notes, f"{built.failure}: matrices were chosen by name and shape"),
+        notes=(*built.notes, f"{built.failure}: matrices are chosen by name and shape"),
         linear_modules=tuple(module for module in maybe if module),
         unbuilt=built.failure,
     )
@@ -204,10 +226,10 @@ def _why_by_name(tensor: str, path: str, parameter: str, shape: tuple[int, ...])
     if tensor.endswith("bias"):
         return Reason(Why.BIAS)
     words = set(re.split(r"[._\d]+", path.lower()))
-    said = rules.LAST_NAMES.get(path.rpartition(".")[2].lower())
-    said = said or next((why for word, why in rules.NAME_WORDS if word in words), None)
-    if said is not None:
-        return Reason(said)
+    why = rules.LAST_NAMES.get(path.rpartition(".")[2].lower())
+    why = why or next((why for word, why in rules.NAME_WORDS if word in words), None)
+    if why is not None:
+        return Reason(why)
     if len(shape) != 2 or parameter != "weight":
         return Reason(Why.NOT_MATRIX)
     small = min(shape) < rules.SMALLEST_MATRIX

@@ -1,4 +1,4 @@
-"""What a model on the meta device tells about all its tensors at once: ties, towers, float32 lists, readers."""
+"""Facts about a model on the meta device that concern all tensors: ties, towers, float32 lists, readers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelView:
-    """What has to be known about a model to judge one tensor; made once per model.
+    """The facts about a model that are needed to classify its tensors; created once per model.
 
     Attributes:
         modules: path -> module, shared modules under each of their paths.
         state: parameter or buffer name -> tensor on the meta device.
         parameters: the names in `state` that are parameters.
         tied: parameter name -> the parameter it shares its values with, both ways.
-        float32: matches the names of parameters that transformers keeps in float32.
+        float32: matches the names of tensors that transformers keeps in float32.
+        float32_dtypes: from `float32_patterns`.
         readers: module path -> class that reads its weight (`modules.weight_reads`).
-        expert_names: last parts of module paths that PEFT takes for fused experts.
+        expert_names: last parts of module paths that PEFT treats as fused experts.
         heads, embedding: paths of the output embeddings and of the input embedding.
-        base: path prefix of the base model, "" when the class is or has none.
+        base: path prefix of the base model, "" if the class is a base model or has none.
         towers: path prefix -> tower, longest first; `outside` is the tower of the rest.
     """
 
@@ -42,6 +43,7 @@ class ModelView:
     parameters: frozenset[str]
     tied: Mapping[str, str]
     float32: re.Pattern[str] | None
+    float32_dtypes: Mapping[str, re.Pattern[str]]
     readers: Mapping[str, str]
     expert_names: frozenset[str]
     heads: frozenset[str]
@@ -53,7 +55,7 @@ class ModelView:
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelView:
         modules = dict(model.named_modules(remove_duplicate=False))
-        heads = _paths(modules, _ask(model, "get_output_embeddings"))
+        heads = _paths(modules, _call_getter(model, "get_output_embeddings"))
         towers, outside = _towers(model)
         prefix = model.base_model_prefix
         return cls(
@@ -62,11 +64,12 @@ class ModelView:
             state=model.state_dict(),
             parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
             tied=_ties(model, modules),
-            float32=_float32_pattern(model),
+            float32=float32_patterns(model).get("float16"),
+            float32_dtypes=float32_patterns(model),
             readers=direct_weight_reads(model, model.config),
             expert_names=_expert_names(model),
             heads=heads,
-            embedding=_paths(modules, _ask(model, "get_input_embeddings")),
+            embedding=_paths(modules, _call_getter(model, "get_input_embeddings")),
             base=f"{prefix}." if prefix and model.base_model is not model else "",
             towers=towers,
             outside=outside,
@@ -78,14 +81,14 @@ class ModelView:
 
     @property
     def linear_modules(self) -> tuple[str, ...]:
-        """Paths of all Linear and Conv1D modules, in the model's order."""
+        """Return the paths of all Linear and Conv1D modules, in the model's order."""
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
         return tuple(path for path, module in self.modules.items() if isinstance(module, nn.Linear | Conv1D))
 
     def sharing(self, key: str) -> frozenset[str]:
-        """The other parameters that share a parameter's values."""
+        """Return the other parameters that share a parameter's values."""
         ties = self.model.all_tied_weights_keys
         source = ties.get(key, key)
         found = {source, *(target for target, other in ties.items() if other == source), self.tied.get(key, key)}
@@ -93,7 +96,7 @@ class ModelView:
 
     @property
     def rebuilt_for(self) -> frozenset[str]:
-        """Quantization methods for which transformers puts other modules in the place of some of these (Llama 4)."""
+        """Return the quantization methods for which transformers replaces some of these modules (Llama 4)."""
         try:
             from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
         except ImportError:
@@ -103,20 +106,20 @@ class ModelView:
         return frozenset(method.value for name in classes for method in patches[name]["quantization_methods"])
 
     def tower(self, path: str) -> Tower:
-        """The innermost tower around a module; heads and the embedding table speak text."""
+        """Return the innermost tower around a module; heads and the embedding table belong to the text tower."""
         hit = next((tower for prefix, tower in self.towers if f"{path}.".startswith(f"{prefix}.")), None)
         return hit or ("text" if path in self.heads | self.embedding else self.outside)
 
     def expects_unknown(self, tensor: str) -> bool:
-        """Whether transformers lists this name among those it ignores without a warning."""
+        """True if transformers lists this name among those that it ignores without a warning."""
         return any(re.search(pattern, tensor) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
 
     def missing(self, names: Iterable[RuntimeName]) -> tuple[str, ...]:
-        """Matrix parameters that no tensor of the checkpoint fills, in the model's order."""
+        """Return the matrix parameters that no tensor of the checkpoint fills, in the model's order."""
         filled = {piece for name in names for piece in name.pieces}
         filled |= {self.tied[piece] for piece in filled if piece in self.tied}
         ignored = self.model._keys_to_ignore_on_load_missing or ()
-        targets = self.model.all_tied_weights_keys  # a tied tensor is missing once, under its source's name
+        targets = self.model.all_tied_weights_keys  # report a missing tied tensor once, under its source's name
         return tuple(
             name
             for name, tensor in self.state.items()
@@ -128,17 +131,17 @@ class ModelView:
         )
 
 
-def _ask(model: PreTrainedModel, question: str) -> nn.Module | None:
-    """The module a model names as its input or output embedding; some classes raise where they have none."""
+def _call_getter(model: PreTrainedModel, getter: str) -> nn.Module | None:
+    """Return a model's input or output embedding; some classes raise instead of returning None."""
     try:
-        answer: nn.Module | None = getattr(model, question)()
+        module: nn.Module | None = getattr(model, getter)()
     except (NotImplementedError, AttributeError):
         return None
-    return answer
+    return module
 
 
 def _paths(modules: Mapping[str, nn.Module], wanted: nn.Module | None) -> frozenset[str]:
-    """Every path of a module; of its members for a ModuleList (Musicgen has one head per codebook)."""
+    """Return every path of a module, or of its members if it is a ModuleList (Musicgen has one head per codebook)."""
     from torch import nn
 
     members = set(wanted if isinstance(wanted, nn.ModuleList) else [wanted]) - {None}
@@ -146,10 +149,10 @@ def _paths(modules: Mapping[str, nn.Module], wanted: nn.Module | None) -> frozen
 
 
 def _ties(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Parameter name -> a parameter it is tied to: by transformers' list, or because two paths share one module."""
+    """Map a parameter's name to one it is tied to: by transformers' list, or because two paths share a module."""
     ties: dict[str, str] = {}
-    heads = {f"{path}.weight" for path in _paths(modules, _ask(model, "get_output_embeddings"))}
-    # The head first: where one table feeds several parameters, that is the tie a user knows.
+    heads = {f"{path}.weight" for path in _paths(modules, _call_getter(model, "get_output_embeddings"))}
+    # The head first: if several parameters share one table, that is the tie a user knows.
     for target, source in sorted(model.all_tied_weights_keys.items(), key=lambda tie: tie[0] not in heads):
         ties.setdefault(source, target)
         ties[target] = source
@@ -162,16 +165,23 @@ def _ties(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> dict[str,
     return ties
 
 
-def _float32_pattern(model: PreTrainedModel) -> re.Pattern[str] | None:
-    """As transformers matches the two lists when it plans dtypes: anywhere in the parameter's name."""
-    patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    if not patterns:
-        return None
-    return re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)))
+def float32_patterns(model: PreTrainedModel) -> dict[str, re.Pattern[str]]:
+    """Return a pattern for the tensors that stay in float32 if the model is loaded in another dtype, by that dtype.
+
+    transformers (`_get_dtype_plan`) uses both of its lists for float16 but only the strict one for bfloat16, and
+    matches them anywhere in a tensor's name.
+    """
+    strict = {*(model._keep_in_fp32_modules_strict or ())}
+    lists = {"float16": strict | {*(model._keep_in_fp32_modules or ())}, "bfloat16": strict}
+    return {
+        dtype: re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)))
+        for dtype, patterns in lists.items()
+        if patterns
+    }
 
 
 def _expert_names(model: PreTrainedModel) -> frozenset[str]:
-    """See `keep_rules.PEFT_EXPERT_NAMES`; empty where transformers has not got the table PEFT goes by."""
+    """Look up `keep_rules.PEFT_EXPERT_NAMES`; empty if transformers lacks the table that PEFT uses."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:
@@ -180,9 +190,9 @@ def _expert_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _towers(model: PreTrainedModel) -> tuple[tuple[tuple[str, Tower], ...], Tower]:
-    """Sub-models of a multimodal model -> their tower, longest path first, and the tower of what is in none.
+    """Return the tower of each sub-model of a multimodal model, longest path first, and the tower of everything else.
 
-    Only a class that takes text and something else has towers; a vision model with a vision backbone has not.
+    Only a class that takes text and another modality has towers; a vision model with a vision backbone has none.
     """
     modalities = _modalities(model)
     if "text" not in modalities or len(modalities) < 2:
@@ -198,12 +208,12 @@ def _towers(model: PreTrainedModel) -> tuple[tuple[tuple[str, Tower], ...], Towe
 
 
 def _modalities(module: nn.Module) -> set[str]:
-    told = getattr(module, "input_modalities", "text")
-    return {told} if isinstance(told, str) else set(told)
+    declared = getattr(module, "input_modalities", "text")
+    return {declared} if isinstance(declared, str) else set(declared)
 
 
 def _sub_config_keys(config: Any) -> dict[int, str]:
-    """id of every config inside a config -> the key it stands under; the configs themselves stay alive outside."""
+    """Map the id of every config inside a config to its key; the caller keeps the configs alive."""
     keys: dict[int, str] = {}
     for key in getattr(config, "sub_configs", ()):
         inner = getattr(config, key, None)
@@ -213,7 +223,7 @@ def _sub_config_keys(config: Any) -> dict[int, str]:
 
 
 def _tower(key: str, modalities: set[str]) -> Tower:
-    """By the sub-config's name, else by what the sub-model takes in."""
+    """Choose the tower by the sub-config's name, or else by the sub-model's input modalities."""
     for word, tower in rules.TOWER_WORDS:
         if word in key:
             return tower

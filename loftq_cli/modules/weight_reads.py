@@ -1,4 +1,4 @@
-"""Weights that the code of another module reads directly, found in the source of every class."""
+"""Find weights that the code of another module reads directly, from the source of every class."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from loftq_cli.modules.keep_rules import HIDDEN_READS, READ_ONLY_WHEN
 if TYPE_CHECKING:
     from torch import nn
 
-# Code that runs while a model is set up or resized, and accessors no forward pass calls (Qwen2-VL's tower has them).
+# Methods that run while a model is set up or resized, and accessors that no forward pass calls (Qwen2-VL's tower).
 _SETUP = re.compile(r"_*(init|tie|reset|set_|resize|get_resized|get_dtype|get_device|post_init)")
 
-# Whoever asks for these has thought of packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
+# Code that checks these handles packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
 _GUARDS = ("torch.uint8", "dtype).is_floating_point", "dtype.is_floating_point")
 
-# A packed weight still answers these truthfully.
+# Attributes that are still correct on a packed weight.
 _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 
 
@@ -30,15 +30,15 @@ Step = str | int | None  # attribute name, index into a container, or any index
 
 
 def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
-    """Modules whose `.weight` is used by the code of another module, past the module's own forward.
+    """Find the modules whose `.weight` is used by the code of another module instead of through their own forward.
 
-    Such a weight has to stay a plain floating-point tensor: Mamba hands `out_proj.weight` to its CUDA kernel,
-    T5 casts activations to `wo.weight.dtype`, `nn.MultiheadAttention` passes `out_proj.weight` to a function.
-    Found by reading the source of every class in the model, so no list of architectures is needed.
+    Such a weight must stay a plain floating-point tensor: Mamba passes `out_proj.weight` to its CUDA kernel, T5 casts
+    activations to `wo.weight.dtype`, `nn.MultiheadAttention` passes `out_proj.weight` to a function. The reads are
+    found in the source of every class in the model, so no list of architectures is needed.
 
     Args:
         model: any model, also on the meta device.
-        config: its config; only switches named in `READ_ONLY_WHEN` are looked at.
+        config: its config; only the switches named in `READ_ONLY_WHEN` are used.
 
     Returns:
         Module path -> name of the class whose code reads the weight.
@@ -60,30 +60,30 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
 
 @functools.cache
 def weight_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
-    """The ways from `self` to a `.weight` that methods of `cls` read, e.g. `("wo",)` for `self.wo.weight.dtype`.
+    """Return the paths from `self` to every `.weight` that methods of `cls` read: `("wo",)` for `self.wo.weight.dtype`.
 
-    Methods that set a model up are left out, as are methods that look whether the weight is packed. A class whose
-    source is not at hand counts as clean.
+    Methods that set a model up are skipped, and so are methods that check for packed weights. A class without
+    available source is assumed to read none.
     """
     return frozenset(steps for function in _methods(cls) for steps in _reads_in(function))
 
 
 def _methods(cls: type) -> Iterator[types.FunctionType]:
-    """The functions an instance of `cls` would run, its own and inherited ones, that mention `weight`."""
+    """Yield the methods of `cls`, own and inherited, that mention `weight`."""
     for name in dir(cls):
         member = inspect.getattr_static(cls, name)
         member = member.fget if isinstance(member, property) else member
         function = inspect.unwrap(member) if callable(member) else None
         if not isinstance(function, types.FunctionType) or _SETUP.match(name):
             continue
-        # The base classes' bookkeeping (loading, saving, hooks) is no forward pass.
+        # The base classes' bookkeeping (loading, saving, hooks) is not part of a forward pass.
         bookkeeping = not function.__module__.startswith(("transformers.models.", "torch.nn.modules."))
         if not bookkeeping and "weight" in _names(function.__code__):
             yield function
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Every attribute and global that a function and the functions inside it name."""
+    """Yield every attribute and global that a function, or a function nested in it, uses."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -91,7 +91,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
-    """The ways from `self` to a `.weight` in the source of one function."""
+    """Yield the paths from `self` to a `.weight` in the source of one function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -105,7 +105,7 @@ def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
 
 
 def _steps(node: ast.expr) -> tuple[Step, ...]:
-    """`self.a.b[0].c` -> ("a", "b", 0, "c"); empty when the expression does not start at `self`."""
+    """Convert `self.a.b[0].c` to ("a", "b", 0, "c"); empty if the expression does not start at `self`."""
     if isinstance(node, ast.Attribute):
         before: tuple[Step, ...] = _steps(node.value)
         starts = isinstance(node.value, ast.Name) and node.value.id == "self"
@@ -117,7 +117,7 @@ def _steps(node: ast.expr) -> tuple[Step, ...]:
 
 
 def _walk(module: nn.Module, steps: tuple[Step, ...]) -> Iterator[str]:
-    """The paths of the modules below `module` that `steps` lead to; none when an attribute is not a module."""
+    """Yield the paths of the modules below `module` that `steps` lead to; none if an attribute is not a module."""
     if not steps:
         yield ""
         return

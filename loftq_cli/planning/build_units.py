@@ -1,4 +1,4 @@
-"""Stage 3 of a plan: the units of work, one for every tensor and for every expert of those that stack experts."""
+"""Stage 3 of a plan: the units of work, one per tensor, or one per expert for tensors that stack experts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import AdapterTarget
 from loftq_cli.formats.base import GridRequest, MatrixKind, QuantizedMatrix, Refusal, Request
 from loftq_cli.modules.experts import Expert
+from loftq_cli.modules.keep_rules import TABLES
 from loftq_cli.modules.orientation import orientation_of
 from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap, TensorRole
@@ -42,7 +43,7 @@ class WorkUnits:
 
     Attributes:
         units: in the order of their tensors' names.
-        request: what the container may ask about the whole, now that the units are known.
+        request: the request for the whole output, completed now that the units are known.
         notes: sentences for the user.
     """
 
@@ -64,11 +65,13 @@ def build_units(source: Source, choices: Choices) -> WorkUnits:
     """
     modules, decisions, recipe = source.modules, choices.decisions, choices.recipe
     _refuse_incomplete(modules)
-    _check_alike(modules, decisions)
+    _check_experts_agree(modules, decisions)
     adapted = {role.parameter for role in modules.roles if role.expert is not None and decisions[role.tensor].rank}
     builder = _Builder(source, choices, _depths([name for name in modules.expert_parameters if name in adapted]))
     units = tuple(unit for role in modules.roles for unit in builder.units(role))
-    request = dataclasses.replace(choices.request, dense_experts=dense_experts(units))
+    request = dataclasses.replace(
+        choices.request, dense_experts=dense_experts(units), kept_matrices=_kept_matrices(units)
+    )
     notes = [*expert_notes(units, recipe), *calibration_notes(units, recipe), *level_notes(recipe, decisions)]
     work = WorkUnits(units, request, tuple(notes))
     refuse_together(work.matrices, recipe, request)
@@ -78,13 +81,13 @@ def build_units(source: Source, choices: Choices) -> WorkUnits:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix of the checkpoint before the container has its say.
+    """A matrix of the checkpoint before the container accepts or refuses it.
 
     Attributes:
         source: the tensor, or one expert's entry of it.
-        name: path of its module; of an expert its parameter and number.
+        name: path of its module; for an expert, its parameter and number.
         shape: [out, in].
-        stacked: `source` is an entry.
+        stacked: `source` is an entry of a tensor that stacks experts.
     """
 
     role: TensorRole
@@ -108,7 +111,7 @@ class _Builder:
     depths: Mapping[str, int]
 
     def units(self, role: TensorRole) -> Iterator[Unit]:
-        """One unit, or one for every expert of a tensor that stacks them and is not simply copied."""
+        """Yield one unit, or one per expert of a tensor that stacks experts and is not simply copied."""
         decision, expert = self.choices.decisions[role.tensor], role.expert
         if expert is not None:
             expert = dataclasses.replace(expert, depth=self.depths.get(role.parameter, 0))
@@ -124,7 +127,7 @@ class _Builder:
         if expert is not None:
             info = entry(info, expert.index) if stacked else info
             name = expert_name(name, expert.index, expert.part, expert.parts)
-        # A tensor of other dimensions is copied, whatever its shape.
+        # A tensor with another number of dimensions is copied, whatever its shape.
         shape = (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (0, 0)
         return _Matrix(role, info, name, orientation_of(role.kind, expert).turn_shape(shape), expert, stacked)
 
@@ -136,22 +139,22 @@ class _Builder:
             quantized = container.place(quantized, self.choices.request)
             copies = () if target is None else container.adapter_copies(quantized, target.rank)
             return Unit(source, role.module, role.kind, quantized, None, target, container.tensors(quantized), copies)
-        # An adapter stays even where the container refuses the matrix: it starts at zero over the dense weight.
+        # The adapter stays even if the container refuses the matrix: it starts at zero over the dense weight.
         return Unit(source, role.module, role.kind, None, quantized, target, (self.copied(matrix),))
 
     def copied(self, matrix: _Matrix) -> OutputTensor:
-        """The output of a tensor that stays in full precision."""
+        """Return the output of a tensor that stays in full precision."""
         info, recipe = self.source.checkpoint.tensors[matrix.role.tensor], self.choices.recipe
-        cast_it = recipe.dtype != "auto" and info.dtype.is_floating_point
+        cast_it = recipe.dtype != "auto" and info.dtype.is_floating_point and recipe.dtype not in matrix.role.float32
         dtype = self.choices.dtype if cast_it else info.dtype
         whole = get_format(recipe.format).copied(OutputTensor(info.name, dtype, info.shape))
         return whole.piece(matrix.expert.index) if matrix.stacked and matrix.expert is not None else whole
 
     def target(self, matrix: _Matrix, rank: int) -> AdapterTarget:
-        """The adapter of a matrix.
+        """Return the adapter of a matrix.
 
         Raises:
-            UsageError: it cannot be pooled, which QA-LoRA needs.
+            UsageError: QA-LoRA was requested and the inputs cannot be pooled.
         """
         group, role, shape = self.choices.recipe.pooling, matrix.role, matrix.shape
         if group > 1 and role.parameter:
@@ -161,17 +164,18 @@ class _Builder:
             )
         if shape[1] % group:
             raise UsageError(
-                f"{role.tensor} has rows of {shape[1]} elements, no whole number of groups of {group}, which --method "
-                f"qa-lora pools over: choose another --group-size, or leave it out with --exclude '{role.module}'."
+                f"{role.tensor} has rows of {shape[1]} elements, not a multiple of the group size {group} that "
+                f"--method qa-lora pools over: choose another --group-size, or leave it out with --exclude "
+                f"'{role.module}'."
             )
         rank = min(rank, shape[1] // group)
         return AdapterTarget(matrix.name, role.kind, *shape, rank, role.parameter, matrix.expert, group)
 
     def quantized(self, matrix: _Matrix, decision: Decision) -> QuantizedMatrix | Reason:
-        """The matrix on the container's grid, or why it stays in full precision.
+        """Return the matrix on the container's grid, or the reason to keep it in full precision.
 
         Raises:
-            UsageError: another recipe would let the container hold it, or --experts require forbids to go on.
+            UsageError: another recipe would let the container hold it, or --experts require forbids to continue.
         """
         if decision.reason is not None:
             return decision.reason
@@ -191,11 +195,11 @@ class _Builder:
         return Reason(Why.REFUSED, found=grid.reason)
 
     def grid(self, matrix: _Matrix, bits: int) -> Grid | Refusal:
-        """The container's grid for a matrix, or why it has none."""
+        """Return the container's grid for a matrix, or its refusal."""
         container = get_format(self.choices.recipe.format)
         if matrix.kind == "expert" and not container.holds_experts:
             return Refusal(
-                f"{container.name} holds no experts, which transformers stacks in one parameter", fatal=False
+                f"{container.name} cannot hold experts, which transformers stacks in one parameter", fatal=False
             )
         if matrix.stacked and not container.holds_stacked_experts:
             return Refusal(
@@ -222,15 +226,28 @@ class _Builder:
         )
 
 
+def _kept_matrices(units: Sequence[Unit]) -> tuple[str, ...]:
+    """Return the names on disk, without `.weight`, of the matrices in full precision, except embeddings."""
+    return tuple(
+        unit.tensor.removesuffix(".weight")
+        for unit in units
+        if unit.matrix is None
+        and unit.tensor.endswith(".weight")
+        and len(unit.source.shape) == 2
+        and unit.kind != "embedding"
+        and not (unit.reason and unit.reason.why in (*TABLES, Why.CONVOLUTION, Why.NORM))
+    )
+
+
 def _depths(parameters: Sequence[str]) -> dict[str, int]:
-    """PEFT wraps a module once for each targeted parameter in the module's order; the last one is outermost."""
+    """Return `Expert.depth` by parameter: PEFT wraps a module once per targeted parameter, the last one outermost."""
     by_module: dict[str, list[str]] = defaultdict(list)
     for name in parameters:
         by_module[name.rpartition(".")[0]].append(name)
     return {name: len(names) - 1 - i for names in by_module.values() for i, name in enumerate(names)}
 
 
-def _check_alike(modules: ModuleMap, decisions: Mapping[str, Decision]) -> None:
+def _check_experts_agree(modules: ModuleMap, decisions: Mapping[str, Decision]) -> None:
     chosen: dict[str, tuple[int, int]] = {}
     for role in modules.roles:
         if role.expert is not None:
@@ -239,7 +256,7 @@ def _check_alike(modules: ModuleMap, decisions: Mapping[str, Decision]) -> None:
 
 
 def _refuse_incomplete(modules: ModuleMap) -> None:
-    """An adapter on the experts of a parameter would have holes where some are missing.
+    """Refuse parameters with missing experts, whose adapter would have gaps.
 
     Raises:
         LoftqError: the checkpoint lacks some of a parameter's experts.
@@ -251,6 +268,6 @@ def _refuse_incomplete(modules: ModuleMap) -> None:
         wanted = role.expert.count * role.expert.parts
         if found[role.parameter] != wanted:
             raise LoftqError(
-                f"{role.parameter} is made of {wanted} matrices and the checkpoint holds {found[role.parameter]} of "
+                f"{role.parameter} consists of {wanted} matrices, but the checkpoint has {found[role.parameter]} of "
                 "them: finish the download and try again."
             )

@@ -1,4 +1,4 @@
-"""Stage 2 of a plan: the recipe with every `auto` settled, and bits and rank of every tensor."""
+"""Stage 2 of a plan: the recipe with every `auto` resolved, and the bits and rank of every tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.checks import refuse_together
 from loftq_cli.planning.resolve import resolve
-from loftq_cli.planning.select import Decision, decide, unused_filters
+from loftq_cli.planning.select import Decision, decide, included_but_kept, unused_filters
 from loftq_cli.planning.source import Source
 from loftq_cli.recipe.model import Recipe
 from loftq_cli.tensorfile.entry_names import whole_name
@@ -22,14 +22,14 @@ from loftq_cli.tensorfile.entry_names import whole_name
 
 @dataclass(frozen=True)
 class Choices:
-    """What is asked of every tensor and of the output as a whole, before the container has its say.
+    """The request for every tensor and for the output as a whole, before the container accepts or refuses it.
 
     Attributes:
-        recipe: the user's, with every `auto` settled.
+        recipe: the user's, with every `auto` resolved.
         decisions: by tensor.
         dtype: the model's.
-        request: what the container may ask about the whole.
-        nonfinite: as given to `choose`; empty where nothing was found.
+        request: the request for the whole output.
+        nonfinite: as given to `choose`; empty if nothing was found.
         notes: sentences for the user.
     """
 
@@ -42,21 +42,25 @@ class Choices:
 
 
 def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None = None) -> Choices:
-    """Settle the recipe for this model.
+    """Resolve the recipe for this model.
 
     Args:
-        nonfinite: the first number that is not finite and its place, such as "nan at [3, 5]", of every matrix that has
-            one, by tensor; None where no weight was read.
+        nonfinite: the first number that is not finite and its place, such as "nan at [3, 5]", for every matrix that has
+            one, by tensor; None if no weight was read.
 
     Raises:
         UsageError: flags contradict each other, or the container cannot hold this model.
-        LoftqError: nothing is left to quantize, or a matrix holds no floating-point numbers.
+        LoftqError: nothing is left to quantize, or a matrix does not contain floating-point numbers.
     """
     checkpoint, modules = source.checkpoint, source.modules
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
-    decisions |= _spoiled(modules, nonfinite or {})
+    decisions |= _keep_nonfinite(modules, nonfinite or {})
     if not any(decision.bits for decision in decisions.values()):
-        raise LoftqError(f"nothing in {checkpoint.path} is left to quantize: look at --include, --exclude and --rule.")
+        kept = included_but_kept(recipe, modules.roles).items()
+        reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
+        raise LoftqError(
+            f"nothing in {checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
+        )
     settled = resolve(recipe, modules, decisions)
     request = Request(modules.task_type, settled.dequantize, checkpoint.config, source.tokenizer)
     refuse_together((), settled, request)
@@ -70,8 +74,8 @@ def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None =
     )
 
 
-def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
-    """Tensors that stay in full precision for NaN or infinity; experts of a layer are packed together or not at all."""
+def _keep_nonfinite(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
+    """Keep tensors with NaN or infinity in full precision, and the experts stacked with them: all of them or none."""
     decisions = {name: Decision(0, 0, Reason(Why.NONFINITE, found=found)) for name, found in nonfinite.items()}
     experts = [role for role in modules.roles if role.expert is not None]
     for name, found in nonfinite.items():
@@ -84,7 +88,7 @@ def _spoiled(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Deci
 
 
 def _model_dtype(recipe: Recipe, source: Source, decisions: Mapping[str, Decision]) -> torch.dtype:
-    """The dtype transformers will load the model in: the user's, the config's, or that of most weights."""
+    """Return the dtype that transformers will load the model in: the user's, the config's, or that of most weights."""
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
     config, tensors = source.checkpoint.config, source.checkpoint.tensors
@@ -100,7 +104,9 @@ def _model_dtype(recipe: Recipe, source: Source, decisions: Mapping[str, Decisio
 
 
 def _filter_notes(recipe: Recipe, modules: ModuleMap) -> list[str]:
-    return [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+    unused = [f"{text} matches no module of this model." for text in unused_filters(recipe, modules.roles)]
+    kept = included_but_kept(recipe, modules.roles).items()
+    return unused + [f"--include '{glob}' names only weights that stay in full precision: {why}." for glob, why in kept]
 
 
 def _nonfinite_notes(recipe: Recipe, nonfinite: Mapping[str, str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Stage 4 of a plan: the output's files, with the place of every tensor, and the texts that follow from the plan."""
+"""Stage 4 of a plan: the output's files with the place of every tensor, and the text files that the plan determines."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Layout:
     """The output's files.
 
     Attributes:
-        fingerprint: of recipe and model; stands in the metadata of the backbone and the adapter.
+        fingerprint: of recipe and model; written into the metadata of the backbone and the adapter.
         files: the safetensors files; `texts`: every other file whose content is known now, by name.
-        scratch: what is needed only while work is under way; None where nothing is.
+        scratch: the file that is needed only during the conversion; None if there is none.
     """
 
     fingerprint: str
@@ -45,13 +45,13 @@ class Layout:
 
 
 def lay_out_output(source: Source, choices: Choices, work: WorkUnits, output: Path, version: str) -> Layout:
-    """Give every byte of the output its place.
+    """Assign every byte of the output its place.
 
     Args:
         version: of loftq, which is part of the fingerprint.
 
     Raises:
-        UsageError: transformers would build other modules for the container than the checkpoint is made for.
+        UsageError: for this container, transformers would build other modules than the checkpoint has.
     """
     units, recipe, request = work.units, choices.recipe, work.request
     identity = recipe.fingerprint(f"{version} {source.fingerprint}")
@@ -64,8 +64,7 @@ def lay_out_output(source: Source, choices: Choices, work: WorkUnits, output: Pa
 def lay_out_files(
     units: Sequence[Unit], recipe: Recipe, fingerprint: str, request: Request
 ) -> tuple[tuple[TensorFile, ...], TensorFile | None, dict[str, str]]:
-    """The files, what is needed only while work is under way, and the index's tensor → shard map (empty for a single
-    shard)."""
+    """Return the files, the scratch file, and the index's tensor → shard map (empty for a single shard)."""
     metadata = backbone_metadata(fingerprint)
     matrices = [unit.matrix for unit in units if unit.matrix is not None]
     backbone = [tensor for unit in units for tensor in unit.backbone]
@@ -81,7 +80,7 @@ def lay_out_files(
 def _adapter_files(
     units: Sequence[Unit], recipe: Recipe, metadata: Mapping[str, str], request: Request
 ) -> tuple[list[TensorFile], TensorFile | None]:
-    """Files of adapters, and what is needed only while work is under way."""
+    """Return the files of adapters, and the scratch file."""
     adapters, apart = [], []
     for unit in units:
         if unit.target is None:
@@ -106,14 +105,14 @@ def output_texts(
     output: Path,
     index: Mapping[str, str],
 ) -> dict[str, bytes]:
-    """Every file beside the weights whose content is known now, by name.
+    """Return every file besides the weights whose content is known now, by name.
 
     Args:
         source_config: config.json of the source.
-        index: of `lay_out_files`.
+        index: from `lay_out_files`.
 
     Raises:
-        UsageError: transformers would build other modules for the container than the checkpoint is made for.
+        UsageError: for this container, transformers would build other modules than the checkpoint has.
     """
     config = _config(recipe, source_config, modules, units, request, dtype)
     texts = {"config.json": _json(config), "loftq.yaml": write_yaml(recipe).encode()}
@@ -133,7 +132,7 @@ def _config(
     request: Request,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The source's config.json, with the dtype and the container's part."""
+    """Return the source's config.json with the dtype and the container's part."""
     matrices = [unit.matrix for unit in units if unit.matrix is not None]
     packed = {matrix.module for matrix in matrices}
     dense_linears = [module for module in modules.linear_modules if module not in packed]
@@ -145,7 +144,7 @@ def _config(
     if quantization["quant_method"] in modules.rebuilt_for:
         raise UsageError(
             f"transformers builds {modules.architecture} with other modules for {quantization['quant_method']} than "
-            "this checkpoint is made for: choose --format packed or --format dense."
+            "this checkpoint has: choose --format packed or --format dense."
         )
     return {**config, "quantization_config": quantization}
 
@@ -166,7 +165,7 @@ def _adapter_config(
 
 
 def index_text(size: int, index: Mapping[str, str]) -> bytes:
-    """model.safetensors.index.json: `size` bytes of tensors, and the shard of each."""
+    """Return model.safetensors.index.json for `size` bytes of tensors and the shard of each."""
     return _json({"metadata": {"total_size": size}, "weight_map": index})
 
 

@@ -1,4 +1,4 @@
-"""recipe + headers → `Plan`: every unit of work and the place of every output byte, before a weight is read."""
+"""Make a `Plan` from recipe and headers: every unit of work and the place of every output byte, without any weight."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["INDEX", "Plan", "Unit", "find_modules", "index_text", "make_plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `quantize` will do; nothing in it depends on a weight's value.
+    """Everything that `quantize` will do; nothing in it depends on a weight's value.
 
     Attributes:
-        recipe: the user's, with every `auto` settled.
-        fingerprint: of recipe and model, the same for every kind of source; stands in the backbone's and the adapter's
-            metadata.
+        recipe: the user's, with every `auto` resolved.
+        fingerprint: of recipe and model, the same for every kind of source; written into the metadata of the backbone
+            and the adapter.
         units: in the order of their tensors' names.
         files: the safetensors files, laid out; `texts`: every other file whose content is known now.
-        nonfinite: the first number that is not finite, and its place, of every matrix that stays in full precision for
-            it, by tensor.
-        scratch: what units leave until it is gathered at the end (`joint_adapters`); None where nothing is.
-        moments: second moments of the layers' inputs, where the recipe asks for calibration and they are there.
+        nonfinite: for every matrix that stays in full precision because of it, the first number that is not finite and
+            its place, by tensor.
+        scratch: file for results of units that are merged at the end (`joint_adapters`); None if there is none.
+        moments: second moments of the layers' inputs, if the recipe asks for calibration and they are available.
     """
 
     recipe: Recipe
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def written_files(self) -> tuple[TensorFile, ...]:
-        """What units write: the output's files, and the scratch."""
+        """Return all files that units write: the output's files and the scratch file."""
         return (*self.files, self.scratch) if self.scratch else self.files
 
     @cached_property
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def grids(self) -> set[Grid]:
-        """Those of all matrices."""
+        """Return the grids of all matrices."""
         return {unit.matrix.grid for unit in self.units if unit.matrix is not None}
 
     @cached_property
@@ -84,7 +84,7 @@ class Plan:
 
     @cached_property
     def joint_adapters(self) -> Mapping[OutputTensor, tuple[AdapterTarget, ...]]:
-        """lora_B tensors that several units share, with the targets of those units."""
+        """Return the lora_B tensors that several units share, with the targets of those units."""
         found: dict[OutputTensor, list[AdapterTarget]] = {}
         for unit in self.units:
             joint = adapter.joint_b(unit.target) if unit.target else None
@@ -102,12 +102,12 @@ class Plan:
 
     @property
     def bits_effective(self) -> float:
-        """Bits of information a quantized weight takes: its code and its share of the scales."""
+        """Return the bits of information per quantized weight: its code and its share of the scales."""
         return sum(unit.matrix.information_bits for unit in self.matrices if unit.matrix) / self.quantized_weights
 
     @property
     def bits_stored(self) -> float:
-        """Bits a quantized weight takes in the output files, container overhead and all."""
+        """Return the bits per quantized weight in the output files, including the container's overhead."""
         return 8 * sum(unit.backbone_bytes for unit in self.matrices) / self.quantized_weights
 
 
@@ -119,13 +119,13 @@ def make_plan(
     nonfinite: Mapping[str, str] | None = None,
     modules: ModuleMap | None = None,
 ) -> Plan:
-    """Decide everything that can be decided from headers, in four stages: what there is to convert, what is asked of
-    every tensor, what the container makes of it, and where it lies in the output.
+    """Plan a conversion from headers alone, in four stages: the source, the choices for every tensor, the units of work
+    in the container, and the layout of the output.
 
     Args:
         version: of loftq.
         nonfinite: as in `choices.choose`.
-        modules: of `find_modules`, where they have been found already.
+        modules: from `find_modules`, if already known.
 
     Raises:
         UsageError: the recipe asks for what the container cannot hold.

@@ -1,4 +1,4 @@
-"""Settle every `auto` of a recipe (container, levels, group and scales) before anything is planned."""
+"""Resolve every `auto` of a recipe (container, levels, group and scales) before anything is planned."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _POOLING_GROUP = 32  # QA-LoRA section 4.1
 
 
 def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> Recipe:
-    """The recipe with every `auto` settled.
+    """Return the recipe with every `auto` resolved.
 
     Raises:
-        UsageError: flags of one kind of levels were given with the other kind.
+        UsageError: a flag for integers was given with a codebook, or the reverse.
     """
     if recipe.method == "qa-lora":
-        recipe = _pooled(recipe)
+        recipe = _resolve_qalora(recipe)
     data_type = recipe.data_type
     if data_type == "auto":
         data_type = "nf" if recipe.format == AUTO else get_container(recipe.format).data_type
@@ -34,7 +34,7 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
     if data_type != "int":
         return dataclasses.replace(recipe, scale="mse" if recipe.method == "refined" else "absmax")
     if recipe.levels:
-        raise UsageError(f"--levels {recipe.levels} belongs to codebooks: drop it, or --data-type int.")
+        raise UsageError(f"--levels {recipe.levels} applies to codebooks only: drop it, or drop --data-type int.")
     container = get_container(recipe.format)
     return dataclasses.replace(
         recipe,
@@ -44,15 +44,15 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
     )
 
 
-def _pooled(recipe: Recipe) -> Recipe:
-    """QA-LoRA's own settings: asymmetric integers in groups that the adapter pools over."""
+def _resolve_qalora(recipe: Recipe) -> Recipe:
+    """Return the recipe with QA-LoRA's settings: asymmetric integers in groups that the adapter pools over."""
     if recipe.data_type not in ("auto", "int") or recipe.symmetric:
         raise UsageError("--method qa-lora needs asymmetric integers: drop --data-type and --symmetric.")
     if recipe.group_size is not None and recipe.group_size < 2:
         raise UsageError("--method qa-lora pools over groups: give --group-size 32, 64 or 128.")
     if recipe.format != AUTO and not get_container(recipe.format).pools:
         pooling = ", ".join(name for name, container in FORMATS.items() if container.pools)
-        raise UsageError(f"--method qa-lora trains on --format {pooling}; {recipe.format} has no layer for it.")
+        raise UsageError(f"--method qa-lora has no layer for --format {recipe.format}: choose one of {pooling}.")
     if recipe.embeddings == "adapt":
         raise UsageError("--method qa-lora pools the inputs of linear layers: use --embeddings keep or quantize.")
     recipe = dataclasses.replace(
@@ -62,14 +62,14 @@ def _pooled(recipe: Recipe) -> Recipe:
 
 
 def with_container(recipe: Recipe, widths: Collection[int]) -> Recipe:
-    """Return the recipe with a container that holds these bits, where it leaves the choice to us."""
+    """Return the recipe with a container for these bits, if its format is `auto`."""
     if recipe.format != AUTO:
         return recipe
     return dataclasses.replace(recipe, format=choose_container(AutoRequest(widths, recipe.codebook_type)).name)
 
 
 def _format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> str:
-    """The container, chosen by what is to be quantized where the recipe has `auto`."""
+    """Return the recipe's container; `auto` is resolved from the matrices that will be quantized."""
     if recipe.format != AUTO:
         return recipe.format
     widths = {decision.bits for decision in decisions.values() if decision.bits}
@@ -79,12 +79,14 @@ def _format(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
 
 def _refuse_integer_flags(recipe: Recipe, data_type: str) -> None:
     if recipe.group_size is not None:
-        raise UsageError(f"--group-size belongs to integers: give --data-type int, or --block-size for '{data_type}'.")
+        raise UsageError(
+            f"--group-size applies to integers only: give --data-type int, or use --block-size for '{data_type}'."
+        )
     if recipe.symmetric is not None:
-        raise UsageError("--symmetric and --asymmetric belong to integers: give --data-type int, or drop them.")
+        raise UsageError("--symmetric and --asymmetric apply to integers only: give --data-type int, or drop them.")
     own = "mse" if recipe.method == "refined" else "absmax"
     if recipe.scale not in ("auto", own):
         raise UsageError(
-            f"--scale {recipe.scale} does not go with --method {recipe.method} and '{data_type}', whose blocks are "
+            f"--scale {recipe.scale} does not work with --method {recipe.method} and '{data_type}', whose blocks are "
             f"scaled by {own}: drop it, or give --data-type int."
         )

@@ -1,4 +1,4 @@
-"""Which matrices are quantized, at how many bits and which rank; and why the others are left alone."""
+"""Decide which matrices are quantized, with how many bits and which rank, and why the others are not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loftq_cli.recipe.model import Recipe, Rule
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor.
+    """The decision for one tensor.
 
     Attributes:
-        bits: 0 leaves it in full precision.
-        rank: of its adapter; 0 gives it none.
-        reason: why it stays in full precision; None where it is quantized.
+        bits: 0 keeps it in full precision.
+        rank: of its adapter; 0 for no adapter.
+        reason: why it stays in full precision; None if it is quantized.
     """
 
     bits: int
@@ -32,13 +32,14 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
     """Apply the model's own constraints, then the user's filters, then the rules.
 
     Raises:
-        LoftqError: a matrix that would be quantized holds no floating-point numbers.
+        LoftqError: a matrix that would be quantized does not contain floating-point numbers.
     """
-    reason = role.keep or _filtered(role, recipe)
+    reason = None if role.optional and _included(role, recipe) else role.keep
+    reason = reason or _filtered(role, recipe)
     if reason is not None:
         return Decision(0, 0, reason)
     assert role.module is not None, "a tensor that may be quantized is a module's weight"
-    rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))
+    rule = next((rule for rule in recipe.rules if rule.matches(role.module)), Rule(""))  # the first match wins
     if rule.keep == "skip":
         return Decision(0, 0, Reason(Why.RULE_SKIP, rule.pattern))
     if info.dtype not in QUANTIZABLE:
@@ -47,7 +48,7 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
             "float32, bfloat16 and float16 weights, so give the full-precision model or leave this matrix out with "
             f"--exclude '{role.module}'."
         )
-    # A rank above the matrix's own adds nothing.
+    # A rank above that of the matrix adds nothing.
     rank = min(rule.rank or recipe.rank, *info.shape[-2:])
     if rule.keep == "dense":
         return Decision(0, rank, Reason(Why.RULE_DENSE, rule.pattern))
@@ -57,7 +58,7 @@ def decide(role: TensorRole, info: TensorInfo, recipe: Recipe) -> Decision:
 
 
 def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
-    """Filters and rules that match no module of the model, most likely typing errors."""
+    """Return the filters and rules that match no module of the model, most likely because of typing errors."""
     modules = [role.module for role in roles if role.module]
     unused = [
         f"--rule '{text}'" for text, rule in zip(recipe.rule, recipe.rules) if not any(map(rule.matches, modules))
@@ -67,13 +68,29 @@ def unused_filters(recipe: Recipe, roles: Sequence[TensorRole]) -> list[str]:
     return unused
 
 
+def included_but_kept(recipe: Recipe, roles: Sequence[TensorRole]) -> dict[str, str]:
+    """Return the --include globs that match weights of which none can be quantized, with the reasons."""
+    found = {}
+    for glob in recipe.include:
+        named = [role for role in roles if role.module and fnmatchcase(role.module, glob)]
+        reasons = [role.keep for role in named if role.keep and not role.optional]
+        if named and len(reasons) == len(named):
+            found[glob] = ", ".join(sorted({str(reason) for reason in reasons}))
+    return found
+
+
+def _included(role: TensorRole, recipe: Recipe) -> bool:
+    """True if --include names the tensor's module."""
+    return role.module is not None and any(fnmatchcase(role.module, glob) for glob in recipe.include)
+
+
 def _filtered(role: TensorRole, recipe: Recipe) -> Reason | None:
-    """The reason that the recipe's filters and its options for kinds of matrices give."""
+    """Return the reason to keep a tensor that the recipe's filters or options for kinds of matrices give, if any."""
     if role.kind == "other" or role.module is None:
         return Reason(Why.NOT_LINEAR)
     if any(fnmatchcase(role.module, glob) for glob in recipe.exclude):
         return Reason(Why.EXCLUDED)
-    included = any(fnmatchcase(role.module, glob) for glob in recipe.include)
+    included = _included(role, recipe)
     if recipe.include and not included:
         return Reason(Why.NOT_INCLUDED)
     if role.kind == "expert" and recipe.experts == "keep":
@@ -81,7 +98,7 @@ def _filtered(role: TensorRole, recipe: Recipe) -> Reason | None:
     if role.kind == "head" and recipe.lm_head == "keep":
         return Reason(Why.HEAD_KEPT)
     if role.kind == "embedding" and role.tied and recipe.embeddings != "quantize":
-        # An adapter on the table alone would part the two.
+        # An adapter on the table alone would untie the two.
         return Reason(Why.TIED, role.tied)
     if role.kind == "embedding" and recipe.embeddings == "keep":
         return Reason(Why.EMBEDDINGS_KEPT)

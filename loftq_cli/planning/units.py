@@ -1,4 +1,4 @@
-"""The unit of work: what is done with one tensor of the checkpoint, or with one expert of a tensor that stacks them."""
+"""The unit of work: one tensor of the checkpoint, or one expert of a tensor that stacks experts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Unit:
     """A matrix to quantize, or a tensor to copy. Every expert of a tensor that stacks experts is a unit of its own.
 
     Attributes:
-        matrix: None where the tensor is copied; `reason` then says why, and is None otherwise.
-        target: the adapter it gets, if any.
+        matrix: None if the tensor is copied; `reason` then gives the reason, and is None otherwise.
+        target: its adapter, if any.
         source: the tensor, or the expert's entry of it, which has the expert's number in its name.
-        backbone, adapter: its output tensors, or its pieces of them; `copies` are those of the adapter for other
-            readers than PEFT.
+        backbone, adapter: its output tensors, or its pieces of them; `copies` are the adapter's tensors for readers
+            other than PEFT.
     """
 
     source: TensorInfo
@@ -43,7 +43,7 @@ class Unit:
         return self.source.name
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """Its weights."""
+        """Read the weights."""
         return read_named(checkpoint, self.tensor)
 
     @property

@@ -1,4 +1,4 @@
-"""What a user imports to train. `import loftq_cli.runtime` lets `from_pretrained` read packed checkpoints."""
+"""Layers and loading for training. `import loftq_cli.runtime` lets `from_pretrained` read packed checkpoints."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The packed weight as a parameter that cannot be mistaken for a dense one.
+"""Packed weight as a parameter that cannot be mistaken for a dense one.
 
 PEFT merges an adapter by adding to `base_layer.weight.data`, or to a clone of it. On packed bytes that is a confusing
-shape error at best; at 8 bits, where a row has as many bytes as columns, it would silently destroy the codes. Whatever
-reaches the codes through `module.weight` therefore refuses arithmetic with one sentence that says what to do.
+shape error at best; at 8 bits, where a row has as many bytes as columns, it would silently destroy the codes. Tensors
+obtained through `module.weight` therefore refuse arithmetic, with one sentence that explains what to do.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from loftq_cli.errors import LoftqError
 
-_REFUSAL = (
-    "this layer's weight is packed codes, which nothing can be added to: call `model.dequantize()` first, then merge."
-)
+_REFUSAL = "this layer's weight is packed, so nothing can be added to it: call `model.dequantize()` first, then merge."
 _REFUSED = (
     "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__",
     "mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__",
@@ -30,7 +28,7 @@ def _refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 class _NoArithmetic:
-    """Mixin: every way of adding to or scaling the tensor raises LoftqError."""
+    """Mixin: every operation that adds to the tensor or scales it raises LoftqError."""
 
 
 for _name in _REFUSED:
@@ -38,11 +36,11 @@ for _name in _REFUSED:
 
 
 class _CodesView(_NoArithmetic, Tensor):
-    """What `weight.data` gives; a clone keeps refusing."""
+    """The tensor that `weight.data` returns; a clone keeps refusing."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse `torch.mul(weight.data, ...)` too; any other operation gives a plain tensor."""
+        """Refuse `torch.mul(weight.data, ...)` too; any other operation returns a plain tensor."""
         if func.__name__ in _REFUSED:
             _refuse()
         with torch._C.DisableTorchFunctionSubclass():
@@ -59,7 +57,7 @@ class _CodesView(_NoArithmetic, Tensor):
 
 
 class PackedCodes(_NoArithmetic, nn.Parameter):
-    """A uint8 parameter that refuses arithmetic. Copies and pickles are plain parameters: files never name it."""
+    """A uint8 parameter that refuses arithmetic. Copies and pickles are plain parameters: no file names this class."""
 
     @property
     def data(self) -> Tensor:
@@ -81,9 +79,9 @@ class PackedCodes(_NoArithmetic, nn.Parameter):
 
 
 def guard(weight: Tensor) -> Tensor:
-    """Make a plain tensor or parameter a `PackedCodes`, in place, so that ties and references stay what they are.
+    """Turn a plain tensor or parameter into a `PackedCodes` in place, so that ties and references stay valid.
 
-    Loaders, copies and offloading put plain parameters into the module; sharded ones (DTensor) are left alone.
+    Loaders, copies and offloading put plain parameters into the module; sharded ones (DTensor) are not changed.
     """
     if type(weight) in (nn.Parameter, Tensor):
         weight.__class__ = PackedCodes

@@ -1,7 +1,7 @@
-"""From packed codes to dense rows, fast enough to do it again in every forward and backward pass.
+"""Decode packed codes to dense rows, fast enough to repeat it in every forward and backward pass.
 
 The result is `formats.packed.PackedFormat.decode`, bit for bit: level * scale (+ zero) in float32, one rounding to the
-grid's value dtype. Codes are looked up a byte (at 3 bits: twelve bits) at a time: there is no tensor of single codes.
+grid's value dtype. Codes are looked up one byte (at 3 bits: twelve bits) at a time, without a tensor of single codes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 
-# Bits looked up at once: a whole number of codes, and a table that stays in the first-level cache (3 bits: second).
+# Bits looked up at once: a whole number of codes, with a table that fits the first-level cache (3 bits: second).
 _INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
 
-# One element that holds a table row of that many float32 levels: gathering single elements is twice as fast.
+# Type of one element that holds a table row of so many float32 levels: gathering single elements is twice as fast.
 _WIDE = {4: torch.complex128, 2: torch.complex64, 1: torch.float32}
 
-# Elements decoded at a time. The float32 values of one step are all there is beside the result; on the CPU they fit
+# Elements decoded at a time. Besides the result, only the float32 values of one step are in memory; on the CPU they fit
 # the cache.
 _STEP_CPU = 2**22
 _STEP_GPU = 2**25
@@ -37,20 +37,20 @@ def decode_rows(
     dtype: torch.dtype,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """Dense rows of a packed matrix.
+    """Decode rows of a packed matrix.
 
     Args:
         packed: uint8 [rows, packed_width(columns, bits)].
         scales: [rows, blocks of a row] in the grid's scale dtype: absmax of a codebook, scale of integers.
-        zeros: the same shape, the value of code 0, where the grid has one.
-        dtype: what the values, already rounded to `grid.value_dtype`, are cast to.
-        levels: float32 [2**bits], the matrix's own; None takes the codebook's.
+        zeros: the same shape, the value of code 0, if the grid has one.
+        dtype: the values, already rounded to `grid.value_dtype`, are cast to this.
+        levels: float32 [2**bits], the matrix's own; None for the codebook's.
 
     Returns:
         `dtype` [rows, columns].
     """
     rows = packed.shape[0]
-    # A compiler traces the function itself and warns about the cache.
+    # When compiling, call the function itself, because the compiler warns about the cache.
     compiling = torch.compiler.is_compiling()
     if levels is None:
         table = (_lookup_table.__wrapped__ if compiling else _lookup_table)(levels_of(grid), packed.device)
@@ -67,13 +67,13 @@ def decode_rows(
         if zeros is not None:
             _blockwise(Tensor.add_, values, zeros[part].float(), block_size)
         values = _saturate(values, grid)
-        # Copying into `out` is the one rounding where it has the value dtype.
+        # If `out` has the value dtype, copying into it is the only rounding.
         out[part] = values if dtype == grid.value_dtype else values.to(grid.value_dtype)
     return out
 
 
 def levels_of(grid: Grid) -> tuple[float, ...]:
-    """What code 0, 1, … stands for before scale and zero."""
+    """Return the value of code 0, 1, … before scale and zero."""
     if isinstance(grid, BlockGrid):
         return grid.codebook.levels
     lowest = -(2 ** (grid.bits - 1)) if grid.zero == "none" else 0
@@ -81,7 +81,7 @@ def levels_of(grid: Grid) -> tuple[float, ...]:
 
 
 def _look_up(table: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """float32 levels [rows, at least the row's codes]."""
+    """Return float32 levels [rows, at least the row's codes]."""
     if _INDEX_BITS[bits] == 12:
         grouped = F.pad(packed, (0, -packed.shape[1] % 3)).unflatten(1, (-1, 3)).int()
         low, middle, high = grouped.unbind(-1)
@@ -121,7 +121,7 @@ def _lookup_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _code_table(bits: int, device: torch.device) -> Tensor:
-    """Row i: the codes that the bits of i stand for."""
+    """Return a table whose row i has the codes that the bits of i contain."""
     index_bits = _INDEX_BITS[bits]
     with torch.inference_mode(False), torch.no_grad():
         words = torch.arange(2**index_bits, dtype=torch.int32)
@@ -130,7 +130,7 @@ def _code_table(bits: int, device: torch.device) -> Tensor:
 
 
 def _widened(table: Tensor) -> Tensor:
-    """Rows of float32 as single elements of the device's widest type."""
+    """View rows of float32 as single elements of the device's widest type."""
     if table.device.type not in ("cpu", "cuda"):
         return table
     return table.view(_WIDE[table.shape[1]]).squeeze(1)

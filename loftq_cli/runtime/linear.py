@@ -1,7 +1,7 @@
-"""Layers that keep a packed weight and dequantize it while they run.
+"""Layers that store a packed weight and dequantize it when they run.
 
-They are `nn.Linear` and `nn.Embedding`, so PEFT wraps them in its ordinary LoRA layers and transformers finds them
-where it looks for either.
+They are subclasses of `nn.Linear` and `nn.Embedding`, so PEFT wraps them in its ordinary LoRA layers and transformers
+recognizes them.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ LEVELS = "weight_levels"
 
 
 class PackedWeight(nn.Module):
-    """What both layers share: the codes `weight`, their scales and the grid that gives them meaning.
+    """Base of both layers: the codes `weight`, their scales, and the grid they belong to.
 
     Attributes:
         weight: uint8 parameter [rows, packed_width(columns, bits)], frozen.
         weight_absmax: buffer [rows, blocks of a row] in the grid's scale dtype, whatever the model's is. Integer grids
-            have `weight_scales` instead, and `weight_zeros` where they are asymmetric. A layer tied to another has
-            none and uses the other's.
-        weight_levels: buffer float32 [2**bits] where the codebook is `fitted`; shared like the scales.
+            have `weight_scales` instead, and `weight_zeros` if they are asymmetric. A layer tied to another has none
+            and uses the other's.
+        weight_levels: buffer float32 [2**bits] if the codebook is `fitted`; shared like the scales.
         grid: levels, block size, dtypes.
         columns: the dense width.
     """
 
-    # transformers would draw random weights for modules that do not say so.
+    # Without this flag transformers would initialize the module at random.
     _is_hf_initialized = True
 
     grid: Grid
     columns: int
 
-    def _hold(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None) -> None:
+    def _init_storage(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None) -> None:
         self.grid, self.columns = grid, columns
-        # In a tuple, so that the other layer does not become a part of this one.
+        # In a tuple, so that the other layer does not become a submodule of this one.
         self._scales_of: tuple[PackedWeight, ...] = ()
         codes = torch.zeros(rows, packed_width(columns, grid.bits), dtype=torch.uint8, device=device)
         self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
@@ -61,13 +61,13 @@ class PackedWeight(nn.Module):
             self._buffers[LEVELS] = grid.levels(device or "cpu")
 
     def use_scales_of(self, other: PackedWeight) -> None:
-        """Become the tied twin of `other`: transformers shares the codes between the two, this shares the scales."""
+        """Tie this layer to `other`: transformers shares the codes between the two, this shares the scales."""
         self._scales_of = (other,)
         for name in self._scale_dtypes:
             self._buffers[name] = None
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scales and, where the grid has them, zeros, on one device."""
+        """Return codes, scales and, if the grid has them, zeros, on one device."""
         codes: Any = self._parameters["weight"]
         owner = self._scales_of[0] if self._scales_of else self
         found: list[Any] = [owner._buffers[name] for name in self._scale_dtypes if name != LEVELS]
@@ -75,7 +75,7 @@ class PackedWeight(nn.Module):
         return codes, scales, zeros
 
     def own_levels(self) -> Tensor | None:
-        """The levels, where they are not the codebook's."""
+        """Return the matrix's own levels, or None if they are the codebook's."""
         levels: Any = (self._scales_of[0] if self._scales_of else self)._buffers.get(LEVELS)
         return levels
 
@@ -84,7 +84,7 @@ class PackedWeight(nn.Module):
         return guard(value) if name == "weight" else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the scales but never cast them: they are part of the stored numbers, not of the compute dtype."""
+        """Move the scales but never cast them: their dtype belongs to the stored data, not to the computation."""
         before = {name: self._buffers[name] for name in self._scale_dtypes}
         super()._apply(fn, recurse)
         for name, numbers in before.items():
@@ -94,7 +94,7 @@ class PackedWeight(nn.Module):
         return self
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense [rows, columns]: exactly `PackedFormat.decode`, in the grid's value dtype or cast to `dtype`."""
+        """Return the dense [rows, columns], exactly as `PackedFormat.decode`, in the value dtype or cast to `dtype`."""
         with torch.no_grad():
             kind = dtype or self.grid.value_dtype
             return decode_rows(*self.stored(), self.grid, self.columns, kind, self.own_levels())
@@ -106,7 +106,7 @@ class PackedWeight(nn.Module):
 
 
 def scale_dtypes(grid: Grid) -> dict[str, torch.dtype]:
-    """The buffers beside the codes, and the dtype each is stored in."""
+    """Return the dtype of each buffer that is stored besides the codes, by name."""
     if isinstance(grid, BlockGrid):
         assert grid.layout == "rows", "packed storage has blocks along rows"
         return {"weight_absmax": grid.scale_dtype, **({LEVELS: torch.float32} if grid.codebook.fitted else {})}
@@ -137,7 +137,7 @@ class _PackedLinear(torch.autograd.Function):
         codes, scales, zeros = ctx.saved_tensors
         grad_x = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        # The dtype was settled in the forward pass.
+        # The forward pass chose the dtype.
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 weight = decode_rows(codes, scales, zeros, ctx.grid, ctx.columns, grad.dtype, ctx.levels)
@@ -155,7 +155,7 @@ class LoftqLinear(PackedWeight, nn.Linear):
     Args:
         grid: a `rows` grid.
         dtype: of the bias.
-        conv1d: the layer stands in for a transformers `Conv1D` (GPT-2); codes are [out, in] all the same.
+        conv1d: the layer replaces a transformers `Conv1D` (GPT-2); codes are [out, in] in this case too.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class LoftqLinear(PackedWeight, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
-        self._hold(out_features, in_features, grid, device)
+        self._init_storage(out_features, in_features, grid, device)
         zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", zeros)
 
@@ -193,7 +193,7 @@ class LoftqLinear(PackedWeight, nn.Linear):
         return _PackedLinear.apply(x.to(dtype), *self.stored(), bias, self)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
-        """The layer this one stands in for, with Q rounded to the value dtype and then cast to `dtype`."""
+        """Return the layer that this one replaces, with Q rounded to the value dtype and then cast to `dtype`."""
         weight = self.dequantized_weight(dtype)
         with torch.device("meta"):
             if self.conv1d:
@@ -207,11 +207,11 @@ class LoftqLinear(PackedWeight, nn.Linear):
 
 
 class LoftqEmbedding(PackedWeight, nn.Embedding):
-    """`nn.Embedding` over packed codes: only the rows that are asked for are dequantized.
+    """`nn.Embedding` over packed codes: only the requested rows are dequantized.
 
     Args:
         grid: a `rows` grid over the table [num_embeddings, embedding_dim].
-        dtype: of the result; casting the module changes it, as it would a dense table's.
+        dtype: of the result; casting the module changes it, as for a dense table.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
         # PEFT reads these from the layer it wraps.
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.compute_dtype = dtype or torch.get_default_dtype()
-        self._hold(num_embeddings, embedding_dim, grid, device)
+        self._init_storage(num_embeddings, embedding_dim, grid, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
@@ -245,7 +245,7 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
         return rows.reshape(*ids.shape, self.columns)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
-        """An `nn.Embedding` with Q rounded to the value dtype and then cast to `dtype`."""
+        """Return an `nn.Embedding` with Q rounded to the value dtype and then cast to `dtype`."""
         shape = self.num_embeddings, self.embedding_dim
         layer = nn.Embedding(*shape, padding_idx=self.padding_idx, device="meta")
         layer.weight = nn.Parameter(self.dequantized_weight(dtype))

@@ -1,4 +1,4 @@
-"""Backbone and adapter in one call, for every container and every Auto class."""
+"""Load backbone and adapter in one call, for every container and every Auto class."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from loftq_cli.formats import FORMATS, container_in, container_of
 from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
+from loftq_cli.runtime.other_class import other_dense_layers
 from loftq_cli.runtime.paths import find_path
 
 if TYPE_CHECKING:
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "loftq_fingerprint"
 
-# Ends of the names of scales, behind a module's name and behind a whole weight's. Those of all containers: a damaged
-# config.json may not say which one it is.
+# Suffixes of the names of scales, after a module's path and after a weight's name. Those of all containers, because a
+# damaged config.json may not name the right one.
 _LAYER_SCALES = tuple(f".{name}" for container in FORMATS.values() for name in container.loading.layer_scales)
 _TENSOR_SCALES = tuple({name: None for container in FORMATS.values() for name in container.loading.tensor_scales})
 
-# What from_pretrained takes that concerns where files come from; PEFT and AutoConfig need the same.
+# Arguments of from_pretrained about the source of files; PEFT and AutoConfig need the same.
 _SOURCE_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _PLACEMENT_OPTIONS = ("device_map", "max_memory")
+# Fields of a config that from_pretrained takes as arguments of its own.
+_NOT_CONFIG = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
 
 
 def load(
@@ -40,12 +43,13 @@ def load(
     auto_class: Any = None,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
-    """Load what `loftq quantize` wrote: the backbone, and around it the adapter.
+    """Load a model that `loftq quantize` wrote: the backbone, wrapped with the adapter.
 
     Args:
         path: the output directory, or the Hub id it was pushed to.
         trainable: leave the adapter trainable (and, in a classifier, its head).
-        adapter: False gives the bare backbone; a path, the adapter saved there after training.
+        adapter: True for the initial adapter, False for the bare backbone, or the path of an adapter saved after
+            training.
         auto_class: a transformers Auto class or model class, or the name of one. By default the class in config.json.
         from_pretrained_kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, `revision`, `token`, ...).
 
@@ -54,13 +58,13 @@ def load(
 
     Raises:
         LoftqError: the conversion is unfinished, a library is missing, backbone and adapter do not belong together,
-            or some weight found no place.
+            or a weight could not be loaded into the class.
     """
     from loftq_cli.runtime.quantizer import register
 
     register()
     name, options = str(path), from_pretrained_kwargs
-    source, placement = _picked(options, _SOURCE_OPTIONS), _picked(options, _PLACEMENT_OPTIONS)
+    source, placement = _select(options, _SOURCE_OPTIONS), _select(options, _PLACEMENT_OPTIONS)
     _check_request(Path(path), adapter is True)
     config = _read_config(name, source, options)
     loading = _loading_of(Path(path), config)
@@ -70,18 +74,21 @@ def load(
     request = LoadRequest(name, _quantization(config), given, config.dtype, adapter is not False)
     if refusal := loading.refuse(request):
         raise LoftqError(refusal)
-    home = _adapter_home(name, adapter, source)
-    options = {**loading.options(dataclasses.replace(request, adapter=home is not None)), **options}
-    model = _load_backbone(_model_class(config, auto_class), name, options)
-    if home is None:
+    folder = _adapter_folder(name, adapter, source)
+    options = {**loading.options(dataclasses.replace(request, adapter=folder is not None)), **options}
+    model_class = _model_class(config, auto_class)
+    if loading.skip_list and "config" not in options:
+        options = _with_skip_list(options, config, model_class, loading.skip_list)
+    model = _load_backbone(model_class, name, options)
+    if folder is None:
         return model
     if adapter is True:
-        _check_same_conversion(home.parent)
-    return attach_adapter(model, home, trainable=trainable, placement=placement)
+        _check_same_conversion(folder.parent)
+    return attach_adapter(model, folder, trainable=trainable, placement=placement)
 
 
-def _adapter_home(name: str, adapter: bool | str | PathLike[str], source: Mapping[str, Any]) -> Path | None:
-    """The folder of the adapter that was asked for.
+def _adapter_folder(name: str, adapter: bool | str | PathLike[str], source: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the requested adapter.
 
     Raises:
         LoftqError: there is none, or PEFT is missing.
@@ -92,16 +99,16 @@ def _adapter_home(name: str, adapter: bool | str | PathLike[str], source: Mappin
     folder = Path(adapter)
     for file in (CONFIG, WEIGHTS):
         if not (folder / Path(file).name).is_file():
-            raise LoftqError(f"{folder} holds no {Path(file).name}: give a folder that PEFT's save_pretrained wrote.")
+            raise LoftqError(f"{folder} has no {Path(file).name}: give a folder that PEFT's save_pretrained wrote.")
     return folder
 
 
-def _picked(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _select(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
 def _check_request(folder: Path, adapter: bool) -> None:
-    """Refuse what can be refused before anything is loaded or downloaded."""
+    """Check everything that can be checked before anything is loaded or downloaded."""
     if adapter:
         _require("peft", "train", "load the adapter")
     if not folder.is_dir():
@@ -109,7 +116,7 @@ def _check_request(folder: Path, adapter: bool) -> None:
     if not (folder / "config.json").is_file():
         if (folder / ".loftq").is_dir():
             raise LoftqError(f"the conversion in {folder} is unfinished: run the same `loftq quantize` command again.")
-        raise LoftqError(f"{folder} holds no converted model: there is no config.json.")
+        raise LoftqError(f"{folder} is not a converted model: there is no config.json.")
     if adapter and not (folder / CONFIG).is_file():
         raise LoftqError(f"there is no adapter in {folder / FOLDER}: pass adapter=False to load the backbone alone.")
     if adapter:
@@ -119,7 +126,7 @@ def _check_request(folder: Path, adapter: bool) -> None:
 def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
+    return AutoConfig.from_pretrained(name, **source, **_select(options, ("trust_remote_code",)))
 
 
 def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
@@ -128,23 +135,45 @@ def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
     return PLAIN if container is None else container.loading
 
 
+def _with_skip_list(
+    options: Mapping[str, Any], config: PretrainedConfig, model_class: Any, field: str
+) -> dict[str, Any]:
+    """Return options whose config keeps the layers dense that the converted class lacks or names differently.
+
+    Args:
+        field: `Loading.skip_list`.
+    """
+    quantization = _quantization(config)
+    listed = list(quantization.get(field) or ())
+    dense = other_dense_layers(model_class, config, listed)
+    if not dense:
+        return dict(options)
+    # Given a config, from_pretrained would pass these on to the model's constructor.
+    fields = {key for key in options if key not in _NOT_CONFIG and hasattr(config, key)}
+    for key in fields:
+        setattr(config, key, options[key])
+    config.quantization_config = {**quantization, field: [*listed, *dense]}
+    return {"config": config, **{key: value for key, value in options.items() if key not in fields}}
+
+
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     options = {**options, "output_loading_info": True}
     model, info = model_class.from_pretrained(name, **options)
     lost = _lost_matrices(model, info["missing_keys"], info["unexpected_keys"])
     if lost:
         raise LoftqError(
-            f"{len(lost)} packed matrices of {name} found no place in {type(model).__name__} (the first: '{lost[0]}'): "
-            "convert the model again, or load it as the class in its config.json."
+            f"{len(lost)} packed matrices of {name} could not be loaded into {type(model).__name__} (the first: "
+            f"'{lost[0]}'): convert the model again, or load it as the class in its config.json."
         )
-    for container in FORMATS.values():  # of all: a dense backbone may be quantized while it is loaded
+    for container in FORMATS.values():  # all of them: a dense backbone may be quantized while it is loaded
         container.loading.finish(model)
     return model
 
 
 def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
-    """Scales that a packed layer did not get, and scales in the file whose layer is there but not packed. Those of a
-    head that this class does not have are no loss."""
+    """Return the scales that a packed layer did not get, and those in the file whose layer exists but is not packed.
+
+    Scales of a head that this class does not have are not counted."""
     modules = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
     lost = [key for key in missing if key.endswith(_LAYER_SCALES)]
@@ -152,13 +181,13 @@ def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterabl
         if key.endswith((*_LAYER_SCALES, *_TENSOR_SCALES)):
             module = next((key.removesuffix(end) for end in _TENSOR_SCALES if key.endswith(end)), key)
             module = next((module.removesuffix(name[7:]) for name in _LAYER_SCALES if module.endswith(name)), module)
-            # A weight's module, or the module that holds a stacked parameter.
+            # The module of a weight, or of a stacked parameter.
             lost += [key] if find_path(module.rpartition(".")[0], modules, prefix) else []
     return sorted(lost)
 
 
 def _model_class(config: PretrainedConfig, wanted: Any) -> Any:
-    """The class to load with: the one asked for, or the one in config.json, or AutoModel.
+    """Return the class to load with: the requested one, or else the one in config.json, or else AutoModel.
 
     Raises:
         LoftqError: transformers has no class of that name.
@@ -173,7 +202,7 @@ def _model_class(config: PretrainedConfig, wanted: Any) -> Any:
     if wanted is not None:
         return wanted
     architecture = next(iter(getattr(config, "architectures", None) or ()), "")
-    # Remote code: config.json says which Auto class stands for which class of the repository.
+    # Remote code: config.json maps Auto classes to classes of the repository.
     for auto_name, reference in (getattr(config, "auto_map", None) or {}).items():
         if str(reference).endswith(f".{architecture}"):
             return getattr(transformers, auto_name, transformers.AutoModel)
@@ -196,12 +225,12 @@ def _require(module: str, extra: str, purpose: str) -> None:
 
 
 def _check_same_conversion(folder: Path) -> None:
-    """Compare the fingerprints in the files' metadata; from the Hub the backbone's files are there after loading."""
+    """Compare the fingerprints in the files' metadata; files from the Hub are present only after loading."""
     ours, theirs = _fingerprints([folder / WEIGHTS]), _fingerprints(sorted(folder.glob("*.safetensors")))
     if ours and theirs and ours != theirs:
         raise LoftqError(
-            f"adapter and backbone in {folder} come from different conversions, so together they are not the model "
-            "that was converted: run `loftq quantize` again."
+            f"adapter and backbone in {folder} come from different conversions, so together they are not the "
+            "original model: run `loftq quantize` again."
         )
 
 

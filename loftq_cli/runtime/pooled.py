@@ -1,8 +1,8 @@
-"""QA-LoRA for every linear layer: PEFT brings it for GPTQ layers only and takes no notice of it elsewhere.
+"""QA-LoRA for every linear layer: PEFT supports it for GPTQ layers only and ignores it elsewhere.
 
-`PooledLora` is PEFT's own LoRA layer with PEFT's own QA-LoRA variant; what PEFT leaves out for GPTQ layers, its update
-as a matrix and merging it into a dense weight, is added. PEFT finds the layer through the config that
-`with_pooled_layers` gave it.
+`PooledLora` is PEFT's own LoRA layer with PEFT's own QA-LoRA variant. It adds the parts that PEFT does not need for
+GPTQ layers: the update as a matrix, and merging it into a dense weight. PEFT finds the layer through the config that
+`with_pooled_layers` prepares.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from loftq_cli.numerics.methods.qalora import peft_constant, widened
 
 
 class PooledVariant(QALoraLinearVariant):
-    """PEFT's QA-LoRA, which can also say what it adds to the weight."""
+    """PEFT's QA-LoRA variant that can also compute the matrix it adds to the weight."""
 
     @staticmethod
     def get_delta_weight(module: Any, active_adapter: str) -> Tensor:
-        """ΔW [out, in], constant within groups."""
+        """Return ΔW [out, in], constant within groups."""
         group = module.qalora_group_size[active_adapter]
         product = module.lora_B[active_adapter].weight @ module.lora_A[active_adapter].weight
         return widened(product * (module.scaling[active_adapter] * peft_constant(module.in_features, group)), group)
@@ -56,7 +56,7 @@ class PooledLora(lora.Linear):
 
 
 def with_pooled_layers(config: LoraConfig) -> LoraConfig:
-    """Teach a QA-LoRA config where its layers are; other configs, and GPTQ layers, are PEFT's own business."""
+    """Register the pooled layer in a QA-LoRA config; PEFT itself handles other configs and GPTQ layers."""
     if getattr(config, "use_qalora", False):
         config._register_custom_module({nn.Linear: PooledLora})
     return config

@@ -1,9 +1,9 @@
-"""What makes `from_pretrained` read packed checkpoints: `quant_method: loftq` in transformers' registry."""
+"""Plugin that lets `from_pretrained` read packed checkpoints: `quant_method: loftq` in transformers' registry."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import Codebook
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
-from loftq_cli.runtime.paths import find_path
+from loftq_cli.runtime.paths import find_path, moved_prefixes
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
 
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """The modules that share a grid; paths are those of the class the checkpoint was converted with. `parameters` are
-    dequantized when they are loaded."""
+    """The modules that share a grid, with the paths of the class that the checkpoint was converted with. `parameters`
+    are dequantized when they are loaded."""
 
     grid: Grid
     modules: tuple[str, ...]
@@ -50,7 +50,7 @@ class LoftqConfig(QuantizationConfigMixin):
         version: int = CONFIG_VERSION,
         **others: Any,
     ) -> None:
-        # `to_dict` gives back every attribute, so fields this version does not know survive a round trip.
+        # `to_dict` returns every attribute, so fields that this version does not know survive a round trip.
         self.__dict__.update(others)
         self.quant_method: Any = QUANT_METHOD
         self.version, self.dtype, self.groups = version, dtype, [dict(group) for group in groups]
@@ -62,7 +62,7 @@ class LoftqConfig(QuantizationConfigMixin):
         self.packed_groups()
 
     def packed_groups(self) -> list[PackedGroup]:
-        """The groups, typed."""
+        """Return the groups as typed objects."""
         try:
             return [_packed_group(group, DTYPES[self.dtype]) for group in self.groups]
         except (KeyError, TypeError, ValueError, AssertionError) as error:
@@ -95,9 +95,9 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
 
 
 class LoftqHfQuantizer(HfQuantizer):
-    """Swaps the listed modules for packed ones before transformers reads any weight."""
+    """Replaces the listed modules by packed ones before transformers reads any weight."""
 
-    # Packed models are made by `loftq quantize`, not on the fly.
+    # Packed models are made by `loftq quantize`, not while loading.
     requires_calibration = True
 
     quantization_config: LoftqConfig
@@ -107,13 +107,17 @@ class LoftqHfQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Make transformers' way from names on disk to parameters unpack experts before it stacks them."""
+        """Extend transformers' weight conversions so that experts are unpacked before they are stacked."""
         parameters = [item for group in self.quantization_config.packed_groups() for item in group.parameters]
+        present, prefix = model.state_dict(), getattr(model, "base_model_prefix", "")
+        moved = moved_prefixes(model, (item.name for item in parameters))
+        names = [find_path(item.name, present, prefix, moved) or item.name for item in parameters]
+        parameters = [replace(item, name=name) for item, name in zip(parameters, names)]
         self._unpacking = Unpacking(parameters, getattr(model, "base_model_prefix", ""), self)
         return self._unpacking.extend(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        # The model holds these parameters dense now, and that is how it would be saved.
+        # These parameters are dense in the model now and would be saved dense.
         for group in self.quantization_config.groups:
             group["parameters"] = {}
         model._weight_conversions = self._unpacking.restore(model._weight_conversions)
@@ -126,7 +130,7 @@ class LoftqHfQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        # `config.dtype` comes as a string where it was read from config.json.
+        # `config.dtype` is a string if it was read from config.json.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         unpack_modules(model, dtype or torch.get_default_dtype())
         return model
@@ -140,7 +144,7 @@ class LoftqHfQuantizer(HfQuantizer):
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether a packed layer computes what this module does.
+    """True if a packed layer computes the same as this module.
 
     A subclass with its own forward may scale its result or use `weight` directly, which packed layers cannot follow.
     `nn.MultiheadAttention` uses its output layer's weight directly.
@@ -155,18 +159,19 @@ def is_packable(module: nn.Module) -> bool:
 
 
 def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
-    """Replace the groups' modules, and those tied to them, by empty packed ones. Modules that this class of the model
-    does not have (a head, say) are passed over.
+    """Replace the groups' modules, and those tied to them, by empty packed ones. Modules that this class does not have
+    (such as a head) are skipped.
 
     Raises:
-        LoftqError: none of the modules is there, or one is of a kind that cannot be packed.
+        LoftqError: none of the modules exists, or one is of a kind that cannot be packed.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
+    moved = moved_prefixes(model, (f"{path}.weight" for group in groups for path in group.modules))
     grids: dict[str, Grid] = {}
     for group in groups:
         for path in group.modules:
-            found = find_path(path, modules, prefix)
+            found = find_path(path, modules, prefix, moved)
             if found is not None:
                 grids[found] = group.grid
     if any(group.modules for group in groups) and not grids:
@@ -189,7 +194,7 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
 
 
 def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed module by the dense one it stands for, also inside LoRA layers; ties stay ties."""
+    """Replace every packed module by its dense equivalent, also inside LoRA layers; tied modules stay tied."""
     modules = list(model.named_modules(remove_duplicate=False))
     adapted = any(name.endswith(".base_layer") for name, _ in modules)
     dense: dict[int, nn.Module] = {}
@@ -200,18 +205,18 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if id(module) not in dense:
             new = dense[id(module)] = _dense_module(module, dtype)
             new.weight = weights.setdefault(id(module._parameters["weight"]), new.weight)
-            # A wrapped backbone stays frozen; a bare one is left as a freshly loaded model.
+            # A wrapped backbone stays frozen; a bare one is as trainable as a newly loaded model.
             new.train(module.training).weight.requires_grad_(not adapted)
         new = dense[id(module)]
         model.set_submodule(path, new)
         if path.endswith(".base_layer") and isinstance(new, Conv1D):
-            # The adapter was made for a linear layer; PEFT's merge asks this attribute how the weight lies.
+            # The adapter was made for a linear layer; PEFT's merge takes the weight's orientation from this attribute.
             lora: Any = model.get_submodule(path.removesuffix(".base_layer"))
             lora.fan_in_fan_out = True
 
 
 def _tied_modules(model: nn.Module) -> list[list[str]]:
-    """Groups of modules that share one weight."""
+    """Return groups of modules that share one weight."""
     groups: dict[str, list[str]] = {}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     for target, source in tied.items():
@@ -237,7 +242,7 @@ def _packed_module(path: str, module: nn.Module, grid: Grid) -> PackedWeight:
 
 
 def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:
-    """The dense twin, on the device the module computes on."""
+    """Return the dense equivalent, on the device that the module computes on."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return module.dense(dtype)
@@ -246,13 +251,13 @@ def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:
 
     with align_module_device(module):
         dense = module.dense(dtype)
-    # Offloaded codes become weights in memory, so only the move of inputs is left to do.
+    # Offloaded codes become weights in memory, so the hook only has to move inputs.
     device = getattr(hook, "execution_device", None)
     return add_hook_to_module(dense, AlignDevicesHook(device, io_same_device=getattr(hook, "io_same_device", False)))
 
 
 def register() -> None:
-    """Make transformers know `quant_method: loftq`; safe to call again."""
+    """Register `quant_method: loftq` with transformers; safe to call again."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(LoftqConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

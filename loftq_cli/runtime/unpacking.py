@@ -1,7 +1,7 @@
-"""Packed parameters that become dense while they are loaded: experts, and what else PEFT adapts as a parameter.
+"""Unpack parameters that become dense while they are loaded: experts, and others that PEFT adapts as parameters.
 
-transformers turns names on disk into parameters by `WeightConverter`s (one matrix an expert -> one stacked parameter).
-The ones that make a packed parameter also collect the scales here, and unpack before they do anything else.
+transformers uses `WeightConverter`s to turn names on disk into parameters (one matrix per expert -> one stacked
+parameter). Those that create a packed parameter are extended here: they also collect the scales and unpack first.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.runtime.decode import decode_rows
 from loftq_cli.runtime.paths import find_path
 
-# What follows the name of the codes in the name of their scales: of a module's weight, and of a bare parameter.
+# Suffixes that turn the name of codes into the name of their scales: for a module's weight, and for a bare parameter.
 _SCALES = ("_absmax", ".absmax")
 
 
 @dataclass(frozen=True)
 class PackedParameter:
-    """A parameter [..., out, in], or where `transposed` [..., in, out], that is stored as rows of `in_features` codes;
-    `name` is its path in the class the checkpoint was converted with."""
+    """A parameter [..., out, in], or [..., in, out] if `transposed`, that is stored as rows of `in_features` codes;
+    `name` is its path in the class that the checkpoint was converted with."""
 
     name: str
     grid: BlockGrid
@@ -42,12 +42,12 @@ class Unpacking:
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._prefix = prefix
         self._quantizer = quantizer
-        # Ours -> the one it stands for; None for conversions that there would not be without packing.
+        # Our conversion and the original one; None for conversions that exist only because of packing.
         self._originals: list[tuple[Any, Any | None]] = []
 
     def extend(self, conversions: Sequence[Any]) -> list[Any]:
-        """`conversions` with those that make packed parameters unpacking first; then one for each kind of parameter
-        that transformers loads as it is."""
+        """Return `conversions`, extended to unpack first if they create packed parameters, and one more conversion for
+        each kind of parameter that transformers loads unchanged."""
         if not self._parameters:
             return list(conversions)
         extended = [self._unpacking(conversion) for conversion in conversions]
@@ -61,7 +61,7 @@ class Unpacking:
         return extended
 
     def restore(self, used: Sequence[Any]) -> list[Any]:
-        """The conversions a later `save_pretrained` has to undo."""
+        """Return the conversions that a later `save_pretrained` must reverse."""
         restored = []
         for conversion in used:
             known = next((original for ours, original in self._originals if ours is conversion), conversion)
@@ -86,17 +86,17 @@ class Unpacking:
         return any(target in name for target in conversion.target_patterns for name in self._parameters)
 
     def _pattern(self, name: str) -> str:
-        """A regex for the parameter in every layer; the base model's prefix may be missing on disk."""
+        """Return a regex for the parameter in every layer; the base model's prefix may be missing on disk."""
         body = re.escape(name.removeprefix(f"{self._prefix}.") if self._prefix else name)
         return r"(?:^|\.)" + re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", body)
 
 
 class Unpack(ConversionOps):
-    """Codes and scales -> dense tensors in the parameter's dtype; what is not packed is only cast.
+    """Convert codes and scales to dense tensors in the parameter's dtype; tensors that are not packed are only cast.
 
     Args:
         parameters: every packed parameter by name.
-        scales: pattern of the names of codes -> patterns of the names of their scales.
+        scales: name pattern of codes -> name patterns of their scales.
         first: other operations follow.
     """
 
@@ -109,11 +109,11 @@ class Unpack(ConversionOps):
         first: bool,
     ) -> None:
         self._parameters, self._prefix, self._scales, self._first = parameters, prefix, scales, first
-        # transformers leaves the dtype of what such an operation takes alone.
+        # With this attribute set, transformers does not change the dtype of the operation's inputs.
         self.hf_quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
-        """transformers copies operations for every tensor; there is nothing in this one that changes."""
+        """Return the operation itself: transformers copies operations for every tensor, and this one has no state."""
         return self
 
     @torch.no_grad()
@@ -135,14 +135,17 @@ class Unpack(ConversionOps):
             absmax = iter([tensor for name in scales for tensor in _tensors(input_dict.get(name, []))])
             tensors = _tensors(input_dict[codes])
             if any(tensor.dtype == torch.uint8 for tensor in tensors) and found is None:
-                raise LoftqError(f"{full_layer_name} is packed but config.json does not tell how: convert it again.")
+                raise LoftqError(
+                    f"{full_layer_name} is packed, but config.json does not describe its packing: convert the model "
+                    "again."
+                )
             unpacked[codes] = [
                 self._dense(tensor, next(absmax), self._parameters[found or ""], dtype)
                 if tensor.dtype == torch.uint8
                 else tensor.to(dtype)
                 for tensor in tensors
             ]
-        # Later operations know their input by its pattern; without any, this is the parameter itself.
+        # Later operations identify their input by its pattern; if there are none, the result is the parameter itself.
         return unpacked if self._first else {full_layer_name: next(iter(unpacked.values()))}
 
     def _dense(self, codes: Tensor, absmax: Tensor, parameter: PackedParameter, dtype: torch.dtype) -> Tensor:

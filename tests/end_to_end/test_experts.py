@@ -1,4 +1,4 @@
-"""Mixtures of experts: every expert's Q + BA is what the running model computes with, in every container."""
+"""Mixtures of experts: the running model computes with every expert's Q + BA, in every container."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from loftq_cli.runtime import LoftqLinear
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 RECIPE = {"bits": 2, "rank": 4, "iters": 2}
-# One matrix an expert; the same with shared experts and dense MLPs of the same names; one 3-D tensor, transposed.
+# One matrix per expert; the same with shared experts and dense MLPs of the same names; one 3-D tensor, transposed.
 LAYOUTS = ("mixtral", "deepseek_v3", "gpt_oss")
 
 
@@ -98,7 +98,7 @@ def test_a_stop_while_adapters_are_joined(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RuntimeError, match="stopped by the test"):
         loftq_cli.quantize(source, output=tmp_path / "out", **RECIPE)
     monkeypatch.setattr(joining, "_join_part", real)
-    monkeypatch.setattr(joining, "_ROWS_BYTES", 1000)  # a few rows at a time give the same
+    monkeypatch.setattr(joining, "_ROWS_BYTES", 1000)  # processing a few rows at a time changes nothing
     loftq_cli.quantize(source, output=tmp_path / "out", **RECIPE)
     assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")
 
@@ -128,7 +128,7 @@ def test_a_training_step_reaches_every_expert_adapter(name: str, tmp_path: Path)
 
 
 def test_shared_experts_and_dense_layers_are_adapted_beside_experts(tmp_path: Path) -> None:
-    """PEFT would take adapters on modules of these names for adapters on the experts."""
+    """PEFT would treat adapters on modules of these names as adapters on the experts."""
     out = tmp_path / "out"
     manifest = loftq_cli.quantize(saved("deepseek_v3").folder, output=out, **RECIPE)
     config = json.loads((out / "loftq_init" / "adapter_config.json").read_text())
@@ -146,13 +146,13 @@ def test_shared_experts_and_dense_layers_are_adapted_beside_experts(tmp_path: Pa
 def test_bnb_keeps_experts_with_a_reason_or_stops(tmp_path: Path) -> None:
     source = saved("mixtral").folder
     with pytest.raises(
-        UsageError, match=r"w1.weight cannot be quantized as --experts require asks: bnb holds no experts"
+        UsageError, match=r"w1.weight cannot be quantized as --experts require asks: bnb cannot hold experts"
     ):
         loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb", experts="require")
     plan = loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb")
     assert any("24 matrices of experts stay in full precision" in note for note in plan.notes)
     assert {str(unit.reason) for unit in plan.kept if unit.kind == "expert"} == {
-        "bnb holds no experts, which transformers stacks in one parameter"
+        "bnb cannot hold experts, which transformers stacks in one parameter"
     }
     assert loftq_cli.plan(source, output=tmp_path / "out", bits=4).recipe.format == "packed"
     kept = loftq_cli.plan(source, output=tmp_path / "out", bits=4, experts="keep")
@@ -162,7 +162,7 @@ def test_bnb_keeps_experts_with_a_reason_or_stops(tmp_path: Path) -> None:
 
 
 def test_a_model_that_bitsandbytes_would_be_given_otherwise_is_refused(tmp_path: Path) -> None:
-    """transformers loads Llama 4's experts as single layers where bitsandbytes is to quantize them."""
+    """transformers loads Llama 4's experts as single layers if bitsandbytes is to quantize them."""
     source = saved("llama4").folder
     with pytest.raises(UsageError, match="transformers builds Llama4ForCausalLM with other modules for bitsandbytes"):
         loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="bnb")
@@ -306,7 +306,9 @@ def test_a_missing_expert_is_named_before_work_starts(tmp_path: Path) -> None:
     del stored["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    with pytest.raises(LoftqError, match=r"layers.1.mlp.experts.gate_up_proj is made of 8 matrices .* holds 7 of them"):
+    with pytest.raises(
+        LoftqError, match=r"layers.1.\S*gate_up_proj consists of 8 matrices, but the checkpoint has 7 of them"
+    ):
         loftq_cli.plan(tmp_path, output=tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Every family through the whole pipeline: converted, loaded with its own class and PEFT, held against a dense twin."""
+"""Every family through the whole pipeline: converted, loaded with its own class and PEFT, compared to a dense twin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.loading import load_plainly, place_of
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
 
-# Families that go through every container: one of each kind of layout.
+# Families that are converted to every container: one for each kind of layout.
 EVERY_FORMAT = (
     "llama",
     "llama_tied",
@@ -94,7 +94,7 @@ def check_every_expert(model, manifest) -> None:
 
 
 def test_conv1d_is_quantized_along_its_input(tmp_path: Path) -> None:
-    """GPT-2 stores [in, out]; blocks and adapter run along the input all the same."""
+    """GPT-2 stores [in, out]; blocks and adapter still run along the input."""
     FAMILIES["gpt2"]().save_pretrained(tmp_path / "source")
     manifest = loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", bits=4, format="dense", rank=4)
     shapes = {record.module.split(".")[-1]: record.shape for record in manifest.matrices if "attn" in record.module}

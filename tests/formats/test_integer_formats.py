@@ -235,7 +235,7 @@ def test_refusals_name_a_format_that_can() -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"format": "gptq", "data_type": "nf"}, "no 'nf' levels"),
+        ({"format": "gptq", "data_type": "nf"}, "not 'nf' levels"),
         ({"format": "gptq", "group_size": 128}, "groups of 128 do not divide rows of 160"),
         ({"format": "gptq", "group_size": 32, "rule": ["layers.0=8"]}, "one bit width"),
         ({"format": "compressed-tensors", "group_size": 32, "rule": ["layers.0=8"]}, "--compressed"),
@@ -243,7 +243,7 @@ def test_refusals_name_a_format_that_can() -> None:
         ({"format": "gptq", "embeddings": "quantize"}, "embeddings"),
         ({"format": "packed", "group_size": 64}, "--data-type int"),
         ({"format": "packed", "scale": "mse"}, "--data-type int"),
-        ({"format": "bnb", "data_type": "int"}, "no integers"),
+        ({"format": "bnb", "data_type": "int"}, "not integers"),
     ],
 )
 def test_what_a_container_cannot_hold_is_refused_before_any_work(

@@ -1,4 +1,4 @@
-"""Which class is built, what happens without one, and how code that reads weights is found."""
+"""The class that is built, classification without a class, and detection of code that reads weights."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def _by_tensor(found: ModuleMap) -> dict[str, TensorRole]:
     return {role.tensor: role for role in found.roles}
 
 
-def test_infinity_in_a_config_is_understood() -> None:
+def test_infinity_in_a_config_is_parsed() -> None:
     tiny = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 32, "n_groups": 1, "vocab_size": 96}
     config = {"model_type": "mamba2", **tiny, "time_step_limit": [0.0, {"__float__": "Infinity"}]}
     assert map_modules(config, {}).architecture == "Mamba2Model"
 
 
-def test_class_is_chosen_like_transformers_would() -> None:
+def test_class_is_chosen_as_in_transformers() -> None:
     checkpoint = saved("llama")
     config, shapes = checkpoint.config, checkpoint.shapes
     old = map_modules(config | {"architectures": ["LLaMAForCausalLM"]}, shapes)
     assert old.architecture == "LlamaForCausalLM"
-    assert old.notes == ("class LLaMAForCausalLM is unknown to transformers: LlamaForCausalLM was taken instead",)
+    assert old.notes == ("class LLaMAForCausalLM is unknown to transformers: LlamaForCausalLM is used instead",)
 
     bare = map_modules({key: value for key, value in config.items() if key != "architectures"}, shapes)
     assert (bare.architecture, bare.task_type) == ("LlamaModel", None)
@@ -46,13 +46,13 @@ def test_class_is_chosen_like_transformers_would() -> None:
 
 
 @pytest.mark.parametrize("broken", [{"model_type": "llamb"}, {"hidden_size": "many"}])
-def test_without_a_class_names_and_shapes_have_to_do(broken: dict[str, Any]) -> None:
+def test_without_a_class_matrices_are_chosen_by_name_and_shape(broken: dict[str, Any]) -> None:
     checkpoint = saved("llama")
     config, shapes = checkpoint.config, checkpoint.shapes
     extra = {"model.layers.0.mlp.gate.weight": (64, 64), "model.layers.0.mlp.small.weight": (4, 64)}
     found = map_modules(config | broken, shapes | extra)
     assert found.architecture is None and found.task_type == "CAUSAL_LM"
-    assert "matrices were chosen by name and shape" in found.notes[0]
+    assert "matrices are chosen by name and shape" in found.notes[0]
 
     known = map_modules(config, shapes)
     expected = {role.module for role in known.roles if role.kind == "linear"}
@@ -109,7 +109,7 @@ def test_order_and_earlier_calls_do_not_matter(name: str) -> None:
 
 
 def test_semi_public_functions_of_transformers() -> None:
-    """A change here means `module_build` has to follow; PEFT uses the same functions."""
+    """If this fails, `modules/names.py` must be adapted; PEFT uses the same functions."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -123,7 +123,7 @@ def test_semi_public_functions_of_transformers() -> None:
     assert sorted(["a.10", "a.9"], key=dot_natural_key) == ["a.9", "a.10"]
 
 
-def test_without_them_names_are_matched_as_they_are(monkeypatch: Any) -> None:
+def test_without_those_functions_names_are_matched_literally(monkeypatch: Any) -> None:
     checkpoint = saved("bert")
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     config, shapes = checkpoint.config, checkpoint.shapes

@@ -22,4 +22,4 @@ def test_the_texts_that_manifests_hold() -> None:
     assert str(Reason(Why.RULE_SKIP, r"layers\.1\..*k_proj")) == r"rule 'layers\.1\..*k_proj=skip'"
     assert str(Reason(Why.OTHER_TOWER, "vision")) == "vision tower (choose it with --include)"
     assert str(Reason(Why.BESIDE_NONFINITE, "x[2]", "nan at [0, 1]")) == "stacked with x[2], which holds nan at [0, 1]"
-    assert str(Reason(Why.REFUSED, found="bnb holds no experts")) == "bnb holds no experts"
+    assert str(Reason(Why.REFUSED, found="bnb cannot hold experts")) == "bnb cannot hold experts"

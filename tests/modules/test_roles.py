@@ -175,7 +175,9 @@ KEPT = {
         "backbone.layers.0.mixer.A_log": "not a matrix",
     },
     "bert_mlm": {
-        "cls.predictions.transform.dense.weight": "task head",
+        "cls.predictions.transform.dense.weight": (
+            "task head or other layer outside the base model (choose it with --include)"
+        ),
         "bert.embeddings.word_embeddings.weight": None,
         "bert.embeddings.position_embeddings.weight": "position embedding",
         "bert.embeddings.token_type_embeddings.weight": "embedding",
@@ -186,7 +188,7 @@ KEPT = {
     "deberta_v2": {
         "deberta.encoder.rel_embeddings.weight": "position embedding",
         "deberta.encoder.conv.conv.weight": "convolution",
-        "pooler.dense.weight": "task head",
+        "pooler.dense.weight": "task head or other layer outside the base model (choose it with --include)",
     },
     "vit": {
         "classifier.weight": "task head",

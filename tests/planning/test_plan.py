@@ -101,9 +101,9 @@ def test_auto_format(random_llama: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        ({"bits": 3, "format": "bnb"}, "3-bit nf levels are not among"),
+        ({"bits": 3, "format": "bnb"}, "3-bit nf levels are not among them"),
         ({"data_type": "uniform", "format": "bnb"}, "use --format packed"),
-        ({"embeddings": "quantize", "format": "bnb"}, "no embeddings"),
+        ({"embeddings": "quantize", "format": "bnb"}, "cannot quantize embeddings"),
         ({"include": ("nothing",)}, "nothing in"),
     ],
 )

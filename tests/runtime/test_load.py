@@ -1,4 +1,4 @@
-"""`load`: backbone and adapter in one call, in every container, as every class; training, merging, refusals."""
+"""`load`: backbone and adapter in one call, from every container, as every class; training, merging, refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def adapted_twin(made: handmade.Handmade, *, trainable: bool = False) -> PeftMod
 
 
 def adapter_of(model: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors under the names they have in a file."""
+    """Adapter tensors with the names they have in a file."""
     state = {key: value for key, value in model.state_dict().items() if ".lora_" in key}
     return {key.replace(".default", ""): value for key, value in state.items()}
 
@@ -269,7 +269,7 @@ def test_an_adapter_of_another_conversion_is_refused(copied: Path) -> None:
     with pytest.raises(LoftqError, match="come from different conversions"):
         load(copied)
     load(copied, adapter=False)
-    save_file(tensors, file, metadata={"format": "pt"})  # an adapter PEFT saved after training says nothing
+    save_file(tensors, file, metadata={"format": "pt"})  # an adapter saved by PEFT has no fingerprint
     load(copied)
 
 
@@ -281,7 +281,7 @@ def test_incomplete_adapters_are_refused(copied: Path) -> None:
     with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(LoftqError, match="1 were not in"):
         load(copied)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": lost}, file)
-    with pytest.warns(UserWarning), pytest.raises(LoftqError, match="1 of its weights found no place"):
+    with pytest.warns(UserWarning), pytest.raises(LoftqError, match="1 of its weights are not in the model"):
         load(copied)
     save_file({"base_model.model.elsewhere.lora_A.weight": lost}, file)
     with pytest.raises(LoftqError, match="no module in common"):
@@ -305,7 +305,7 @@ def test_a_packed_matrix_that_would_land_in_a_dense_layer_is_refused(copied: Pat
     (group,) = (group for group in config["quantization_config"]["groups"] if group["bits"] == 8)
     group["modules"].pop(0)  # at 8 bits the codes have the shape of the weight
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LoftqError, match=r"1 packed matrices .*found no place in LlamaForCausalLM"):
+    with pytest.raises(LoftqError, match=r"1 packed matrices .*could not be loaded into LlamaForCausalLM"):
         load(copied)
 
 

@@ -41,6 +41,7 @@ from loftq_cli.numerics.methods.zero_start import zero_start
 from loftq_cli.numerics.quantizers.protocols import FittingQuantizer, Quantizer
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe
+from loftq_cli.tensorfile.dtypes import to_dtype
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _quantize(
     assert unit.matrix is not None
     weight = _weight(unit, tensor, device, buffer)
     _check_finite(unit, unit.matrix.orientation.turn(weight))
+    _check_range(unit, weight)
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
@@ -261,7 +263,7 @@ def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator
             target.out_features, target.in_features, target.rank, generator=generator, group=target.group
         )
         adapter = encode_adapter(target, start.lora_a, start.lora_b, recipe.scaling)
-    return Converted({output.name: tensor.to(output.dtype)}, adapter, None)
+    return Converted({output.name: to_dtype(tensor, output.dtype, unit.tensor)}, adapter, None)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -276,6 +278,20 @@ def _check_finite(unit: Unit, tensor: Tensor) -> None:
             f"{unit.tensor} in {unit.source.file} holds {bad}: the checkpoint is damaged there; repair it, or keep "
             "such matrices in full precision with --allow-nonfinite."
         )
+
+
+def _check_range(unit: Unit, weight: Tensor) -> None:
+    """Check that the grid's dtypes can represent the weights; only float16 is too narrow for what float32 can hold."""
+    assert unit.matrix is not None
+    grid = unit.matrix.grid
+    dtypes = {grid.value_dtype, grid.scale_dtype if isinstance(grid, BlockGrid) else grid.product_dtype}
+    if torch.float16 in dtypes:
+        highest = float(weight.abs().max()) if weight.numel() else 0.0
+        if highest > torch.finfo(torch.float16).max:
+            raise LoftqError(
+                f"{unit.tensor} in {unit.source.file} holds numbers up to {highest:.4g}, which float16 cannot "
+                f"represent: choose another --dtype or --format, or leave it out with --exclude '{unit.module}'."
+            )
 
 
 def _rounded(value: float) -> float:

@@ -22,7 +22,7 @@ _REPACKS = "support_avx512bf16_for_cpu"
 class _Loading(Loading):
     def finish(self, model: nn.Module) -> None:
         for module in model.modules():
-            # One inference pass would repack the weights for AVX-512 in place, and training after it is wrong.
+            # One inference pass would repack the weights for AVX-512 in place, and later training would be wrong.
             if hasattr(module, _REPACKS):
                 setattr(module, _REPACKS, False)
 
@@ -63,7 +63,9 @@ BNB = Container(
         serves=Claim("vLLM", UPSTREAM),
     ),
     needs=("peft", "bitsandbytes"),
-    loading=_Loading(packages=(Package("bitsandbytes", extra="bnb"),), tensor_scales=(".absmax",)),
+    loading=_Loading(
+        packages=(Package("bitsandbytes", extra="bnb"),), tensor_scales=(".absmax",), skip_list="llm_int8_skip_modules"
+    ),
     tag="bitsandbytes",
     quant_method=QUANT_METHOD,
     auto=Auto(rank=0, fits=_fits_auto),

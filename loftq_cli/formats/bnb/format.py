@@ -1,13 +1,13 @@
-"""`bnb`: a pre-quantized bitsandbytes NF4 checkpoint, which stock transformers and serving engines load as it is.
+"""`bnb`: a pre-quantized bitsandbytes NF4 checkpoint, which stock transformers and serving engines load unchanged.
 
-Layout as bitsandbytes' `QuantState.as_dict(packed=True)` writes it. Blocks run over the flattened matrix, two codes a
-byte with the even one in the high nibble. 2-bit NormalFloat levels are four of NF4's sixteen, so a 2-bit backbone is
-carried without loss (at 4-bit storage), and so are the 4 or 8 levels of `nf4-subset`; 3-bit NormalFloat's are not and
-are refused.
+The layout is that of bitsandbytes' `QuantState.as_dict(packed=True)`. Blocks run over the flattened matrix, two codes
+per byte with the even one in the high nibble. 2-bit NormalFloat levels are four of NF4's sixteen, so a 2-bit backbone
+is stored without loss (in 4 bits), and so are the 4 or 8 levels of `nf4-subset`; 3-bit NormalFloat levels are not among
+them and are refused.
 
-Scales stay positive. A pre-quantized state loads as it is, whatever its scales. Only who dequantizes the backbone and
-lets bitsandbytes quantize it anew gets other numbers where scales were fitted and a block uses neither -1 nor 1: at 3
-and 4 bits some 0.1 % of blocks, none at 2. A scale of at most absmax / 0.8615 (NF4's last threshold) would rule it out.
+Scales stay positive. A pre-quantized state loads unchanged, whatever its scales. Only dequantizing the backbone and
+quantizing it again with bitsandbytes changes numbers, if scales were fitted and a block uses neither -1 nor 1: about
+0.1 % of blocks at 3 and 4 bits, none at 2. A scale of at most absmax / 0.8615 (NF4's last threshold) would avoid that.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from loftq_cli.formats.base import (
 )
 from loftq_cli.formats.bnb import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD
+from loftq_cli.formats.skip_lists import kept_patterns
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, dequantize
 from loftq_cli.numerics.grids.codebooks import Codebook, codebook
 from loftq_cli.numerics.grids.grid import Quantized
@@ -44,21 +45,21 @@ from loftq_cli.tensorfile.tensors import OutputTensor
 _NF4 = codebook("nf", 4)
 _ZERO_CODE = _NF4.levels.index(0.0)
 _WIDEST_OFFSET = 1.2345678901234567e-100
-_SMALLEST_BLOCK = 32  # bitsandbytes 0.50 takes powers of two from 32 on
+_SMALLEST_BLOCK = 32  # bitsandbytes 0.50 accepts powers of two from 32
 
 
 def nf4_codes_of(book: Codebook) -> tuple[int, ...] | None:
-    """The NF4 code of each level, or None where a level is not one of NF4's."""
+    """Return the NF4 code of each level, or None if a level is not one of NF4's."""
     if not set(book.levels) <= set(_NF4.levels):
         return None
     return tuple(_NF4.levels.index(level) for level in book.levels)
 
 
 def safe_block_size(block_size: int, in_features: int) -> int | None:
-    """The largest block size up to `block_size` that every bitsandbytes kernel decodes, or None.
+    """Return the largest block size up to `block_size` that every bitsandbytes kernel decodes correctly, or None.
 
-    Its AVX-512 kernel (0.50.2, measured) decodes wrongly where rows of a multiple of 16 columns are no whole number of
-    blocks; other row lengths take a path that is right.
+    Its AVX-512 kernel (0.50.2, measured) decodes wrongly if rows are a multiple of 16 columns but not a whole number of
+    blocks; other row lengths take a code path that is correct.
     """
     if in_features % 16:
         return block_size
@@ -76,18 +77,18 @@ class BnbFormat(FormatDefaults):
 
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         if request.data_type == "int":
-            return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, no integers: {INSTEAD}", fatal=True)
+            return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, not integers: {INSTEAD}", fatal=True)
         book = codebook(request.data_type, request.bits)
         if nf4_codes_of(book) is None:
             reason = (
-                f"a bitsandbytes checkpoint holds NF4's sixteen levels, which {request.bits}-bit {book.data_type} "
-                f"levels are not among: {INSTEAD}"
+                f"a bitsandbytes checkpoint holds only NF4's sixteen levels, and {request.bits}-bit {book.data_type} "
+                f"levels are not among them: {INSTEAD}"
             )
             return Refusal(reason, fatal=True)
         if book.fitted:
-            return Refusal("only packed files have room for --levels fitted: use --levels nf4-subset", fatal=True)
+            return Refusal("only packed files can store --levels fitted: use --levels nf4-subset", fatal=True)
         if request.kind == "embedding":
-            return Refusal(f"bitsandbytes quantizes no embeddings: {INSTEAD}", fatal=True)
+            return Refusal(f"bitsandbytes cannot quantize embeddings: {INSTEAD}", fatal=True)
         block_size = safe_block_size(request.block_size, request.in_features)
         if block_size is None:
             return Refusal(f"bitsandbytes' CPU kernel misreads rows of {request.in_features} elements", fatal=False)
@@ -155,13 +156,16 @@ class BnbFormat(FormatDefaults):
             "bnb_4bit_use_double_quant": any(block_grid(matrix).nested for matrix in matrices),
             "bnb_4bit_compute_dtype": DTYPE_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
-            # Replaces transformers' own list, so it names every linear layer that is not packed.
-            "llm_int8_skip_modules": [_skip_entry(module, matrices) for module in dense_linears],
+            # This replaces transformers' own list, so it names every linear layer that is not packed.
+            "llm_int8_skip_modules": [
+                *(_skip_entry(module, matrices) for module in dense_linears),
+                *kept_patterns(request.kept_matrices, dense_linears, matrices),
+            ],
         }
 
 
 def _nibbles(codes: Tensor, known: Sequence[int]) -> Tensor:
-    """Codes [out, in] as NF4's codes `known`, two a byte [⌈elements / 2⌉, 1], the first one in the high half."""
+    """Map codes [out, in] to NF4's codes `known`, two per byte [⌈elements / 2⌉, 1], the first one in the high half."""
     flat, mapping = codes.reshape(-1), torch.tensor(known, dtype=torch.uint8, device=codes.device)
     pairs = (F.pad(flat, (0, 1)) if flat.numel() % 2 else flat).view(-1, 2)
     packed = pairs.new_empty(pairs.shape[0], 1)
@@ -174,13 +178,13 @@ def _nibbles(codes: Tensor, known: Sequence[int]) -> Tensor:
 
 
 def _skip_entry(module: str, matrices: Sequence[QuantizedMatrix]) -> str:
-    """A plain path, which every reader knows; anchored where transformers would match it as the end of another's."""
+    """Return a plain path, which every reader understands, or an anchored regex if other paths end like it."""
     ambiguous = any(matrix.module.endswith(module) for matrix in matrices)
     return f"^{re.escape(module)}$" if ambiguous else module
 
 
 def _quant_state(matrix: QuantizedMatrix, offset: float) -> bytes:
-    """The JSON bitsandbytes keeps beside the codes (QuantState.as_dict); as long for any offset."""
+    """Return bitsandbytes' JSON for the codes (QuantState.as_dict); its length does not depend on the offset."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": matrix.grid.block_size,

@@ -18,22 +18,22 @@ _LOADS = "formats/test_integer_formats.py::test_transformers_loads_compressed_te
 @dataclass(frozen=True)
 class _Loading(Loading):
     def refuse(self, request: LoadRequest) -> str | None:
-        """PEFT adapts unpacked layers only, and transformers unpacks all of them at the width of the first."""
+        """Refuse what cannot work: PEFT adapts unpacked layers only, and transformers unpacks all at one width."""
         quantization, given, name = request.quantization, request.given, request.name
         unpacked = quantization.get("dequantize", False) if given is None else getattr(given, "dequantize", False)
         groups = (quantization.get("config_groups") or {}).values()
-        # Experts have a group of their own, which transformers looks up for them.
+        # Experts have their own group, which transformers looks up for them.
         several = sum(not any("experts" in target for target in group["targets"]) for group in groups) > 1
         if unpacked and several:
             return (
-                f"transformers would unpack the several bit widths of {name} as if they were one: load it as it is "
-                "with adapter=False, or convert with --format packed to train."
+                f"transformers would unpack the different bit widths of {name} as if they were the same: load it "
+                "packed with adapter=False, or convert with --format packed to train."
             )
         if request.adapter and not unpacked:
-            way = "quantization_config=transformers.CompressedTensorsConfig(dequantize=True)"
+            argument = "quantization_config=transformers.CompressedTensorsConfig(dequantize=True)"
             return (
                 f"{name} stays packed when it is loaded (--compressed), and PEFT adapts unpacked layers only: "
-                + ("convert with --format packed to train" if several else f"pass {way}")
+                + ("convert with --format packed to train" if several else f"pass {argument}")
                 + ", or adapter=False for the backbone alone."
             )
         return None
@@ -56,7 +56,7 @@ COMPRESSED_TENSORS = Container(
         serves=Claim("vLLM, symmetric: 4 and 8 bits; 2 and 3 in new versions", UPSTREAM),
     ),
     needs=("peft", "compressed-tensors"),
-    loading=_Loading(packages=(Package("compressed_tensors", extra="compressed-tensors"),)),
+    loading=_Loading(packages=(Package("compressed_tensors", extra="compressed-tensors"),), skip_list="ignore"),
     tag="compressed-tensors",
     quant_method=QUANT_METHOD,
     integers_only=True,

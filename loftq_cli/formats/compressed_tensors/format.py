@@ -1,4 +1,4 @@
-"""`compressed-tensors`: packed integers as the compressed-tensors library stores them (`pack-quantized`).
+"""`compressed-tensors`: packed integers in the compressed-tensors library's own layout (`pack-quantized`).
 
 For a linear layer at on-disk path P with K inputs and N outputs:
 
@@ -12,8 +12,9 @@ For a linear layer at on-disk path P with K inputs and N outputs:
 Q = scale · (code - zero) in the scale's dtype, which is the model's, so that every path through the library gives the
 same numbers. `dequantize` in the config makes transformers unpack while loading: plain layers that train and merge.
 
-Experts that stand one by one in the checkpoint stay so, and transformers (5.23, `integrations/compressed_tensors.py`)
-unpacks each before it stacks them: without zero points, all at one width, and all of them or none.
+Experts that are separate tensors in the checkpoint stay separate, and transformers (5.23,
+`integrations/compressed_tensors.py`) unpacks each before it stacks them. They cannot have zero points, must have the
+same width, and are quantized together or not at all.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from loftq_cli.formats.base import (
 )
 from loftq_cli.formats.compressed_tensors import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD, integers_only, whole_groups
+from loftq_cli.formats.skip_lists import any_number, kept_patterns
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_words, unpack_words
@@ -55,14 +57,14 @@ class CompressedTensorsFormat(FormatDefaults):
         if request.dense_experts:
             return (
                 "transformers unpacks every expert that it stacks, so none can stay in full precision as "
-                f"{request.dense_experts[0]} would: quantize them all, or {INSTEAD}"
+                f"{request.dense_experts[0]} would: quantize all of them, or {INSTEAD}"
             )
         grids = {affine_grid(matrix) for matrix in matrices if matrix.kind != "expert"}
         expert_grids = {affine_grid(matrix) for matrix in matrices if matrix.kind == "expert"}
         if len(expert_grids) > 1:
             return f"transformers unpacks experts at one bit width only: give all of them the same, or {INSTEAD}"
         if len(grids) > 1 and request.dequantize:
-            return f"unpacking while loading knows one bit width for all matrices: give --compressed, or {INSTEAD}"
+            return f"unpacking while loading needs one bit width for all matrices: give --compressed, or {INSTEAD}"
         if any(grid.zero == "integer" for grid in grids) and not request.dequantize:
             return "asymmetric integers load only with --dequantize: drop --compressed, or give --symmetric"
         return None
@@ -71,9 +73,9 @@ class CompressedTensorsFormat(FormatDefaults):
         if refusal := integers_only(request):
             return refusal
         if request.kind == "embedding":
-            return Refusal(f"it quantizes no embeddings: {INSTEAD}", fatal=True)
+            return Refusal(f"it cannot quantize embeddings: {INSTEAD}", fatal=True)
         if request.kind == "conv1d":
-            return Refusal(f"the library knows linear layers, no Conv1D: {INSTEAD}", fatal=True)
+            return Refusal(f"the library supports linear layers but not Conv1D: {INSTEAD}", fatal=True)
         if refusal := whole_groups(request):
             return refusal
         if request.kind == "expert" and not request.symmetric:
@@ -138,7 +140,7 @@ class CompressedTensorsFormat(FormatDefaults):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "dequantize": request.dequantize,
-            "ignore": [*dense_linears, *_routers(matrices)],
+            "ignore": _ignored(matrices, dense_linears, request),
             "config_groups": {
                 f"group_{i}": {"targets": targets, "weights": _weights(grid)}
                 for i, (targets, grid) in enumerate(_groups(matrices))
@@ -147,9 +149,9 @@ class CompressedTensorsFormat(FormatDefaults):
 
 
 def _groups(matrices: Sequence[QuantizedMatrix]) -> list[tuple[list[str], AffineGrid]]:
-    """Targets and scheme of every group. With several widths the common one is that of all linear layers, the others
-    are named; experts come first, because transformers takes the first group of a pattern with "experts" in it for
-    theirs, and they go by their names on disk, because the running model has no modules for them."""
+    """Return targets and scheme of every group. If there are several widths, the most common one applies to all linear
+    layers and the others list their modules. Experts come first, because transformers applies the first group whose
+    pattern contains "experts" to them, and use names on disk, because the running model has no modules for them."""
     grids = [affine_grid(matrix) for matrix in matrices]
     experts = {matrix.prefix: grid for matrix, grid in zip(matrices, grids) if matrix.kind == "expert"}
     if len(set(grids)) == 1:
@@ -166,20 +168,25 @@ def _groups(matrices: Sequence[QuantizedMatrix]) -> list[tuple[list[str], Affine
 
 
 def _routers(matrices: Sequence[QuantizedMatrix]) -> list[str]:
-    """Routers beside experts: they are not Linear modules in transformers, but they are in other readers."""
+    """Return patterns for routers next to experts, which are Linear modules in other readers than transformers."""
     prefixes = [matrix.prefix.partition(".experts.") for matrix in matrices if matrix.kind == "expert"]
     return list(
         dict.fromkeys(_any_number(f"{block}.{name}") for block, found, _ in prefixes if found for name in _GATES)
     )
 
 
+def _ignored(matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str], request: Request) -> list[str]:
+    """Return the names and patterns of everything that stays in full precision."""
+    kept = (f"re:{pattern}" for pattern in kept_patterns(request.kept_matrices, dense_linears, matrices))
+    return list(dict.fromkeys([*dense_linears, *_routers(matrices), *kept]))
+
+
 def _any_number(prefix: str) -> str:
-    """A pattern for the modules of all layers and experts: one for tens of thousands of names."""
-    return "re:^" + re.sub(r"(?<=\\.)\d+(?=\\.)", r"\\d+", re.escape(prefix)) + "$"
+    return f"re:{any_number(prefix)}"
 
 
 def _weights(grid: AffineGrid) -> dict[str, Any]:
-    """One scheme, in the library's own terms."""
+    """Return one scheme in the library's own terms."""
     return {
         "num_bits": grid.bits,
         "type": "int",

@@ -1,9 +1,9 @@
-"""`dense`: the dequantized backbone in the model's own dtype. Loads anywhere and saves no memory.
+"""`dense`: the dequantized backbone in the model's own dtype. It loads anywhere and saves no memory.
 
 The scales are rounded to the model's dtype before codes are chosen, so that the rounded product has the same absmax:
-loading the dense file with bitsandbytes' on-the-fly NF4 (block size 64, no double quantization) gives back the very
-same codes and scales. Where scales are fitted (`refined`) that holds for blocks that use a level of -1 or 1: all at 2
-bits, all but some 0.1 % at 3 and 4.
+loading the dense file with bitsandbytes' on-the-fly NF4 (block size 64, no double quantization) reproduces exactly the
+same codes and scales. If scales are fitted (`refined`), this holds for blocks that use a level of -1 or 1: all of them
+at 2 bits, all but about 0.1 % at 3 and 4.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DenseFormat(FormatDefaults):
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if request.data_type == "fitted":
-            return Refusal("only packed files have room for --levels fitted: use --format packed", fatal=True)
+            return Refusal("only packed files can store --levels fitted: use --format packed", fatal=True)
         found = PackedFormat().grid(replace(request, parameter=False))
         return replace(found, signed=False) if isinstance(found, BlockGrid) else found
 

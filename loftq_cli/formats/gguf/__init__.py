@@ -50,7 +50,7 @@ GGUF = Container(
     group_size=BLOCK,
     symmetric=True,
     unmergeable=(
-        "a GGUF backbone is for serving only: train on --format packed --bits 4 --method qa-lora --group-size 32, and "
+        "a GGUF backbone is for serving only: train on --format packed --bits 4 --method qa-lora --group-size 32, then "
         "merge that with --to gguf."
     ),
 )

@@ -1,4 +1,4 @@
-"""A GGUF file laid out before its content exists: header from the gguf package's writer, then aligned data.
+"""Lay out a GGUF file before its content exists: header from the gguf package's writer, then aligned data.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little-endian.
 """
@@ -35,7 +35,7 @@ _VALUE_TYPES = {
 
 
 def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) -> dict[str, int | float | str]:
-    """The key-values that describe a Llama-like model, from its config.json."""
+    """Return the key-values that describe a Llama-like model, from its config.json."""
     arch, heads = str(config["model_type"]), int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
     rope = config.get("rope_parameters") or {}
@@ -62,7 +62,7 @@ def model_values(config: Mapping[str, Any], kind: GgmlType, fingerprint: str) ->
 
 
 def adapter_values(architecture: str, alpha: float) -> dict[str, int | float | str]:
-    """The key-values of a LoRA file; `alpha` is divided by each adapter's rank, as in PEFT."""
+    """Return the key-values of a LoRA file; readers divide `alpha` by each adapter's rank, as PEFT does."""
     return {
         "general.architecture": architecture,
         "general.type": "adapter",
@@ -81,7 +81,7 @@ def file_layout(
     """Lay out the file: its header, and every tensor's place.
 
     Args:
-        quantized: type and shape [out, in] of the tensors that hold blocks; the others are plain.
+        quantized: type and shape [out, in] of the tensors that consist of blocks; the others are plain.
         values: str, float, int and list values by key, with `general.architecture`. Empty lists are left out.
     """
     kinds = {tensor.name: quantized.get(tensor.name) or (_PLAIN[tensor.dtype], tensor.shape) for tensor in tensors}
@@ -98,20 +98,20 @@ def _header(
     kinds: Mapping[str, tuple[GgmlType, tuple[int, ...]]],
     values: Mapping[str, Any],
 ) -> bytes:
-    """Everything before the data: magic, key-values and tensor table, padded to the alignment."""
+    """Return everything before the data: magic, key-values and tensor table, padded to the alignment."""
     writer = gguf.GGUFWriter(None, values[_ARCHITECTURE])
     for key, value in values.items():
-        if key == _ARCHITECTURE or value == []:  # the writer has the one already, and refuses the other
+        if key == _ARCHITECTURE or value == []:  # the writer has added the first already, and refuses the second
             continue
-        # Given the type of a list's items, the writer does not look at every one of them for it.
+        # If the type of a list's items is given, the writer does not inspect each of them.
         items = GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
         writer.add_key_value(key, value, _VALUE_TYPES[type(value)], items)
     for tensor in tensors:
         kind, shape = kinds[tensor.name]
-        # The numpy type does not matter where the ggml type is given, unless it is uint8.
+        # The numpy type is not used if the ggml type is given, unless it is uint8.
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
     buffer = io.BytesIO()
-    output: Any = writer  # the writer wants a file on disk; given an open one, it takes that
+    output: Any = writer  # the writer opens a file on disk unless it already has an open one
     output.fout, output.state = [buffer], WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -9,9 +9,9 @@ A row is a sequence of blocks of 32 weights:
 | Q8_0 (8 bits, symmetric) | d float16, 32 bytes of codes as int8 | d · (code - 128) |
 
 Byte j of the 4-bit codes holds weight j in its low half and weight j + 16 in its high half. Values are float32. Vectors
-are stored in float32, other tensors as they are. Names are those of the gguf package; rows of Llama's queries and keys
-are reordered, because ggml rotates neighbouring elements where transformers rotates halves.
-`loftq_init/adapter.gguf` is the adapter once more, for llama.cpp.
+are stored in float32, other tensors unchanged. Names are those of the gguf package; rows of Llama's queries and keys
+are reordered, because ggml rotates neighbouring elements and transformers rotates halves.
+`loftq_init/adapter.gguf` is a copy of the adapter for llama.cpp.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from loftq_cli.formats.gguf import BLOCK as _BLOCK
 from loftq_cli.formats.gguf import FILE, LORA_FILE
 from loftq_cli.formats.gguf.file import GgmlType, adapter_values, file_layout, model_values
 from loftq_cli.formats.gguf.vocabulary import vocabulary_values
-from loftq_cli.formats.refusals import INSTEAD, integers_only
+from loftq_cli.formats.refusals import INSTEAD, exclude, integers_only
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.tensorfile.tensors import OutputTensor, TensorFile
 
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _REORDERED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
-_QWEN3_HEAD = 128  # transformers' loader reads no other from the file
+_QWEN3_HEAD = 128  # transformers' loader does not read other sizes from the file
 
 
 class GgufFormat(FormatDefaults):
@@ -61,28 +61,29 @@ class GgufFormat(FormatDefaults):
         config = request.config
         kind = config.get("model_type")
         if kind not in _MODEL_TYPES:
-            return f"it is written for {', '.join(_MODEL_TYPES)} models alone, not for '{kind}': {INSTEAD}"
+            return f"it supports {', '.join(_MODEL_TYPES)} models only, not '{kind}': {INSTEAD}"
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            return f"transformers reads no scaled rotary positions from it: {INSTEAD}"
+            return f"transformers cannot read scaled rotary positions from it: {INSTEAD}"
         if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
             return f"its Llama has no biases: {INSTEAD}"
         if kind == "qwen3" and config.get("head_dim", _QWEN3_HEAD) != _QWEN3_HEAD:
-            return f"transformers reads no other head size than {_QWEN3_HEAD} from it: {INSTEAD}"
+            return f"transformers can only read a head size of {_QWEN3_HEAD} from it: {INSTEAD}"
         return None
 
     def grid(self, request: GridRequest) -> Grid | Refusal:
         if refusal := integers_only(request):
             return refusal
         if request.bits not in (4, 8):
-            reason = f"it has no blocks of {request.bits} bits with free scales: take 4 or 8 bits"
+            reason = f"it has no blocks of {request.bits} bits with free scales: use 4 or 8 bits"
             return Refusal(f"{reason}, or {INSTEAD}", fatal=True)
         if request.bits == 8 and request.symmetric is False:
             return Refusal(f"its 8-bit blocks are symmetric: drop --asymmetric, or {INSTEAD}", fatal=True)
         if request.block_size != _BLOCK:
-            return Refusal(f"its blocks have {_BLOCK} weights: give --group-size {_BLOCK}, or {INSTEAD}", fatal=True)
+            return Refusal(f"its blocks have {_BLOCK} weights: use --group-size {_BLOCK}, or {INSTEAD}", fatal=True)
         if not request.group_divides:
-            return Refusal(f"blocks of {_BLOCK} do not divide rows of {request.in_features}: {INSTEAD}", fatal=True)
+            reason = f"blocks of {_BLOCK} do not divide rows of {request.in_features}"
+            return Refusal(f"{reason}: leave it out with {exclude(request.module)}, or {INSTEAD}", fatal=True)
         half, single = torch.float16, torch.float32
         zero: Zero = "none" if request.symmetric else "float"
         return AffineGrid(request.bits, _BLOCK, zero, half, single, zero_dtype=half, scale_rule=request.scale_rule)
@@ -171,7 +172,7 @@ class GgufFormat(FormatDefaults):
 
 
 def tensor_name(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
+    """Convert `model.layers.3.self_attn.q_proj.weight` to `blk.3.attn_q.weight`.
 
     Raises:
         LoftqError: GGUF has no such tensor.
@@ -180,24 +181,24 @@ def tensor_name(name: str) -> str:
     layer = re.search(r"\.(\d+)\.", stem)
     found = _names().get_name(stem if layer is None else stem.replace(layer[0], ".0.", 1))
     if found is None:
-        raise LoftqError(f"{name} has no place in a GGUF file: {INSTEAD}.")
+        raise LoftqError(f"{name} cannot be stored in a GGUF file: {INSTEAD}.")
     return f"{found if layer is None else found.replace('.0.', layer[0], 1)}.{leaf}"
 
 
 @lru_cache(maxsize=1)
 def _tensors_of(file: Path, changed: int) -> dict[str, Any]:
-    """The tensors of a file as it was at the time `changed`; reading its vocabulary takes seconds, so it is cached."""
+    """Return a file's tensors as of the time `changed`; reading its vocabulary takes seconds, so this is cached."""
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
 @cache
 def _names() -> Any:
-    """The gguf package's own names, of one layer; Qwen3 has every tensor of the models that are written."""
+    """Return the gguf package's own names for one layer; Qwen3 has every tensor of the supported models."""
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what it leaves to its model type's defaults."""
+    """Return config.json, completed with the defaults of its model type."""
     from transformers import AutoConfig
 
     return {**AutoConfig.for_model(**config).to_dict(), **config}
@@ -210,7 +211,7 @@ def _type(matrix: QuantizedMatrix) -> GgmlType:
 
 
 def _block_bytes(matrix: QuantizedMatrix) -> int:
-    """Bytes of a block of 32 weights."""
+    """Return the number of bytes in a block of 32 weights."""
     _, size = gguf.GGML_QUANT_SIZES[_type(matrix)]
     return size
 

@@ -1,4 +1,4 @@
-"""`gptq` and `gptq-v2`: what GPTQ loaders read (transformers with optimum and gptqmodel, serving engines).
+"""`gptq` and `gptq-v2`, for GPTQ loaders (transformers with optimum and gptqmodel, serving engines).
 
 For a linear layer at on-disk path P with K inputs and N outputs:
 
@@ -9,8 +9,8 @@ For a linear layer at on-disk path P with K inputs and N outputs:
 | `P.scales` | float16 | [groups, N] |
 | `P.g_idx` | int32 | [K], the group of each input |
 
-Q = scale · (code - zero), rounded to float16, whatever the model's dtype is, and then to that. Zero points from 1 on
-fit both layouts. Symmetric checkpoints have the zero 2**(bits - 1) everywhere.
+Q = scale · (code - zero), rounded to float16 whatever the model's dtype is, and then to the model's dtype. Zero points
+from 1 fit both layouts. Symmetric checkpoints have the zero 2**(bits - 1) everywhere.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class GptqFormat(FormatDefaults):
     def __init__(self, name: str, checkpoint_format: str, stored_less: int) -> None:
         self.name = name
         self._checkpoint_format = checkpoint_format
-        self._stored_less = stored_less  # what is subtracted from a zero point before it is stored
+        self._stored_less = stored_less  # subtracted from a zero point before it is stored
 
     def refuse(self, matrices: Sequence[QuantizedMatrix], request: Request) -> str | None:
         if request.task_type != "CAUSAL_LM":
-            return f"its loaders know the blocks of decoder-only language models alone: {INSTEAD}"
+            return f"its loaders support decoder-only language models only: {INSTEAD}"
         if len({matrix.grid for matrix in matrices}) > 1:
             return f"it has one bit width and group size for all matrices: {INSTEAD}"
         return None
@@ -64,13 +64,13 @@ class GptqFormat(FormatDefaults):
         if refusal := integers_only(request):
             return refusal
         if request.kind in ("embedding", "head"):
-            return Refusal(f"its loaders leave embeddings and heads alone: {INSTEAD}", fatal=True)
+            return Refusal(f"its loaders do not quantize embeddings and heads: {INSTEAD}", fatal=True)
         if not _IN_BLOCK.fullmatch(request.module):
-            return Refusal("GPTQ loaders quantize a decoder's blocks alone", fatal=False)
+            return Refusal("GPTQ loaders quantize only the blocks of a decoder", fatal=False)
         if refusal := whole_groups(request):
             return refusal
         if request.in_features % _WORD or request.out_features % _WORD:
-            return Refusal(f"its words need multiples of {_WORD} rows and columns: {INSTEAD}", fatal=True)
+            return Refusal(f"words of {self.name} need multiples of {_WORD} rows and columns", fatal=False)
         half = torch.float16
         zero: Zero = "none" if request.symmetric else "integer"
         return AffineGrid(
@@ -140,7 +140,7 @@ class GptqFormat(FormatDefaults):
 
 
 def _listed(matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str]) -> list[str]:
-    """Names that catch the quantized modules and no other, as ends of paths: short ones where every block is alike."""
+    """Return suffixes of paths that match exactly the quantized modules: short ones if all blocks are alike."""
     short = sorted({match[1] for matrix in matrices if (match := _IN_BLOCK.fullmatch(matrix.module))})
     if not any(module.endswith(name) for module in dense_linears for name in short):
         return short

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
 
 QUANT_METHOD = "loftq"
-CONFIG_VERSION = 2  # brought integers and levels of the matrices' own; without either 1 is written
+CONFIG_VERSION = 2  # added integers and per-matrix levels; without either, 1 is written
 SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
 _QUANTIZES = "end_to_end/test_quantize.py::test_small_llama"
 
@@ -36,7 +36,7 @@ PACKED = Container(
     ),
     needs=("loftq-cli[train]",),
     loading=Loading(
-        before=("import loftq_cli.runtime  # teaches transformers the packed layers",),
+        before=("import loftq_cli.runtime  # registers the packed layers with transformers",),
         layer_scales=SCALE_NAMES,
         tensor_scales=(".absmax",),  # of stacked experts
     ),

@@ -6,20 +6,21 @@ For a linear layer at on-disk path P:
 |---|---|---|
 | `P.weight` | uint8 | [out, ceil(in * bits / 8)], each row a bit stream of codes, least significant bit first |
 | `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)], codebooks only; may be negative |
-| `P.weight_levels` | float32 | [2**bits], only where each matrix has levels of its own (`fitted`) |
+| `P.weight_levels` | float32 | [2**bits], only if each matrix has its own levels (`fitted`) |
 | `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
 | `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
 
 A tensor X that stacks the matrices of all experts keeps its name; its codes are [experts, out, ...] whatever the order
-of the source, and its scales are `X.absmax`. Experts, and what else PEFT adapts as a parameter and not as a module, are
-dequantized when they are loaded: `parameters` in config.json, with the width of their rows, and whether the
-checkpoint's own order is [..., in, out]. They have codebooks, and no levels of their own.
-Integers under QA-LoRA are not rounded to the model's dtype (`value_dtype`: float32): their zeros take up an adapter.
+in the source, and its scales are `X.absmax`. Experts, and other weights that PEFT adapts as parameters and not as
+modules, are dequantized when they are loaded: `parameters` in config.json has the width of their rows, and whether the
+checkpoint's own order is [..., in, out]. They use codebooks without per-matrix levels.
+With QA-LoRA, integers are not rounded to the model's dtype (`value_dtype`: float32), so that an adapter can be added to
+their zeros.
 
 Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
-Q = round(code * scale + zero). Products and sums are taken in float32, with one rounding to the model's dtype. Levels,
-bits, sizes and module paths stand in config.json; JSON's shortest decimals give float32 back exactly. `fitted` levels
-are tensors instead, since everything in config.json is known before a weight is read.
+Q = round(code * scale + zero). Products and sums are computed in float32, with one rounding to the model's dtype.
+Levels, bits, sizes and module paths are in config.json; JSON's shortest decimals reproduce float32 exactly. `fitted`
+levels are tensors instead, because everything in config.json is known before a weight is read.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_row
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 _NO_TABLE = Refusal(
-    "weights dequantized while loading are packed with the levels of a codebook only: use --format dense, or drop "
-    "--levels fitted and --data-type int",
+    "weights that are dequantized while loading can only be packed with a codebook's own levels: use --format dense, "
+    "or drop --levels fitted and --data-type int",
     fatal=True,
 )
 
@@ -114,7 +115,7 @@ class PackedFormat(FormatDefaults):
         return dequantize(self.unpack(matrix, read), matrix.grid)
 
     def unpack(self, matrix: QuantizedMatrix, read: Callable[[str], Tensor]) -> Quantized:
-        """Codes, scales and zeros as `encode` was given them."""
+        """Return codes, scales and zeros as they were passed to `encode`."""
         weight, *others = self.tensors(matrix)
         codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
         first, second = [*(read(tensor.name).float() for tensor in others), None][:2]
@@ -130,7 +131,7 @@ class PackedFormat(FormatDefaults):
         dtype: torch.dtype,
         request: Request = ANY_REQUEST,
     ) -> dict[str, Any]:
-        # In the order of the model; all experts of a parameter share a grid and are named once.
+        # In the model's order; all experts of a parameter share a grid and are listed once.
         groups: dict[Grid, tuple[list[str], dict[str, dict[str, Any]]]] = {}
         for matrix in matrices:
             modules, parameters = groups.setdefault(matrix.grid, ([], {}))

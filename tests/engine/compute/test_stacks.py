@@ -59,7 +59,7 @@ def test_the_model_is_the_one_that_matrices_alone_give(
     name: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if form == "bnb" and name != "llama":
-        pytest.skip("bitsandbytes holds no experts")
+        pytest.skip("bitsandbytes cannot hold experts")
     source = saved(name).folder
     alone = loftq_cli.quantize(source, output=tmp_path / "alone", format=form, **RECIPE)
     spy: Spy = request.getfixturevalue("together")

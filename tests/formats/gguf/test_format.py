@@ -11,10 +11,11 @@ import torch
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.base import DTYPES, GridRequest, QuantizedMatrix
 from loftq_cli.formats.gguf.format import FILE, LORA_FILE, tensor_name
+from loftq_cli.formats.gguf.vocabulary import vocabulary_values
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.grids.grid import dequantize
 
@@ -148,7 +149,7 @@ def test_the_lora_file_is_the_adapter_once_more(tmp_path: Path) -> None:
         ({"bits": 2}, "no blocks of 2 bits"),
         ({"bits": 4, "group_size": 64}, "--group-size 32"),
         ({"bits": 8, "symmetric": False}, "drop --asymmetric"),
-        ({"bits": 4, "data_type": "nf"}, "no 'nf' levels"),
+        ({"bits": 4, "data_type": "nf"}, "not 'nf' levels"),
         ({"bits": 4, "double_quant": True}, "--format bnb"),
     ],
 )
@@ -158,7 +159,7 @@ def test_what_gguf_cannot_hold_is_refused(recipe: dict, words: str, random_llama
 
 
 def test_models_gguf_is_not_written_for_are_refused(minilm: Path) -> None:
-    with pytest.raises(UsageError, match=r"not for 'bert'.*--format packed"):
+    with pytest.raises(UsageError, match=r"only, not 'bert'.*--format packed"):
         loftq_cli.plan(minilm, bits=4, format="gguf")
 
 
@@ -185,6 +186,34 @@ def tokenizer_file(kind: str, size: int, path: Path) -> None:
     content = json.loads((path / "tokenizer.json").read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
     (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_tokens_without_an_embedding_row_are_left_out(tmp_path: Path) -> None:
+    """A [PAD] that was added without resizing the embedding; GGUF has one token for each row."""
+    source = make_model("Llama", torch.float32, tmp_path / "source", vocab_size=300)
+    tokenizer_file("byte-level", 300, source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    added = {**content["added_tokens"][0], "content": "[PAD]"}
+    content["added_tokens"] += [{**added, "id": 300}, {**added, "id": 10**12}, {**added, "id": -1}]
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    loftq_cli.quantize(source, output=tmp_path / "out", bits=4, format="gguf", rank=4, iters=1)
+    tokens = gguf.GGUFReader(tmp_path / "out" / FILE).fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 300 and "[PAD]" not in tokens
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    source = make_model("Llama", torch.float32, tmp_path / "source", vocab_size=290)
+    tokenizer_file("byte-level", 300, source)
+    with pytest.raises(
+        LoftqError, match=r"tokenizer.json gives the token .* the number 290, .* only 290 embedding rows"
+    ):
+        loftq_cli.plan(source, output=tmp_path / "out", bits=4, format="gguf")
+
+
+@pytest.mark.parametrize("vocab", [[["a", 0]], {"a": "0"}, {"a": None}, None])
+def test_an_odd_vocabulary_is_left_out(vocab: object) -> None:
+    tokenizer = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}
+    assert vocabulary_values(json.dumps(tokenizer).encode(), {"vocab_size": 4}) == {}
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])

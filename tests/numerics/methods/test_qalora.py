@@ -143,7 +143,7 @@ def test_zero_start(random_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"group_size": 128}, "no whole number of groups of 128"),
+        ({"group_size": 128}, "not a multiple of the group size 128"),
         ({"group_size": -1}, "--group-size 32"),
         ({"data_type": "nf"}, "asymmetric integers"),
         ({"symmetric": True}, "asymmetric integers"),

@@ -1,4 +1,4 @@
-"""The judgement on one tensor of a known model: what kind of matrix it is, and why it may have to stay as it is."""
+"""Classify one tensor of a known model: the kind of matrix, and the reason to keep it in full precision, if any."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "conv1d", "head", "embedding", "expert", "other"]
 
 
-def judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tuple[Kind, Reason | None]:
-    """The kind of a known tensor that is no expert's, and why it has to stay in full precision; None if it need not."""
+def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tuple[Kind, Reason | None]:
+    """Return the kind of a tensor that is not an expert's, and the reason to keep it in full precision, if any."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -26,21 +26,22 @@ def judge(view: ModelView, name: RuntimeName, path: str, parameter: str) -> tupl
     if name.merged or parameter != "weight" or not isinstance(module, nn.Linear | Conv1D):
         table = parameter == "weight" and path in view.embedding and not name.merged
         if table and isinstance(module, nn.Embedding):
-            keep = _why_embedding(module) or _float32(view, name) or _read(view, path)
+            keep = _embedding_reason(module) or _float32(view, name) or _read_directly(view, path)
             tied = None if keep is None and _ties_are_plain(view, name) else _tied(view, name)
             return "embedding", tied or keep
-        return "other", _why_other(view, name, path, parameter)
-    keep = _tied(view, name) or _why_linear(view, name, path) or _float32(view, name) or _read(view, path)
+        return "other", _other_reason(view, name, path, parameter)
+    keep = _tied(view, name) or _linear_reason(view, path) or _float32(view, name) or _read_directly(view, path)
     if path in view.heads:
         return "head", keep
-    outside = view.base and not path.startswith(view.base)
-    if keep is None and (outside or rules.TASK_HEAD_NAME.match(path)):
+    if keep is None and rules.TASK_HEAD_NAME.match(path):
         keep = Reason(Why.TASK_HEAD)
+    elif keep is None and view.base and not path.startswith(view.base):
+        keep = Reason(Why.OUTSIDE_BASE)
     return "conv1d" if isinstance(module, Conv1D) else "linear", keep
 
 
-def why_expert(view: ModelView, name: RuntimeName, expert: Expert | None) -> Reason | None:
-    """Why a tensor of experts has to stay in full precision; `expert` is of `find_expert`."""
+def expert_reason(view: ModelView, name: RuntimeName, expert: Expert | None) -> Reason | None:
+    """Return the reason to keep a tensor of experts in full precision, if any; `expert` comes from `find_expert`."""
     return _tied(view, name) or _float32(view, name) or (None if expert else Reason(Why.REARRANGED))
 
 
@@ -50,7 +51,7 @@ def _tied(view: ModelView, name: RuntimeName) -> Reason | None:
 
 
 def _ties_are_plain(view: ModelView, name: RuntimeName) -> bool:
-    """True if all that share a table look it up or multiply by it, as packed layers do."""
+    """True if every module that shares a table looks rows up or multiplies by it, as packed layers do."""
     from torch import nn
 
     sharing = view.sharing(name.key or "")
@@ -67,12 +68,12 @@ def _float32(view: ModelView, name: RuntimeName) -> Reason | None:
     return Reason(Why.FLOAT32) if view.float32 and view.float32.search(name.key or "") else None
 
 
-def _read(view: ModelView, path: str) -> Reason | None:
+def _read_directly(view: ModelView, path: str) -> Reason | None:
     return Reason(Why.READ_DIRECTLY, view.readers[path]) if path in view.readers else None
 
 
-def _why_linear(view: ModelView, name: RuntimeName, path: str) -> Reason | None:
-    """Reasons that lie in the Linear itself: it routes, or its forward is not x @ W.T + b."""
+def _linear_reason(view: ModelView, path: str) -> Reason | None:
+    """Return a reason that lies in the Linear itself: it is a router, or its forward is not x @ W.T + b."""
     from torch import nn
 
     if is_router(view, path):
@@ -83,8 +84,8 @@ def _why_linear(view: ModelView, name: RuntimeName, path: str) -> Reason | None:
     return Reason(Why.CUSTOM_MODULE, cls.__name__) if custom else None
 
 
-def _why_embedding(module: nn.Embedding) -> Reason | None:
-    """A packed table gives its rows as they are; some models scale them in a forward of their own."""
+def _embedding_reason(module: nn.Embedding) -> Reason | None:
+    """Return a reason if the table does more than look rows up, which is all that a packed table does."""
     from torch import nn
 
     plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
@@ -92,7 +93,7 @@ def _why_embedding(module: nn.Embedding) -> Reason | None:
 
 
 def is_router(view: ModelView, path: str) -> bool:
-    """True if a module decides between experts, or lies inside one that does."""
+    """True if a module chooses between experts, or is inside one that does."""
     parts = path.split(".")
     around = (view.modules[".".join(parts[:length])] for length in range(1, len(parts) + 1))
     if any(rules.ROUTER_CLASS.search(type(module).__name__) for module in around):
@@ -101,8 +102,8 @@ def is_router(view: ModelView, path: str) -> bool:
     return parts[-1].endswith("router") or (parts[-1] in rules.ROUTER_NAMES and hasattr(parent, "experts"))
 
 
-def _why_other(view: ModelView, name: RuntimeName, path: str, parameter: str) -> Reason:
-    """The reason for a tensor that is no Linear's, Conv1D's or embedding table's weight."""
+def _other_reason(view: ModelView, name: RuntimeName, path: str, parameter: str) -> Reason:
+    """Return the reason for a tensor that is not the weight of a Linear, a Conv1D or the input embedding."""
     from torch import nn
 
     module, key = view.modules[path], name.key or ""
