@@ -115,7 +115,7 @@ class _Ranges(io.RawIOBase):
             first = self._at - self._tail_start
             view[:count] = self._tail[first : first + count]
         elif count:
-            view[:count] = self._file.read(self._at, count).numpy().data
+            self._file.read_into(self._at, torch.frombuffer(view[:count], dtype=torch.uint8))
         self._at += count
         return count
 

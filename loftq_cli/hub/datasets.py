@@ -61,7 +61,11 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
 def _choose(names: Iterable[str], place: str, suffixes: tuple[str, ...]) -> str | None:
     """Return the first file by name, from the training split if there is one."""
     here = sorted(
-        file for file in names if file.endswith(suffixes) and (not place or f"{file}/".startswith(f"{place}/"))
+        file
+        for file in names
+        if file.endswith(suffixes)
+        and (not place or f"{file}/".startswith(f"{place}/"))
+        and not {"", ".", ".."} & set(file.split("/"))  # a name that would lie outside of the cache
     )
     texts = [file for file in here if not file.rpartition("/")[2].startswith(("README", "dataset_info"))]
     training = [file for file in texts if _TRAINING.search(file[len(place) :])]

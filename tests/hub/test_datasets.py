@@ -20,6 +20,7 @@ FILES = {
     "raw/train-00001.txt": b"second of the training",
     "other/all.jsonl": b'{"text": "a record"}\n{"question": "q", "answer": "a"}\n',
     "pictures/train.png": b"",
+    "pictures/../../train.txt": b"outside",
 }
 
 

@@ -31,6 +31,9 @@ from loftq_cli.hub.retry import Attempts, CutShort, HubModel, limit_library_wait
 _CHUNK = 16 << 20
 _CONNECTIONS = 4  # one connection seldom uses the full bandwidth
 _TIMEOUT = 30.0  # seconds without data
+_PROGRESS = (
+    256 << 10
+)  # bytes after which failures are counted anew; more than a slow transfer has before it is given up
 _SLOW, _SLOWEST = 120.0, 1000  # a transfer is given up if, after these seconds, it has fewer bytes per second
 
 
@@ -92,7 +95,8 @@ class RemoteFile:
 
     def _fill(self, start: int, target: memoryview) -> None:
         """Read into `target`; after a failure, continue after the last byte received."""
-        done, tried = 0, Attempts(stop=self.stop)
+        done = mark = 0
+        tried = Attempts(stop=self.stop)
         while done < len(target):
             limit_library_waits()
             try:
@@ -102,7 +106,7 @@ class RemoteFile:
                         piece = piece[: len(target) - done]
                         target[done : done + len(piece)] = piece
                         done += len(piece)
-                        if piece:
+                        if done - mark >= _PROGRESS:
                             tried.progressed()
                         if done == len(target):  # more may come from a host that ignores ranges
                             return
@@ -111,6 +115,7 @@ class RemoteFile:
                             raise CutShort(f"the transfer of {self.where} is slower than {_SLOWEST} bytes per second")
                 raise CutShort(f"the transfer of {self.where} was interrupted")
             except Exception as error:
+                mark = done
                 tried.failed(error)
 
     @contextmanager
