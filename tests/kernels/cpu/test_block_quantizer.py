@@ -141,7 +141,7 @@ def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "loftq_cli.kernels.cpu.block_quantizer", None)  # what a missing numba looks like
     kernels._compiled_quantizers.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="plain torch takes over"):
+        with pytest.warns(UserWarning, match="using plain torch instead"):
             assert isinstance(block_quantizer(grid(2), "cpu"), BlockQuantizer)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -197,7 +197,7 @@ def test_without_the_compiler_plain_torch_takes_over_with_a_warning(monkeypatch:
     monkeypatch.delattr(kernels, "cpu", raising=False)
     kernels._compiled_quantizers.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="plain torch takes over"):
+        with pytest.warns(UserWarning, match="using plain torch instead"):
             assert isinstance(kernels.block_quantizer(grid(2), "cpu"), BlockQuantizer)
     finally:
         kernels._compiled_quantizers.cache_clear()

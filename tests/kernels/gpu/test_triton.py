@@ -143,7 +143,7 @@ def test_plain_torch_takes_over_with_one_warning(grid: Any, monkeypatch: pytest.
     for cached in caches:
         cached.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"the Triton .* on cuda is not available .* plain torch takes over"):
+        with pytest.warns(UserWarning, match=r"the Triton .* on cuda is not available .* using plain torch instead"):
             assert isinstance(block_quantizer(grid, "cuda"), (BlockQuantizer, AffineQuantizer))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
