@@ -1,4 +1,4 @@
-"""Real checkpoints and tiny ones that several test files use."""
+"""Checkpoints, real and tiny, that several test files use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def small_llama() -> Path:
-    """A small trained Llama (bfloat16, several shards): a better one outside the project if it is there, or our own."""
+    """A small trained Llama (bfloat16, several shards): a larger one outside the project if there is one, or ours."""
     from support.trained_llama import CHECKPOINT
 
     path = SHARED / "models" / "tiny-llama"
@@ -37,7 +37,7 @@ def small_llama() -> Path:
 
 @pytest.fixture(scope="session")
 def wikitext() -> str:
-    """English that `small_llama` has not seen: WikiText-2's validation text beside the better one, or our own."""
+    """English text that `small_llama` was not trained on: WikiText-2's validation text for the larger one, or ours."""
     from support.trained_llama import held_out_text
 
     path = SHARED / "data" / "wikitext2-valid.txt"
@@ -46,7 +46,7 @@ def wikitext() -> str:
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama (float32, one shard), for everything that asks for no trained weights."""
+    """A random two-layer Llama (float32, one shard), for tests that do not need trained weights."""
     from support.handmade import two_layer_llama
 
     path = tmp_path_factory.mktemp("random") / "llama"
@@ -56,6 +56,6 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub that this process's huggingface_hub talks to, with an empty cache and nobody logged in."""
+    """A local Hub for this process's huggingface_hub, with an empty cache and nobody logged in."""
     with HubServer() as server, talking_to(server, tmp_path / "home", monkeypatch):
         yield server

@@ -1,4 +1,4 @@
-"""Fast versions of the numerics, each beside a plain-torch twin in `loftq_cli.numerics`."""
+"""Fast versions of the numerics; each has a plain-torch twin in `loftq_cli.numerics`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from loftq_cli.numerics.quantizers.protocols import Quantizer
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
-    """The fastest quantizer of a grid on a device: compiled on the CPU and on NVIDIA and AMD GPUs, which torch both
-    calls `cuda`; plain torch elsewhere. Compiled ones give the bits of plain torch on a CPU."""
+    """Return the fastest quantizer of a grid on a device.
+
+    It is compiled on the CPU and on NVIDIA and AMD GPUs (torch calls both `cuda`), and plain torch elsewhere. Compiled
+    quantizers compute the same bits as plain torch on a CPU.
+    """
     device = torch.device(device)
     compiled = _compiled_quantizers() if device.type == "cpu" else None
     if isinstance(grid, AffineGrid):
         groups = _groups_on_gpu(device) if device.type == "cuda" else compiled.groups if compiled else None
         return AffineQuantizer(grid) if groups is None else groups(grid)
-    if grid.nested:  # such scales are known only when all blocks are
+    if grid.nested:  # such scales are known only once all blocks are
         return BlockQuantizer(grid)
     blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
     return BlockQuantizer(grid) if blocks is None else blocks(grid)
 
 
 def load_kernels(grids: Iterable[Grid], device: torch.device) -> None:
-    """Import, and on first use compile, what `block_quantizer` will give, so that the first matrices need not wait."""
+    """Import, and on first use compile, what `block_quantizer` will return, so that no matrix has to wait."""
     for grid in grids:
         block_quantizer(grid, device)
 
@@ -46,7 +49,7 @@ class _Compiled:
 
 @cache
 def _compiled_quantizers() -> _Compiled | None:
-    """The compiled quantizers' classes, or None, with one warning, where numba is missing or does not work here."""
+    """Return the compiled quantizers' classes, or None, with one warning, if numba is missing or does not work here."""
     try:
         from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
         from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
@@ -55,7 +58,7 @@ def _compiled_quantizers() -> _Compiled | None:
         CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
             trial, trial
         )
-    except Exception as error:  # whatever a compiler may raise: the plain twin always works
+    except Exception as error:  # a compiler may raise anything, and the plain twin always works
         _warn("compiled quantizer", error, "several times slower")
         return None
     return _Compiled(CompiledQuantizer, CompiledAffineQuantizer)
@@ -63,15 +66,15 @@ def _compiled_quantizers() -> _Compiled | None:
 
 @cache
 def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | None:
-    """The Triton quantizer's class, or None, with one warning, where it does not work on this device."""
+    """Return the Triton quantizer's class, or None, with one warning, if it does not work on this device."""
     try:
         from loftq_cli.kernels.gpu.block_quantizer import TritonQuantizer
 
         grid = BlockGrid(codebook("nf", 4), 64, "flat", torch.float32, torch.bfloat16)
         _check(TritonQuantizer(grid), BlockQuantizer(grid), device)
     except torch.OutOfMemoryError:
-        raise  # which does not tell whether it works
-    except Exception as error:  # whatever a compiler or a driver may raise
+        raise  # this does not mean that the quantizer fails
+    except Exception as error:  # a compiler or a driver may raise anything
         _warn(f"Triton quantizer of blocks on {device}", error, "slower")
         return None
     return TritonQuantizer
@@ -79,7 +82,7 @@ def _blocks_on_gpu(device: torch.device) -> Callable[[BlockGrid], Quantizer] | N
 
 @cache
 def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | None:
-    """The same for integer groups."""
+    """Do the same for integer groups."""
     try:
         from loftq_cli.kernels.gpu.integer_quantizer import TritonAffineQuantizer
 
@@ -94,19 +97,19 @@ def _groups_on_gpu(device: torch.device) -> Callable[[AffineGrid], Quantizer] | 
 
 
 def _check(quantizer: Quantizer, plain: Quantizer, device: torch.device) -> None:
-    """A short trial.
+    """Compare a quantizer with its plain twin on a small matrix.
 
     Raises:
-        ArithmeticError: the device's numbers are not those of plain torch on a CPU.
+        ArithmeticError: the device's results differ from those of plain torch on a CPU.
     """
     trial = torch.linspace(-1, 1, 130).square().reshape(2, 65)
     residual = quantizer.quantize_residual(trial.to(device), trial.to(device)).residual
     if not torch.equal(residual.cpu(), plain.quantize_residual(trial, trial).residual):
-        raise ArithmeticError("its numbers are not those of plain torch")
+        raise ArithmeticError("its results differ from those of plain torch")
 
 
 def _warn(what: str, error: Exception, slower: str) -> None:
     warnings.warn(
-        f"the {what} is not available ({type(error).__name__}: {error}); plain torch takes over, which is {slower}",
+        f"the {what} is not available ({type(error).__name__}: {error}); using plain torch instead, which is {slower}",
         stacklevel=4,
     )

@@ -11,7 +11,7 @@ TEXT = " ".join(f"w{(i * i + 3 * i) % 91}" for i in range(300))
 
 
 def llama(folder: Path) -> Path:
-    """A random Llama with a tokenizer."""
+    """Save a random Llama with a tokenizer, and return its folder."""
     saved("llama").model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

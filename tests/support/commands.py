@@ -1,4 +1,4 @@
-"""Run the command line as a user does."""
+"""Run commands as a user does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def loftq(*words: object, code: int = 0):
 
 
 def sentence(result) -> str:
-    """The one line an error prints."""
+    """Return the single line that an error prints."""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("loftq: ") and "Traceback" not in result.output, result.stderr
     return lines[0]

@@ -40,7 +40,7 @@ class Family:
     dummy_inputs: Callable[[PreTrainedModel], Inputs]
 
     def __call__(self) -> PreTrainedModel:
-        """Builds the model in float32 and evaluation mode; the same weights every time."""
+        """Build the model in float32 and evaluation mode, with the same weights every time."""
         cls = getattr(transformers, self.model_class)
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
@@ -81,7 +81,7 @@ def _llava_inputs(model: PreTrainedModel) -> Inputs:
 
 
 def _patches_and_text(model: PreTrainedModel) -> Inputs:
-    """Qwen2-VL takes flat patches: 4 x 4 of them, which its merger makes 2 x 2 tokens."""
+    """Qwen2-VL takes flat patches: 4 x 4 of them, which its merger turns into 2 x 2 tokens."""
     vision = model.config.vision_config
     ids = torch.tensor([[5, *[IMAGE_TOKEN] * 4, 41, 8]])
     return {

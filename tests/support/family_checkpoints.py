@@ -35,12 +35,12 @@ class Saved:
 
 @functools.cache
 def saved(name: str) -> Saved:
-    """The checkpoint of one family."""
+    """Return the checkpoint of one family."""
     return save(FAMILIES[name](), Path(_ROOT.name) / name)
 
 
 def save(model: PreTrainedModel, folder: Path) -> Saved:
-    """Writes any model and reads its header back."""
+    """Write a model and read its header back."""
     model.save_pretrained(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

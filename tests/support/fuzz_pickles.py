@@ -1,4 +1,4 @@
-"""Pickles that want to do harm, as files torch would be asked to load."""
+"""Harmful pickles, as files that torch would be asked to load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# module, name and arguments of a call; {mark} is a file that must not come to be.
+# module, name and arguments of a call; {mark} is a file that must not be created.
 CALLS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("os", "system", ("touch '{mark}'",)),
     ("posix", "system", ("touch '{mark}'",)),
@@ -57,12 +57,12 @@ def _argument(value: object, mark: str) -> object:
 
 
 def _body(value: object) -> bytes:
-    """A value's opcodes without the header, the frame and the stop."""
+    """Return a value's opcodes without the header, the frame and the stop."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def call(rng: random.Random, mark: Path) -> bytes:
-    """Opcodes that call something, in one of the ways there are."""
+    """Return opcodes that call something, in one of the possible ways."""
     module, name, arguments = rng.choice(CALLS)
     values = _argument(arguments, str(mark))
     how = rng.randrange(5)
@@ -80,7 +80,7 @@ def call(rng: random.Random, mark: Path) -> bytes:
 
 
 def bombs(rng: random.Random) -> bytes:
-    """Little that claims to be a lot."""
+    """Return short data that claims to be large."""
     return rng.choice((
         b"]q\x00" + b"(" + b"h\x00" * 9 + b"e" * 1,
         b"".join(b"(" + b"h\x00" * 9 + b"lq\x00" for _ in range(20)),  # each list holds the last nine times
@@ -99,7 +99,7 @@ def bombs(rng: random.Random) -> bytes:
 
 
 def storage(rng: random.Random) -> bytes:
-    """A tensor whose storage or geometry lies."""
+    """Return a tensor whose storage or geometry is false."""
     count = rng.choice((4, -1, 2**20, 2**40, 2**62, 2**63 - 1))
     size, stride = rng.choice(
         (((2, 2), (2, 1)), ((2**31, 2**31), (0, 0)), ((-1, 4), (1, 1)), ((4,), (2**40,)), ((4,), (-1,)))
@@ -128,7 +128,7 @@ def storage(rng: random.Random) -> bytes:
 
 
 def hostile_pickle(rng: random.Random, mark: Path, damage: Callable[[random.Random, bytes], bytes]) -> bytes:
-    """A file: zip, of the old kind, or a bare pickle; with a state dict in which something is wrong."""
+    """Return a file (zip, legacy, or a bare pickle) with a damaged state dict."""
     inner = rng.choice((call, lambda r, _: bombs(r), lambda r, _: storage(r)))(rng, mark)
     around = rng.randrange(4)
     if around == 0:
@@ -150,7 +150,7 @@ def hostile_pickle(rng: random.Random, mark: Path, damage: Callable[[random.Rand
 
 
 def _legacy(body: bytes) -> bytes:
-    """Magic number, protocol and machine, then the object, then no storages."""
+    """Return magic number, protocol and machine, then the object, then no storages."""
     head = io.BytesIO()
     for value in (
         torch.serialization.MAGIC_NUMBER,
@@ -179,5 +179,5 @@ def _zip(rng: random.Random, body: bytes) -> bytes:
 
 
 def opcodes(data: bytes) -> list[str]:
-    """For looking at a case by hand."""
+    """Return the opcodes of a case, to look at it by hand."""
     return [opcode.name for opcode, _, _ in pickletools.genops(data)]

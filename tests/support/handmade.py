@@ -1,4 +1,4 @@
-"""Converted checkpoints written by hand (random adapters, no LoftQ), with the dense twin a loader must equal."""
+"""Converted checkpoints written by hand (random adapters, no LoftQ), and the dense twins that a loader must match."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write(
     task_type: str | None = None,
     data_type: str = "nf",
 ) -> Handmade:
-    """Quantize the picked modules of a tiny model and write what `loftq quantize` would, but for the LoftQ steps."""
+    """Quantize the chosen modules of a tiny model and write what `loftq quantize` would, without the LoftQ steps."""
     torch.manual_seed(1)
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
@@ -89,7 +89,7 @@ def write(
 
 
 def _names_on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Module path -> name of its weight in the file, by value: the weights are random."""
+    """Return module path -> name of its weight in the file, matched by value: the weights are random."""
     by_value = {tensor.cpu().float().numpy().tobytes(): name for name, tensor in tensors.items()}
     weights = [(path, module.weight) for path, module in model.named_modules() if hasattr(module, "weight")]
     values = {path: weight.detach().float().contiguous().numpy().tobytes() for path, weight in weights}
@@ -187,7 +187,7 @@ def tiny_llama(*, tied: bool = False, cls: str = "LlamaForCausalLM") -> PreTrain
 
 
 def two_layer_llama() -> PreTrainedModel:
-    """Wide enough for groups of 32 and 64, with fewer key than query heads and a head of its own."""
+    """Return a Llama wide enough for groups of 32 and 64, with fewer key than query heads and an untied head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def tiny_t5() -> PreTrainedModel:
 
 
 def aligned(model: nn.Module) -> nn.Module:
-    """Copy weights out of the mapped file: products differ in the last bit with the alignment of their factors."""
+    """Copy weights out of the mapped file: the last bit of a product depends on the alignment of its factors."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
@@ -247,7 +247,7 @@ def tokens() -> Tensor:
 
 
 def logits(model: nn.Module) -> Tensor:
-    """The first output for a fixed batch, without gradients."""
+    """Return the first output for a fixed batch, without gradients."""
     ids = tokens()
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():

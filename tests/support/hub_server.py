@@ -58,7 +58,7 @@ class Request:
 
 @dataclass
 class Failure:
-    """What happens to the next `times` requests that match.
+    """The fate of the next `times` requests that match.
 
     Attributes:
         path, range: regular expressions, found anywhere.
@@ -113,7 +113,7 @@ class HubServer:
         return _Hub, _Storage
 
     def add(self, name: str, files: Path | Mapping[str, bytes], **access: bool) -> Repo:
-        """A repository with one commit on `main`."""
+        """Create a repository with one commit on `main`."""
         if isinstance(files, Path):
             files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
         repo = self.repos[name] = Repo(**access)
@@ -121,11 +121,11 @@ class HubServer:
         return repo
 
     def fail(self, path: str, **how: object) -> None:
-        """Let requests whose path matches the regex `path` fail; see `Failure`."""
+        """Make requests fail whose path matches the regex `path`; see `Failure`."""
         self.failures.append(Failure(path, **how))  # type: ignore[arg-type]
 
     def requests(self, path: str = "", **like: str) -> list[Request]:
-        """Logged requests whose path matches and whose fields are as given."""
+        """Return the logged requests whose path matches and whose fields have the given values."""
         return [
             entry
             for entry in self.log
@@ -133,7 +133,7 @@ class HubServer:
         ]
 
     def sign(self, content: bytes) -> str:
-        """A link to `content` on the storage host."""
+        """Return a link to `content` on the storage host."""
         digest = hashlib.sha256(content).hexdigest()
         with self.lock:
             self.blobs[digest] = content
@@ -148,7 +148,7 @@ class HubServer:
 
 
 class _Handler(ABC, BaseHTTPRequestHandler):
-    """What both hosts share: log, failures, bodies and ranges."""
+    """The part common to both hosts: log, failures, bodies and ranges."""
 
     protocol_version = "HTTP/1.1"
     hub: HubServer
@@ -245,7 +245,7 @@ class _Hub(_Handler):
         yield rf"(?:/datasets)?/{name}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self._resolve
 
     def _open(self, action: Callable[[Repo, str, str, str], None], given: dict[str, str]) -> None:
-        """Who may see what, as the Hub answers it."""
+        """Refuse requests without permission, as the Hub does."""
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         name, revision = given["repo"], given.get("revision", "main")
         repo = self.hub.repos.get(name)
@@ -307,7 +307,7 @@ class _Storage(_Handler):
 
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:
-    """What a process needs in its environment to take `hub` for the Hub, without anybody's token."""
+    """Return the environment in which a process uses `hub` as the Hub, without a token."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
@@ -320,8 +320,8 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def talking_to(hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process's huggingface_hub takes `hub` for the Hub, with an empty cache and nobody logged in, and does not
-    pause between its attempts."""
+    """Make this process's huggingface_hub use `hub`, with an empty cache, nobody logged in, and no pauses between
+    attempts."""
     from huggingface_hub import close_session, constants, hf_api
 
     from loftq_cli.hub import retry

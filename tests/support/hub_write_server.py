@@ -1,8 +1,8 @@
 """The write side of the Hub on loopback: repositories, branches, pull requests, LFS objects and commits.
 
 with WriteHub() as hub:
-    hub.sever("/upload/", method="PUT", after=10_000)   # hang up in the middle of an upload
-    hub.fail("/commit/", method="POST", cut=0)           # commit, but lose the answer
+    hub.sever("/upload/", method="PUT", after=10_000)   # break the connection during an upload
+    hub.fail("/commit/", method="POST", cut=0)           # commit, but lose the response
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOW = "2030-01-02T03:04:05.000Z"
 
 @dataclass
 class User:
-    """Who a token belongs to, and the namespaces it may write to."""
+    """The owner of a token, and the namespaces it may write to."""
 
     name: str
     namespaces: frozenset[str]
@@ -54,7 +54,7 @@ class Severed:
 
 @dataclass
 class Writes:
-    """What the write side knows of one repository."""
+    """The write side's state of one repository."""
 
     pull_requests: list[PullRequest] = field(default_factory=list)
     messages: list[tuple[str, str]] = field(default_factory=list)  # ref, message; one for each commit
@@ -87,7 +87,7 @@ class WriteHub(HubServer):
         return self.writes.setdefault(repo, Writes())
 
     def files(self, repo: str, ref: str = "main") -> dict[str, bytes]:
-        """What a ref holds."""
+        """Return the files of a ref."""
         return self.repos[repo].commits[self.repos[repo].refs[ref]]
 
 
@@ -121,7 +121,7 @@ class _Receiving(_Handler):
             if limit is not None and len(received) >= limit:
                 break
         if limit is not None:
-            # RST instead of FIN: the cable is cut, nobody said goodbye.
+            # RST instead of FIN, as if the cable were cut.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             self.connection.close()
@@ -199,7 +199,7 @@ class _WriteHub(_Receiving, _Hub):
         self.answer_json({"type": "user", "name": self.user.name, "orgs": []})
 
     def _validate(self) -> None:
-        """The front matter of a card, as the Hub checks it before it takes the card."""
+        """Check the front matter of a card, as the Hub does before it accepts the card."""
         import yaml
 
         content = json.loads(self.body)["content"]
@@ -320,7 +320,7 @@ class _WriteStorage(_Receiving, _Storage):
         if match is None or self.command == "GET":
             super().route()
             return
-        assert self.headers["Authorization"] is None, "the token is the Hub's, not the storage host's"
+        assert self.headers["Authorization"] is None, "the token must not be sent to the storage host"
         digest, part = match[1], match[2]
         if part == "complete":
             numbers = [piece["partNumber"] for piece in json.loads(self.body)["parts"]]
@@ -344,7 +344,7 @@ class _WriteStorage(_Receiving, _Storage):
 
 
 def _oid(content: bytes, large: bool) -> str:
-    """As git and LFS name an object."""
+    """Return the name of an object in git and LFS."""
     return hashlib.sha256(content).hexdigest() if large else hashlib.sha1(_git_blob(content)).hexdigest()
 
 
@@ -353,7 +353,7 @@ def _git_blob(content: bytes) -> bytes:
 
 
 def _move(repo: Repo, ref: str, files: dict[str, bytes], message: str) -> str:
-    """A commit on `ref` whose name also depends on its parent."""
+    """Make a commit on `ref` whose sha also depends on its parent."""
     sha = hashlib.sha1(f"{repo.refs[ref]} {message}".encode()).hexdigest()
     repo.commits[sha] = files
     repo.refs[ref] = sha

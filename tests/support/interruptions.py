@@ -1,4 +1,4 @@
-"""Conversions that are stopped half-way, and what they left."""
+"""Conversions that are stopped half-way, and their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensors(path: Path) -> dict[str, bytes]:
 
 
 class StopAfter(Reporter):
-    """Ends the run after some units, as a crash would."""
+    """Stop the run after some units, as a crash would."""
 
     def __init__(self, units: int) -> None:
         self.left = units

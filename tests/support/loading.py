@@ -13,7 +13,7 @@ from loftq_cli.artifacts.manifest import Manifest
 
 
 def place_of(model, record) -> torch.Tensor:
-    """The view of the model's weight that a matrix [out, in] stands in."""
+    """Return the view of the model's weight that contains a matrix [out, in]."""
     expert = record.expert
     if expert is None:
         weight = model.get_submodule(record.module).weight
@@ -32,7 +32,7 @@ def source_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_plainly(path: Path, auto: str):
-    """Backbone and adapter through transformers and PEFT themselves, with their own lists of odd keys."""
+    """Load backbone and adapter with transformers and PEFT, and check that no key is missing or unexpected."""
     import transformers
     from peft import PeftModel
 
@@ -53,7 +53,7 @@ def load_plainly(path: Path, auto: str):
 
 
 def check_matrices(path: Path, manifest: Manifest, model, weights: dict[str, torch.Tensor]) -> None:
-    """Loaded Q is the manifest's own decode; the recorded residual is the files' residual; LoftQ beats plain."""
+    """Check that the loaded Q is the decoded one, that recorded residuals are true, and that LoftQ beats plain."""
     for record in manifest.matrices:
         w = weights[record.tensor].float()
         q = decode_matrix(path, manifest, record)
@@ -67,7 +67,7 @@ def check_matrices(path: Path, manifest: Manifest, model, weights: dict[str, tor
 
 
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:
-    """What a loaded layer multiplies with, [out, in]."""
+    """Return the matrix that a loaded layer multiplies by, [out, in]."""
     if hasattr(module, "dequantized_weight"):
         return module.dequantized_weight().float()
     state = getattr(module.weight, "quant_state", None)

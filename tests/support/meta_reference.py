@@ -32,7 +32,7 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Reference:
-    """A model in Meta's names and params.json's words."""
+    """A model with Meta's names and the keys of params.json."""
 
     params: Mapping[str, object]
     state: Mapping[str, Tensor]
@@ -78,7 +78,7 @@ LAYER_NAMES = (
 
 
 def scaled_frequency(freq: float, factor: float = 8.0) -> float:
-    """Llama 3.1's apply_scaling: low frequencies divided by 8, a smooth passage between wavelengths 2048 and 8192."""
+    """Llama 3.1's apply_scaling: low frequencies divided by 8, smooth between wavelengths 2048 and 8192."""
     length = 2 * math.pi / freq
     if length < 8192 / 4:
         return freq
@@ -118,7 +118,7 @@ def make_reference(vocab: int, tied: bool = False, **params: object) -> Referenc
 
 
 def write_meta(reference: Reference, folder: Path, ranks: int, embedding_dim: int) -> Path:
-    """consolidated.NN.pth as fairscale's model parallelism leaves them, and params.json."""
+    """Write consolidated.NN.pth as fairscale's model parallelism does, and params.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(dict(reference.params)))
     split = {name: 0 for name in ("wq", "wk", "wv", "w1", "w3", "output")} | {"wo": 1, "w2": 1}
@@ -146,7 +146,7 @@ def sentencepiece_model(vocab: int) -> bytes:
 
 
 def tiktoken_ranks(merges: int) -> list[bytes]:
-    """256 bytes and the most frequent pairs, learned one after the other."""
+    """Return 256 bytes and the most frequent pairs, learned one by one."""
     ranks = [bytes([i]) for i in range(256)]
     words = [[bytes([byte]) for byte in word.encode()] for word in regex.findall(LLAMA3_PATTERN, TEXT[:400])]
     for _ in range(merges):

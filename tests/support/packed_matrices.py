@@ -10,7 +10,7 @@ from loftq_cli.numerics.grids.blocks import quantize
 
 
 def encoded(shape: tuple[int, int], bits: int, dtype: torch.dtype, kind: str = "linear", block_size: int = 32):
-    """A random matrix in packed storage: grid, codes, scales, and Q as the format decodes it."""
+    """Return a random matrix in packed storage: grid, codes, scales, and Q as the format decodes it."""
     packed = get_format("packed")
     grid = packed.grid(GridRequest(kind, *shape, bits, "nf", block_size, dtype))
     matrix = QuantizedMatrix("m.weight", "m", kind, *shape, grid)

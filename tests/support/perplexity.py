@@ -15,7 +15,7 @@ runner = typer.testing.CliRunner()
 
 
 def plain_perplexity(model: torch.nn.Module, ids: list[int]) -> float:
-    """The textbook loop: transformers' own forward and its own loss, a window at a time."""
+    """Return the perplexity by the textbook loop, with transformers' forward and loss, one window at a time."""
     total = count = 0.0
     for start in range(0, len(ids) - WINDOW + 1, WINDOW):
         window = torch.tensor([ids[start : start + WINDOW]])
@@ -26,7 +26,7 @@ def plain_perplexity(model: torch.nn.Module, ids: list[int]) -> float:
 
 
 def write_tokenizer(folder: Path, *, mask: bool = True) -> None:
-    """A tokenizer of words for the 96 ids of the random families."""
+    """Write a word tokenizer for the 96 ids of the random families."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 def as_pickle(source: Path, target: Path, *, shards: int = 1, index: bool = True, legacy: bool = False) -> Path:
-    """The same checkpoint as transformers 4 wrote it."""
+    """Write a checkpoint in the form that transformers 4 wrote."""
     target.mkdir()
     for name in CONFIGS:
         (target / name).write_bytes((source / name).read_bytes())

@@ -21,8 +21,7 @@ _ROOT = tempfile.TemporaryDirectory(prefix="loftq-shapes-")  # removed when the 
 
 @functools.cache
 def shape_only(model: str) -> Path:
-    """A directory that looks like a download of `org/name`: every tensor has its name and shape, and no weight takes
-    room on the disk."""
+    """Return a directory that looks like a download of `org/name`, with sparse files in place of the weights."""
     config = json.loads((CONFIGS / f"{model.replace('/', '--')}.json").read_text())
     path = Path(_ROOT.name) / model
     path.mkdir(parents=True)
@@ -36,7 +35,7 @@ def shape_only(model: str) -> Path:
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names on disk → shapes, as transformers saves the model's class."""
+    """Return names on disk → shapes, as transformers saves the model's class."""
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 

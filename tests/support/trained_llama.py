@@ -1,11 +1,11 @@
 """A small trained Llama that ships with the tests, and the book it was trained on.
 
 `tests/data/alice` holds "Alice's Adventures in Wonderland" by Lewis Carroll (1865, in the public domain; Project
-Gutenberg's text, one paragraph a line) and `llama`, a checkpoint trained on its first ten chapters: six layers of width
-128, bfloat16, five shards, byte-level BPE. It is stored, not trained by the suite, because trained weights differ in
-their last bits from machine to machine and tests compare measured numbers.
+Gutenberg's text, one paragraph per line) and `llama`, a checkpoint trained on its first ten chapters: six layers of
+width 128, bfloat16, five shards, byte-level BPE. It is stored, not trained by the suite, because trained weights differ
+in their last bits from machine to machine and tests compare measured numbers.
 
-To make it again (seven hundred steps, some minutes on one core): python tests/support/trained_llama.py FOLDER
+To train it again (700 steps, some minutes on one core): python tests/support/trained_llama.py FOLDER
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PEAK_RATE, _DECAY, _DROPPED_MERGES = 4e-3, 0.1, 0.1
 
 
 def training_text() -> str:
-    """Chapters one to ten."""
+    """Return chapters one to ten."""
     return _book()[0]
 
 
 def held_out_text() -> str:
-    """Chapters eleven and twelve, which the checkpoint has not seen."""
+    """Return chapters eleven and twelve, on which the checkpoint was not trained."""
     return _book()[1]
 
 
@@ -88,7 +88,7 @@ def _model() -> LlamaForCausalLM:
 
 
 def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """AdamW with a cosine schedule; BPE dropout makes the short text a little longer."""
+    """AdamW with a cosine schedule; BPE dropout augments the short text."""
     unseen = torch.tensor(tokenizer(held_out_text())["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.95), weight_decay=_DECAY)
     generator = torch.Generator().manual_seed(1)

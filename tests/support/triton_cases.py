@@ -39,7 +39,7 @@ def grid(data_type: str = "nf", bits: int = 2, **changes: object) -> BlockGrid:
 
 
 def matrices(levels: Tensor, rows: int, columns: int) -> list[Tensor]:
-    """What can go wrong in rounding: ties, signed zeros, denormals, both ends of float32, every magnitude at once."""
+    """Return cases that are hard to round: ties, signed zeros, denormals, both ends of float32, mixed magnitudes."""
     g = torch.Generator().manual_seed(rows * columns)
     x = torch.randn(rows, columns, generator=g)
     ties = torch.cat([midpoints(levels), levels, torch.tensor([1.0, -1.0, 0.0, -0.0])])
@@ -66,12 +66,12 @@ def telling(levels: Tensor, scale: float) -> Tensor:
     x = torch.cat([torch.nextafter(middles * divisor, torch.tensor(end)) for end in (-9.0, 9.0)] + [middles * divisor])
     differs = torch.bucketize(x / divisor, middles) != torch.bucketize(x * divisor.reciprocal(), middles)
     found = x[differs & (x.abs() <= absmax)]
-    assert found.numel(), "there are such numbers"
+    assert found.numel(), "such numbers must exist"
     return torch.cat([absmax.reshape(1), found])[:63].reshape(1, -1)
 
 
 def same(found: QuantizeStep, plain: QuantizeStep) -> None:
-    """Codes, scales and residual to the bit; the norm to what summing in another order may change."""
+    """Check codes, scales and residual bit for bit, and the norm up to the order of summation."""
     a, b = blocks_of(found), blocks_of(plain)
     for left, right in ((a.codes, b.codes), (a.absmax, b.absmax), (found.residual, plain.residual)):
         assert left.dtype == right.dtype and torch.equal(left, right)
@@ -90,7 +90,7 @@ def residual_of(g: BlockGrid, w: Tensor, target: Tensor) -> None:
     quantizer, plain = twins(g)
     step = plain.quantize_residual(w, target)
     same(quantizer.quantize_residual(w, target), step)
-    # Other scales, of both signs, as fitting may give them where the container is signed.
+    # Other scales, of both signs, as a fit may return them for a signed container.
     signs = torch.where(torch.arange(blocks_of(step).absmax.numel()) % 2 == 0, 1.0, -0.5).to(w.device)
     turned = replace(blocks_of(step), absmax=blocks_of(step).absmax * signs)
     assert torch.equal(quantizer.restore(w, turned), plain.restore(w, turned))
@@ -102,7 +102,7 @@ def corrected(g: BlockGrid, w: Tensor, half: bool) -> None:
     first = quantizer.quantize_corrected(w, None, half=half)
     same(first, plain.quantize_corrected(w, None, half=half))
     step = quantizer.quantize_corrected(w, found, half=half, scratch=Scratch(first.residual))
-    assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory is used again"
+    assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory must be reused"
     same(step, plain.quantize_corrected(w, found, half=half))
 
 
@@ -111,7 +111,7 @@ def changing_dtype(g: BlockGrid, w: Tensor, half: bool) -> None:
     found = exact_low_rank(w.flip(0), 4)
     step = quantizer.quantize_corrected(w, found, half=half)
     other = quantizer.quantize_corrected(w, found, half=not half, scratch=Scratch(step.residual))
-    assert other.residual.data_ptr() != step.residual.data_ptr(), "memory of another dtype is no place for it"
+    assert other.residual.data_ptr() != step.residual.data_ptr(), "memory of another dtype must not be reused"
     same(other, plain.quantize_corrected(w, found, half=not half))
 
 
@@ -141,7 +141,7 @@ def transposed(g: BlockGrid, w: Tensor) -> None:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case with its name."""
+    """Return every case with its name."""
 
     def named(check: Callable[..., None], g: BlockGrid | AffineGrid, *arguments: object) -> Case:
         tensors = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
@@ -187,7 +187,7 @@ def main() -> None:
         count += 1
         try:
             check()
-        except Exception as error:  # to be told of all of them at once
+        except Exception as error:  # to report all of them at once
             failures.append(f"{name}: {type(error).__name__} {error}"[:300])
     json.dump({"cases": count, "failures": failures}, sys.stdout)
 

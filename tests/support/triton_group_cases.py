@@ -30,7 +30,7 @@ def rows_of_all_kinds(seeded: torch.Generator) -> list[Tensor]:
 
 
 def same_groups(found: QuantizeStep, plain: QuantizeStep) -> None:
-    """As `same`; `plain` comes from a CPU, as torch divides by numbers otherwise on a GPU."""
+    """Do what `same` does, with `plain` from a CPU, as torch divides by numbers differently on a GPU."""
     a, b = found.quantized, plain.quantized
     assert isinstance(a, QuantizedGroups) and isinstance(b, QuantizedGroups)
     assert (a.zeros is None) == (b.zeros is None)
@@ -66,14 +66,14 @@ def groups_corrected(g: AffineGrid, w: Tensor, half: bool) -> None:
     quantizer, found = TritonAffineQuantizer(g), exact_low_rank(w.flip(0), 2)
     first = quantizer.quantize_corrected(w, None, half=half)
     step = quantizer.quantize_corrected(w, found, half=half, scratch=Scratch(first.residual))
-    assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory is used again"
+    assert step.residual.data_ptr() == first.residual.data_ptr(), "the residual's memory must be reused"
     plain = AffineQuantizer(g).quantize_residual(w.cpu(), (w - found.product()).cpu())
     rounded = plain.residual.bfloat16() if half else plain.residual
     same_groups(step, QuantizeStep(plain.quantized, rounded, plain.residual_norm()))
 
 
 def group_cases() -> Iterator[tuple[Callable[..., None], AffineGrid, tuple[object, ...]]]:
-    """Every check with its grid and what else it takes."""
+    """Return every check with its grid and its other arguments."""
     seeded = torch.Generator().manual_seed(0)
     for zero in ("none", "integer", "float"):
         for rule in ("absmax", "minmax"):

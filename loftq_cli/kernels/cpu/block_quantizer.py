@@ -1,4 +1,4 @@
-"""The compiled quantizer on the CPU: codes, residual and norm in one pass over memory, on torch's thread count."""
+"""The compiled quantizer on the CPU: codes, residual and norm in one pass over memory, on as many threads as torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq_cli.kernels.cpu import block_scales as numba_fitted
-from loftq_cli.kernels.cpu import blocks as numba_blocks
-from loftq_cli.kernels.cpu import feedback as numba_feedback
+from loftq_cli.kernels.cpu import block_scales as scales_kernel
+from loftq_cli.kernels.cpu import blocks as blocks_kernel
+from loftq_cli.kernels.cpu import feedback as feedback_kernel
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, midpoints
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.lowrank.truncate import LowRank
@@ -25,23 +25,26 @@ from loftq_cli.numerics.quantizers.feedback import FeedbackGains
 from loftq_cli.numerics.quantizers.protocols import QuantizeStep, Scratch, blocks_of
 
 _CHUNKS_WORTH_A_THREAD = 4  # below, waking a thread costs more than it saves
-_PANEL_CHUNKS = 16  # what is fitted is quantized while the cache still holds it
+_PANEL_CHUNKS = 16  # few enough that fitted blocks are quantized while they are still in the cache
 _KINDS = {
-    torch.float32: numba_blocks.FLOAT32,
-    torch.bfloat16: numba_blocks.BFLOAT16,
-    torch.float16: numba_blocks.FLOAT16,
+    torch.float32: blocks_kernel.FLOAT32,
+    torch.bfloat16: blocks_kernel.BFLOAT16,
+    torch.float16: blocks_kernel.FLOAT16,
 }
 
 
 @dataclass(frozen=True)
 class CompiledQuantizer:
-    """`numerics.quantizers.BlockQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
+    """`numerics.quantizers.block.BlockQuantizer`, bit for bit, in one pass over memory.
+
+    Takes finite float32 matrices on the CPU.
+    """
 
     grid: BlockGrid
-    levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one
+    levels: Tensor | None = None  # fitted to the matrix, if the codebook is a fitted one
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        return self._quantize(weight, target, torch.empty_like(weight), numba_blocks.NOT_AT_ALL)
+        return self._quantize(weight, target, torch.empty_like(weight), blocks_kernel.UNCORRECTED)
 
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
@@ -51,10 +54,10 @@ class CompiledQuantizer:
         residual = scratch.residual if scratch and reuses else torch.empty_like(weight, dtype=dtype)
         codes = None if scratch is None else scratch.codes
         if found is None:
-            return self._quantize(weight, weight, residual, numba_blocks.NOT_AT_ALL, codes=codes)
+            return self._quantize(weight, weight, residual, blocks_kernel.UNCORRECTED, codes=codes)
         # The kernel reads each block of BA before it overwrites it.
         product = found.product(dtype, out=residual)
-        how = numba_blocks.HALF if half else numba_blocks.FULL
+        how = blocks_kernel.HALF if half else blocks_kernel.FULL
         return self._quantize(weight, weight if half else product, residual, how, codes=codes)
 
     def quantize_fitted(
@@ -67,14 +70,14 @@ class CompiledQuantizer:
     ) -> QuantizeStep:
         residual = torch.empty_like(weight) if previous is None else previous.residual
         fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight)
-        return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
+        return self._quantize(weight, target, residual, blocks_kernel.UNCORRECTED, fit)
 
     def quantize_roughly(
         self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
     ) -> QuantizeStep:
         residual = torch.empty_like(weight) if previous is None else previous.residual
         fit = _Fit(None if previous is None else blocks_of(previous).absmax, column_weight, guards=False)
-        return self._quantize(weight, target, residual, numba_blocks.NOT_AT_ALL, fit)
+        return self._quantize(weight, target, residual, blocks_kernel.UNCORRECTED, fit)
 
     def feed_back(
         self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
@@ -82,22 +85,22 @@ class CompiledQuantizer:
         half = product.view(torch.uint16) if product.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
         full = torch.empty(0) if half.numel() else product
         arrays = _flat(weight.contiguous(), full, half, step.residual, fed)
-        n_chunks = -(-weight.numel() // numba_feedback.CHUNK)
+        n_chunks = -(-weight.numel() // feedback_kernel.CHUNK)
         sums = np.zeros(n_chunks)
         shares = np.float32(gains.kept), np.float32(gains.added), np.float32(gains.share)
 
         def work(first: int, last: int) -> None:
-            numba_feedback.feed_chunks(*arrays, sums, *shares, first, last)
+            feedback_kernel.feed_chunks(*arrays, sums, *shares, first, last)
 
         _share(work, n_chunks)
         return math.sqrt(sums.sum())
 
     def with_levels(self, levels: Tensor) -> CompiledQuantizer:
-        """The same with other levels, float32 [2**bits], ascending."""
+        """Return the same quantizer with other levels, float32 [2**bits], ascending."""
         return CompiledQuantizer(self.grid, levels)
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
-        """Better levels for the codes and scales of `step`."""
+        """Return better levels for the codes and scales of `step`."""
         return fitted.fit_levels(target, blocks_of(step), self.grid, column_weight)
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
@@ -107,9 +110,9 @@ class CompiledQuantizer:
         levels, settings = _levels(self.grid, quantized.levels), self._settings(weight)
 
         def work(first: int, last: int) -> None:
-            numba_blocks.restore_chunks(*arrays, levels, *settings, _KINDS[self.grid.value_dtype], first, last)
+            blocks_kernel.restore_chunks(*arrays, levels, *settings, _KINDS[self.grid.value_dtype], first, last)
 
-        _share(work, -(-quantized.absmax.numel() // numba_blocks.CHUNK))
+        _share(work, -(-quantized.absmax.numel() // blocks_kernel.CHUNK))
         return residual
 
     def _quantize(
@@ -124,7 +127,7 @@ class CompiledQuantizer:
         grid = self.grid
         codes = torch.empty(weight.shape, dtype=torch.uint8) if codes is None else codes
         absmax = torch.empty(grid.n_blocks(*weight.shape), dtype=torch.float32)
-        sums = np.zeros(-(-absmax.numel() // numba_blocks.CHUNK))
+        sums = np.zeros(-(-absmax.numel() // blocks_kernel.CHUNK))
         half = residual.view(torch.uint16) if residual.dtype == torch.bfloat16 else torch.empty(0, dtype=torch.uint16)
         full = torch.empty(0) if half.numel() else residual
         arrays = _flat(weight.contiguous(), target.contiguous(), codes, absmax, full, half)
@@ -137,20 +140,20 @@ class CompiledQuantizer:
             for panel in range(first, last, _PANEL_CHUNKS):
                 here = panel, min(panel + _PANEL_CHUNKS, last)
                 if fitting is not None:
-                    numba_fitted.fit_chunks(*fitting, *here)
-                numba_blocks.quantize_chunks(*arrays, sums, *tables, *settings, *here)
+                    scales_kernel.fit_chunks(*fitting, *here)
+                blocks_kernel.quantize_chunks(*arrays, sums, *tables, *settings, *here)
 
         _share(work, sums.size)
         return QuantizeStep(QuantizedBlocks(codes, absmax, self.levels), residual, math.sqrt(sums.sum()))
 
     def _settings(self, weight: Tensor) -> tuple[int, int]:
-        """Elements after which blocks start anew, and elements of a block."""
+        """Return the number of elements after which a new block must start, and the number of elements in a block."""
         return weight.shape[1] if self.grid.layout == "rows" else weight.numel(), self.grid.block_size
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """What `numba_fitted` is to do: a full search, or fits from `previous` scales."""
+    """The task of `scales_kernel`: a full search, or fits from `previous` scales."""
 
     previous: Tensor | None
     column_weight: Tensor | None
@@ -167,7 +170,7 @@ class _Fit:
         scale_kind: int,
         value_kind: int,
     ) -> tuple[Any, ...]:
-        """Those of `fit_chunks` before the chunks; puts the previous scales in place."""
+        """Return the arguments of `fit_chunks` except the chunks, after copying the previous scales into `scales`."""
         improves = self.previous is not None
         if self.previous is not None:
             scales[:] = self.previous.numpy()
@@ -185,7 +188,7 @@ def _flat(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def _share(work: Callable[[int, int], None], n_chunks: int) -> None:
-    """Do `work` on chunks 0..n_chunks - 1, split over as many threads as torch uses."""
+    """Run `work` on chunks 0..n_chunks - 1, split over as many threads as torch uses."""
     shares = max(1, min(torch.get_num_threads(), n_chunks // _CHUNKS_WORTH_A_THREAD))
     ends = [n_chunks * share // shares for share in range(shares + 1)]
     others = [_pool(os.getpid()).submit(work, ends[i], ends[i + 1]) for i in range(1, shares)]
@@ -204,10 +207,10 @@ def _levels(grid: BlockGrid, own: Tensor | None) -> np.ndarray:
 
 
 def _padded(levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return numba_blocks.padded(midpoints(levels).numpy(), levels.numpy())
+    return blocks_kernel.padded(midpoints(levels).numpy(), levels.numpy())
 
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """One pool a process: threads do not survive a fork."""
+    """Return a pool of threads; one per process, as threads do not survive a fork."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="loftq-kernel")

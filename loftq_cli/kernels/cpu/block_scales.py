@@ -1,7 +1,7 @@
-"""Block scales of least squared error, compiled by numba: `numerics.fitted`, bit for bit.
+"""Block scales of least squared error, compiled by numba: `numerics.quantizers.block_scales`, bit for bit.
 
-A tile of blocks is turned so that the elements that are added up lie below each other: lane l of step j holds element
-`STEPS * l + j`. Then every loop runs along lanes, which LLVM vectorises, and no sum is taken across a vector.
+A tile of blocks is transposed so that elements to be added share a lane: lane l of step j holds element
+`STEPS * l + j`. Then every loop runs along lanes, which LLVM vectorises, and nothing is summed across a vector.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from loftq_cli.kernels.cpu.blocks import CHUNK, _inline, _kernel, _round
 from loftq_cli.numerics.quantizers.block_scales import STEPS
 
-TILE = 4096  # elements: with the working arrays of a pass they fit the first-level cache
+TILE = 4096  # elements: with the working arrays of a pass they fit in the first-level cache
 LANES = TILE // STEPS
 
 _F32, _I32 = np.float32, np.int32
@@ -48,7 +48,7 @@ def _look_up(code: Any, levels: Any, value: Any) -> None:
 
 @_inline
 def _nearest(x: Any, inverse: Any, code: Any, value: Any, middles: Any, levels: Any) -> None:
-    """The nearest level of each lane. Levels add up as bit patterns in int32, which is exact."""
+    """Find the nearest level of each lane. Levels are added as int32 bit patterns, which is exact."""
     if levels.size > 16:
         code[:] = 0
         half = (middles.size + 1) >> 1
@@ -119,14 +119,14 @@ def _largest(x: Any, largest: Any) -> None:
 
 
 @_inline
-def _turn(elements: Any, tile: Any, step: Any) -> None:
+def _transpose(elements: Any, tile: Any, step: Any) -> None:
     for lane in range(tile.size):
         tile[lane] = elements[STEPS * lane + step]
 
 
 @_inline
 def _spread(per_block: Any, lanes: Any) -> None:
-    """Each block's number on all its lanes."""
+    """Copy each block's number to all its lanes."""
     parts = lanes.size // per_block.size
     for b in range(per_block.size):
         lanes[b * parts : (b + 1) * parts] = per_block[b]
@@ -140,7 +140,7 @@ def _invert(scale: Any, inverse: Any) -> None:
 
 @_inline
 def _fold(lanes: Any, spare: Any, total: Any) -> None:
-    """Sums over each block: `total` from the partial sums on its lanes, in pairs."""
+    """Compute `total`, the sums over each block, from the partial sums on its lanes, in pairs."""
     size = lanes.size >> 1
     while size > total.size:
         _add_pairs(lanes[: 2 * size], spare[:size])
@@ -154,7 +154,7 @@ def _fit(
     tile: Any, weights: Any, scale: Any, per_block: Any, per_lane: Any, code: Any, middles: Any, levels: Any,
     xc: Any, cc: Any,
 ) -> None:  # fmt: skip
-    """Per block, Σ w x c and Σ w c c at the levels c nearest at `scale`."""
+    """Compute, per block, Σ w x c and Σ w c c for the levels c that are nearest with `scale`."""
     inverse, value, first, second = per_lane[0], per_lane[1], per_lane[2], per_lane[3]
     _invert(scale, per_block)
     _spread(per_block, inverse)
@@ -172,13 +172,13 @@ def _fit(
 
 
 @_kernel
-def _judge(
+def _evaluate(
     tile: Any, weights: Any, stored: Any, inverse_unit: Any, scale: Any, per_block: Any, per_lane: Any, code: Any,
     middles: Any, levels: Any, value_kind: int, fits: bool, error: Any, xc: Any, cc: Any,
 ) -> None:  # fmt: skip
-    """The true squared error at the scales `stored`, of products as the loader rounds them.
+    """Compute the true squared error for the scales `stored`, with products rounded as the loader does.
 
-    `scale` becomes `stored` in units. With `fits` also what `_fit` gives there.
+    Sets `scale` to `stored` in units. With `fits`, also computes the sums that `_fit` computes.
     """
     inverse, value, first, second = per_lane[0], per_lane[1], per_lane[2], per_lane[3]
     sums, factor, product, unit = per_lane[4], per_lane[5], per_lane[6], per_lane[7]
@@ -211,7 +211,7 @@ def _judge(
 
 @_inline
 def _refit(scale: Any, xc: Any, cc: Any, signed: bool) -> None:
-    """The parabola's minimum, where there is one of an allowed sign."""
+    """Set `scale` to the parabola's minimum, if there is one of an allowed sign."""
     for b in range(scale.size):
         if cc[b] > 0 and (xc[b] > 0 or (signed and xc[b] < 0)):
             scale[b] = xc[b] / cc[b]
@@ -219,7 +219,7 @@ def _refit(scale: Any, xc: Any, cc: Any, signed: bool) -> None:
 
 @_inline
 def _load(source: Any, elements: Any, first: int, count: int, row: int, block: int) -> None:
-    """Blocks `first`.. of `source`, one after the other; what short blocks leave free is zero."""
+    """Copy `count` blocks of `source` from block `first` on; short blocks are padded with zeros."""
     blocks_per_row = -(-row // block)
     elements[:] = 0
     for i in range(count):
@@ -241,7 +241,7 @@ def _load_weights(column_weight: Any, elements: Any, first: int, count: int, row
 
 @_inline
 def _units(tile: Any, largest: Any, spare: Any, absmax: Any, unit: Any, inverse_unit: Any) -> None:
-    """The power of two next below each block's absmax, and absmax in units of it."""
+    """Compute the largest power of two up to each block's absmax, and absmax in units of it."""
     largest[:] = 0
     for step in range(STEPS):
         _largest(tile[step * LANES : (step + 1) * LANES], largest)
@@ -266,10 +266,16 @@ def fit_chunks(
 ) -> None:  # fmt: skip
     """Fit the scales of chunks `first`..`last`.
 
-    target is float32 [n], row-major, scales float32 [n_blocks]: written, and first read if `improves`. column_weight is
-    float32 [in] or empty; `middles` and `levels` come from `numba_blocks.padded`; `starts` are fractions of absmax.
-    Blocks start anew after `row` elements; the kinds say what scales and products are rounded to. With `guards` the
-    scales read stay where they are better than what is fitted from them; `refits` counts fits after the first.
+    Args:
+        target: float32 [n], row-major.
+        scales: float32 [n_blocks], the output; with `improves` also the scales to start from.
+        column_weight: float32 [in], or empty.
+        middles, levels: from `blocks.padded`.
+        starts: fractions of absmax.
+        row: number of elements after which a new block must start.
+        scale_kind, value_kind: the dtypes to which scales and products are rounded.
+        guards: keep scales to start from if they are better than the fit from them.
+        refits: number of fits after the first.
     """
     elements, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     weights = np.empty(TILE if column_weight.size else 0, np.float32)
@@ -282,11 +288,11 @@ def fit_chunks(
         count = min(per_tile, scales.size - start)
         _load(target, elements, start, count, row, block)
         for step in range(STEPS):
-            _turn(elements, tile[step * LANES : (step + 1) * LANES], step)
+            _transpose(elements, tile[step * LANES : (step + 1) * LANES], step)
         if column_weight.size:
             _load_weights(column_weight, elements, start, count, row, block)
             for step in range(STEPS):
-                _turn(elements, weights[step * LANES : (step + 1) * LANES], step)
+                _transpose(elements, weights[step * LANES : (step + 1) * LANES], step)
         _units(tile, per_lane[0], per_lane[1], absmax, unit, inverse_unit)
         _spread(inverse_unit, per_lane[0])
         for step in range(STEPS):
@@ -296,7 +302,7 @@ def fit_chunks(
             before[:] = 0
             before[:count] = scales[start : start + count]
             if guards:
-                _judge(
+                _evaluate(
                     tile, weights, before, inverse_unit, scale, spare, per_lane, code, middles, levels, value_kind,
                     True, error, xc, cc,
                 )  # fmt: skip
@@ -325,7 +331,7 @@ def fit_chunks(
         if scale_kind:
             _round(scale, scale.view(np.int32), scale_kind)
         if improves and guards:
-            _judge(
+            _evaluate(
                 tile, weights, scale, inverse_unit, absmax, spare, per_lane, code, middles, levels, value_kind, False,
                 gain, xc, cc,
             )  # fmt: skip

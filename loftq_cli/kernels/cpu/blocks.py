@@ -1,7 +1,7 @@
 """Block-wise quantization, dequantization and residual in one pass over memory, compiled by numba.
 
-The arithmetic is that of `numerics.blocks`, bit for bit. Loops are written so that LLVM vectorises them: short
-functions over one block's slices, no branches, bit patterns in int32 where float semantics would forbid reordering.
+The arithmetic is that of `numerics.grids.blocks`, bit for bit. Loops are written so that LLVM vectorises them: short
+functions over one block's slices, no branches, and int32 bit patterns where float semantics would forbid reordering.
 Finite input only.
 """
 
@@ -14,27 +14,27 @@ import numpy as np
 
 CHUNK = 256  # blocks whose squares are summed together, so that sums do not depend on the number of threads
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-NOT_AT_ALL, FULL, HALF = range(3)  # how a target is corrected
+UNCORRECTED, FULL, HALF = range(3)  # how BA is subtracted from a target
 
 _F32, _I32 = np.float32, np.int32
 _SMALLEST_ABSMAX = np.float32(1e-38)
 
 
-# Inlined by numba itself: handing slices to a compiled function would cost as much as the work on one block.
+# Inlined by numba itself: passing slices to a compiled function would cost as much as the work on one block.
 _inline = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
 def _kernel(function: Any) -> Any:
-    # nogil: the caller's threads run the kernel in parallel. numba's own thread layer aborts when entered twice.
+    # nogil: the caller's threads run the kernel in parallel. numba's thread layer aborts if it is entered twice.
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no directory to keep the machine code in
+    except RuntimeError:  # there is no directory to cache the machine code in
         return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @_inline
 def _largest_bits(bits: Any) -> Any:
-    """Bit pattern of the largest magnitude: for floats of one sign, integers order the same."""
+    """Return the bit pattern of the largest magnitude: floats of one sign are ordered like their bits as integers."""
     largest = _I32(0)
     for j in range(bits.size):
         largest = max(largest, bits[j] & _I32(0x7FFFFFFF))
@@ -43,7 +43,7 @@ def _largest_bits(bits: Any) -> Any:
 
 @_inline
 def _round(values: Any, bits: Any, kind: int) -> None:
-    """Round float32 `values` to bfloat16 or float16 in place, to even, saturating; `bits` is their int32 view."""
+    """Round float32 `values` to bfloat16 or float16 in place, ties to even, saturating; `bits` is their int32 view."""
     if kind == BFLOAT16:
         for j in range(bits.size):
             size = min(bits[j] & _I32(0x7FFFFFFF), _I32(0x7F7F0000))
@@ -55,7 +55,7 @@ def _round(values: Any, bits: Any, kind: int) -> None:
             size = min(bits[j] & _I32(0x7FFFFFFF), _I32(0x477FE000))
             if size >= 0x38800000:
                 bits[j] = _I32((size + 0xFFF + ((size >> 13) & 1)) & 0x7FFFE000) | sign
-            else:  # float16's subnormals are the multiples of float32's spacing at 0.5
+            else:  # float16's subnormals are multiples of float32's spacing at 0.5
                 values[j] = (abs(values[j]) + _F32(0.5)) - _F32(0.5)
                 bits[j] |= sign
 
@@ -64,7 +64,7 @@ def _round(values: Any, bits: Any, kind: int) -> None:
 def _assign_first(
     x: Any, factor: Any, code: Any, value: Any, m0: Any, m1: Any, m2: Any, l0: Any, l1: Any, l2: Any, l3: Any
 ) -> None:
-    """Codes 0..3 by three comparisons. Levels are int32 bit patterns, so that their differences add up exactly."""
+    """Find codes 0..3 by three comparisons. Levels are int32 bit patterns, so that adding differences is exact."""
     d0, d1, d2 = l1 - l0, l2 - l1, l3 - l2
     for j in range(x.size):
         z = x[j] * factor
@@ -77,7 +77,7 @@ def _assign_first(
 def _assign_next(
     x: Any, factor: Any, code: Any, value: Any, m0: Any, m1: Any, m2: Any, l0: Any, l1: Any, l2: Any, l3: Any
 ) -> None:
-    """Three further levels on top of what `code` and `value` hold."""
+    """Compare with three more levels, and update `code` and `value`."""
     d0, d1, d2 = l1 - l0, l2 - l1, l3 - l2
     for j in range(x.size):
         z = x[j] * factor
@@ -88,7 +88,7 @@ def _assign_next(
 
 @_inline
 def _search(x: Any, factor: Any, code: Any, middles: Any, half: Any) -> None:
-    """One halving of a binary search over all elements, for codebooks too long to compare with every level."""
+    """Do one step of a binary search for all elements, for codebooks too long to compare with every level."""
     for j in range(x.size):
         code[j] += half * _I32(x[j] * factor > middles[code[j] + half - 1])
 
@@ -145,7 +145,7 @@ def _compare(
     x: Any, absmax: Any, reciprocal: Any, code: Any, value_bits: Any, middles: Any, levels: Any,
     table: Any, table_bits: Any, kind: int,
 ) -> None:  # fmt: skip
-    """Codes and dequantized values (bit patterns) of one block, by comparison with every threshold."""
+    """Find codes and dequantized values (bit patterns) of one block by comparing with every threshold."""
     for k in range(table.size):
         table[k] = levels[k] * absmax
     _round(table, table_bits, kind)
@@ -159,7 +159,7 @@ def _compare(
 def _find(
     x: Any, absmax: Any, reciprocal: Any, code: Any, value: Any, value_bits: Any, middles: Any, levels: Any, kind: int
 ) -> None:
-    """The same for codebooks too long for that, by binary search."""
+    """Do the same by binary search, for codebooks too long to compare with every threshold."""
     code[:] = 0
     half = (middles.size + 1) >> 1
     while half:
@@ -175,14 +175,20 @@ def quantize_chunks(
     middles: Any, levels: Any, row: int, block: int, divides_short: bool, scale_kind: int, value_kind: int,
     corrects: int, fitted: bool, first: int, last: int,
 ) -> None:  # fmt: skip
-    """Quantize chunks `first`..`last` of the row-major `target`; give `weight` - Q and its squared norm per chunk.
+    """Quantize chunks `first`..`last` of `target`; compute `weight` - Q and its squared norm per chunk.
 
-    weight and target are float32 [n], codes uint8 [n], absmax float32 [n_blocks], sums float64 [n_chunks]. The residual
-    is float32 [n], or empty where `half`, uint16 [n], takes its bfloat16 bits. `middles` and `levels` come from
-    `padded`. Blocks start anew after `row` elements; `divides_short` is bitsandbytes' rule for a short last block; the
-    kinds say what absmax and products are rounded to. `corrects`: the target is weight - BA, where BA stands in
-    `target` (FULL), which may be residual's memory, or in `half` as bfloat16 bits (HALF); block by block it is read
-    before it is overwritten. `fitted`: absmax holds the scales already; they may be negative.
+    Args:
+        weight, target: float32 [n], row-major.
+        codes: uint8 [n], output.
+        absmax: float32 [n_blocks], output; with `fitted` the scales to use, which may be negative.
+        residual: float32 [n], output; or empty if `half`, uint16 [n], takes its bfloat16 bits.
+        sums: float64 [n_chunks], output.
+        middles, levels: from `padded`.
+        row: number of elements after which a new block must start.
+        divides_short: apply bitsandbytes' rule for a short last block.
+        scale_kind, value_kind: the dtypes to which absmax and products are rounded.
+        corrects: the target is weight - BA, with BA in `target` (FULL), which may share memory with the residual, or in
+            `half` as bfloat16 bits (HALF). Each block of BA is read before it is overwritten.
     """
     value, code, corrected = np.empty(block, np.float32), np.empty(block, np.int32), np.empty(block, np.float32)
     corrected_bits, difference = corrected.view(np.int32), np.empty(block, np.float32)
@@ -235,7 +241,7 @@ def restore_chunks(
     weight: Any, codes: Any, absmax: Any, residual: Any, levels: Any, row: int, block: int, value_kind: int,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """`weight` - Q for chunks `first`..`last`, as `quantize_chunks` made Q. All float32 [n] but codes uint8 [n]."""
+    """Compute `weight` - Q for chunks `first`..`last`; all float32 [n] except codes, uint8 [n]."""
     value, code = np.empty(block, np.float32), np.empty(block, np.int32)
     value_bits = value.view(np.int32)
     blocks_per_row = -(-row // block)
@@ -250,7 +256,7 @@ def restore_chunks(
 
 
 def padded(middles: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds in a multiple of three, as the kernel compares with three at a time: infinity is never exceeded."""
+    """Pad thresholds to a multiple of three with infinity, as the kernel compares with three of them at a time."""
     if levels.size > 16:
         return middles, levels
     extra = -middles.size % 3

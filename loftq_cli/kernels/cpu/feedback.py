@@ -1,4 +1,4 @@
-"""Error feedback in one pass over memory, compiled by numba: `numerics.feedback`, bit for bit."""
+"""Error feedback in one pass over memory, compiled by numba: `numerics.quantizers.feedback`, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def feed_chunks(
     weight: Any, product: Any, half: Any, residual: Any, fed: Any, sums: Any, kept: Any, added: Any, share: Any,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """Chunks `first`..`last` of `numerics.feedback.feed_back`, with the squared norm of E per chunk in `sums`.
+    """Apply `numerics.quantizers.feedback.feed_back` to chunks `first`..`last`; write the squared norms of E to `sums`.
 
-    All float32 [n] but `half`, uint16 [n], which holds BA as bfloat16 bits where `product` is empty.
+    All arrays are float32 [n] except `sums`, float64 [n_chunks], and `half`, uint16 [n], which holds BA as bfloat16
+    bits if `product` is empty.
     """
     wide, lanes = np.empty(_TILE, np.float32), np.empty(_TILE, np.float64)
     bits = wide.view(np.int32)

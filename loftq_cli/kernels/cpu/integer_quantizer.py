@@ -1,4 +1,4 @@
-"""The compiled quantizer of integer groups on the CPU, on torch's thread count."""
+"""The compiled quantizer of integer groups on the CPU, on as many threads as torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from loftq_cli.numerics.lowrank.truncate import LowRank
 from loftq_cli.numerics.quantizers.integer import REFITS, shares
 from loftq_cli.numerics.quantizers.protocols import QuantizeStep, Scratch
 
-_ROWS = 16  # rows a chunk of work has
+_ROWS = 16  # rows in a chunk of work
 _ZEROS = {"none": kernel.ZERO_NONE, "integer": kernel.ZERO_INTEGER, "float": kernel.ZERO_FLOAT}
 _RULES = {"absmax": kernel.RULE_ABSMAX, "minmax": kernel.RULE_MINMAX, "mse": kernel.RULE_MSE}
 
 
 @dataclass(frozen=True)
 class CompiledAffineQuantizer:
-    """`numerics.affine_fit.AffineQuantizer`, bit for bit, in one pass over memory. Finite float32 CPU matrices."""
+    """`numerics.quantizers.integer.AffineQuantizer`, bit for bit, in one pass over memory.
+
+    Takes finite float32 matrices on the CPU.
+    """
 
     grid: AffineGrid
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` by the grid's own rule and give W - Q. Both float32 [out, in]."""
+        """Quantize `target` to Q by the grid's rule and compute W - Q. Both arguments float32 [out, in]."""
         return self._quantize(weight, target, _RULES[self.grid.scale_rule])
 
     def quantize_fitted(self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None = None) -> QuantizeStep:
-        """As `AffineQuantizer.quantize_fitted`."""
+        """Do what `AffineQuantizer.quantize_fitted` does."""
         if previous is None:
             return self._quantize(weight, target, kernel.RULE_MSE)
         assert isinstance(previous.quantized, QuantizedGroups)
@@ -42,7 +45,7 @@ class CompiledAffineQuantizer:
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
+        """Quantize W - BA by the grid's rule and compute W - Q, which is bfloat16 with `half`."""
         reuses = scratch is not None and scratch.residual.dtype == torch.float32
         residual = scratch.residual if scratch and reuses else torch.empty_like(weight)
         rule, codes = _RULES[self.grid.scale_rule], None if scratch is None else scratch.codes
@@ -55,7 +58,7 @@ class CompiledAffineQuantizer:
         return replace(step, residual=step.residual.to(torch.bfloat16)) if half else step
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
-        """W - Q in float32."""
+        """Return W - Q in float32."""
         assert isinstance(quantized, QuantizedGroups)
         return weight - dequantize(quantized, self.grid)
 

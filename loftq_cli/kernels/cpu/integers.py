@@ -1,7 +1,7 @@
 """Integer groups in one pass over memory, compiled by numba: scales, zeros, codes and residual of a range of rows.
 
-The arithmetic is that of `numerics.affine` and `numerics.affine_fit`, bit for bit: the same candidates in the same
-order, the same eight lanes in every sum. Finite input only.
+The arithmetic is that of `numerics.grids.affine` and `numerics.quantizers.integer`, bit for bit: the same candidates in
+the same order, the same eight lanes in every sum. Finite input only.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = range(3)
 RULE_ABSMAX, RULE_MINMAX, RULE_MSE, RULE_REFINE = range(4)
 
 _F32, _F64 = np.float32, np.float64
-_NOUGHT, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _SMALLEST = np.float32(1e-37)
-_ROUNDER = np.float32(12582912.0)  # 1.5 · 2**23: adding it leaves a whole number, ties to even
+_ROUNDER = np.float32(12582912.0)  # 1.5 · 2**23: adding it rounds to an integer, ties to even
 
 
 @_inline
 def _assign(x: Any, scale: Any, point: Any, offset: Any, top: Any, code: Any) -> None:
-    inverse = _ONE / scale if abs(scale) >= _SMALLEST else _NOUGHT
+    inverse = _ONE / scale if abs(scale) >= _SMALLEST else _ZERO
     for j in range(x.size):
-        shifted = min(max((x[j] - offset) * inverse + point, _NOUGHT), top)
+        shifted = min(max((x[j] - offset) * inverse + point, _ZERO), top)
         code[j] = (shifted + _ROUNDER) - _ROUNDER
 
 
@@ -49,7 +49,7 @@ def _add_lanes(lanes: Any) -> Any:
 
 @_inline
 def _squared_distance(x: Any, value: Any, lanes: Any) -> Any:
-    lanes[:] = _NOUGHT
+    lanes[:] = _ZERO
     full = x.size // 8 * 8
     for first in range(0, full, 8):
         for k in range(8):
@@ -63,8 +63,8 @@ def _squared_distance(x: Any, value: Any, lanes: Any) -> Any:
 
 @_inline
 def _products(x: Any, code: Any, point: Any, lanes: Any, squares: Any) -> None:
-    """Lanes of the sums of (code - point) · x and of (code - point)²."""
-    lanes[:], squares[:] = _NOUGHT, _NOUGHT
+    """Compute the lanes of the sums of (code - point) · x and of (code - point)²."""
+    lanes[:], squares[:] = _ZERO, _ZERO
     full = x.size // 8 * 8
     for first in range(0, full, 8):
         for k in range(8):
@@ -79,7 +79,7 @@ def _products(x: Any, code: Any, point: Any, lanes: Any, squares: Any) -> None:
 
 @_inline
 def _totals(code: Any, lanes: Any) -> Any:
-    lanes[:] = _NOUGHT
+    lanes[:] = _ZERO
     full = code.size // 8 * 8
     for first in range(0, full, 8):
         for k in range(8):
@@ -107,12 +107,16 @@ def quantize_rows(
     width: int, top: Any, zero: int, least_zero: Any, rule: int, refits: int, kinds: Any, corrects: bool,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """Rows `first`..`last` of the target: `product`, or weight - product where `corrects`.
+    """Quantize rows `first`..`last` of the target: `product`, or weight - product with `corrects`.
 
-    weight, product, residual are float32 [out, in], codes uint8 [out, in], scales, zeros float32 [out, groups] (zeros
-    empty where there are none), sums float64 [out]: the residual's squared norm by row. With RULE_REFINE scales and
-    zeros come in as the start. `kinds`: what scale, offset, product and value are rounded to. `product` may be
-    residual's memory.
+    Args:
+        weight, product, residual: float32 [out, in]; `product` may share memory with `residual`, the output.
+        codes: uint8 [out, in], output.
+        scales, zeros: float32 [out, groups], output, and with RULE_REFINE also the start. `zeros` is empty if the grid
+            has none.
+        sums: float64 [out], output: the residual's squared norm by row.
+        shares: factors of a group's range that RULE_MSE tries.
+        kinds: the dtypes to which scale, offset, product and value are rounded.
     """
     scale_kind, offset_kind, product_kind, value_kind = kinds
     middle = _F32((top + _ONE) / _F32(2))
@@ -138,18 +142,18 @@ def quantize_rows(
             for j in range(n):
                 low, high = min(low, xs[j]), max(high, xs[j])
             total = _totals(xs, lanes)
-            best_scale, best_point, best_offset, least = _NOUGHT, _NOUGHT, _NOUGHT, _NOUGHT
+            best_scale, best_point, best_offset, least = _ZERO, _ZERO, _ZERO, _ZERO
             for step in range(steps):
                 fits = step > 0
                 if step == 0 and rule == RULE_REFINE:
                     scale = scales[row, group]
-                    point = middle if zero == ZERO_NONE else zeros[row, group] if zero == ZERO_INTEGER else _NOUGHT
-                    offset = zeros[row, group] if zero == ZERO_FLOAT else _NOUGHT
+                    point = middle if zero == ZERO_NONE else zeros[row, group] if zero == ZERO_INTEGER else _ZERO
+                    offset = zeros[row, group] if zero == ZERO_FLOAT else _ZERO
                 elif step <= tried:
                     share = _ONE if step == 0 else shares[(step - 1) // variants]
                     lower, upper = low * share, high * share
                     largest = max(upper, -lower)
-                    point, offset = _NOUGHT, _NOUGHT
+                    point, offset = _ZERO, _ZERO
                     if zero == ZERO_NONE:
                         point = middle
                         if rule == RULE_ABSMAX:
@@ -163,10 +167,10 @@ def quantize_rows(
                         if rule == RULE_ABSMAX:
                             lower, upper = -largest, largest
                         if zero == ZERO_INTEGER:
-                            lower, upper = min(lower, _NOUGHT), max(upper, _NOUGHT)
+                            lower, upper = min(lower, _ZERO), max(upper, _ZERO)
                         scale = _rounded((upper - lower) / top, box, box_bits, scale_kind)
                         if zero == ZERO_INTEGER:
-                            inverse = _ONE / scale if abs(scale) >= _SMALLEST else _NOUGHT
+                            inverse = _ONE / scale if abs(scale) >= _SMALLEST else _ZERO
                             point = _rounded_point(-lower * inverse, least_zero, top)
                             if fits:
                                 shift = _F32((step - 1) % variants - 1)
@@ -179,7 +183,7 @@ def quantize_rows(
                     _assign(xs, scale, point, offset, top, cs)
                 if fits:
                     if zero != ZERO_NONE:
-                        _products(xs, cs, _NOUGHT, lanes, squares)
+                        _products(xs, cs, _ZERO, lanes, squares)
                         wide_product, wide_squares = _F64(_add_lanes(lanes)), _F64(_add_lanes(squares))
                         wide_total, ones = _F64(total), _F64(_totals(cs, lanes))
                         spread = _F64(n) * wide_squares - ones * ones
@@ -197,7 +201,7 @@ def quantize_rows(
                             point = _F32(_rounded_point(-intercept * (1.0 / slope), _F64(least_zero), _F64(top)))
                         _products(xs, cs, point, lanes, squares)
                         square = _add_lanes(squares)
-                        if square != _NOUGHT:
+                        if square != _ZERO:
                             scale = _rounded(_add_lanes(lanes) / max(square, _ONE), box, box_bits, scale_kind)
                 _assign(xs, scale, point, offset, top, cs)
                 if rule < RULE_MSE:

@@ -1,4 +1,4 @@
-"""The block quantizer on a GPU: codes, residual and norm in one pass over memory, by Triton."""
+"""The block quantizer on a GPU: codes, residual and norm in one pass over memory, compiled by Triton."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from loftq_cli.numerics.quantizers.block import BlockQuantizer
 from loftq_cli.numerics.quantizers.feedback import FeedbackGains
 from loftq_cli.numerics.quantizers.protocols import QuantizeStep, Scratch
 
-_TILE = 2048  # elements a program takes at once
-_TILE_OF_WARP = 512  # so that a thread holds 16 of them: more would not fit its registers
+_TILE = 2048  # elements that a program processes at once
+_TILE_OF_WARP = 512  # elements per warp, 16 per thread: more would not fit in its registers
 KINDS: dict[torch.dtype, int] = {
     torch.float32: kernel.FLOAT32.value,
     torch.bfloat16: kernel.BFLOAT16.value,
@@ -29,30 +29,32 @@ KINDS: dict[torch.dtype, int] = {
 
 @dataclass(frozen=True)
 class TritonQuantizer:
-    """`numerics.quantizers.BlockQuantizer`, bit for bit, in one pass over memory; scales and levels are fitted by that
-    one. Finite float32 matrices on one CUDA or ROCm device."""
+    """`numerics.quantizers.block.BlockQuantizer`, bit for bit, in one pass over memory.
+
+    Scales and levels are fitted by `BlockQuantizer` itself. Takes finite float32 matrices on one CUDA or ROCm device.
+    """
 
     grid: BlockGrid
-    levels: Tensor | None = None  # the matrix's own, where the codebook is a fitted one
+    levels: Tensor | None = None  # fitted to the matrix, if the codebook is a fitted one
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` to Q and give W - Q. Both float32 [out, in]."""
-        return self._quantize(weight, target, empty(weight, torch.float32), kernel.NOT_AT_ALL.value)
+        """Quantize `target` to Q and compute W - Q. Both arguments float32 [out, in]."""
+        return self._quantize(weight, target, empty(weight, torch.float32), kernel.UNCORRECTED.value)
 
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA to Q and give W - Q, as `FusedQuantizer.quantize_corrected`."""
+        """Quantize W - BA to Q and compute W - Q, as `FusedQuantizer.quantize_corrected` describes."""
         dtype = torch.bfloat16 if half else torch.float32
-        residual = room_for_residual(weight, dtype, scratch)
+        residual = residual_memory(weight, dtype, scratch)
         if found is None:
-            return self._quantize(weight, weight, residual, kernel.NOT_AT_ALL.value)
+            return self._quantize(weight, weight, residual, kernel.UNCORRECTED.value)
         # The kernel reads each tile of BA before it overwrites it.
         product = found.product(dtype, out=residual)
         return self._quantize(weight, product, residual, (kernel.HALF if half else kernel.FULL).value)
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
-        """W - Q, float32 [out, in]."""
+        """Return W - Q, float32 [out, in]."""
         assert isinstance(quantized, QuantizedBlocks)
         weight, residual = weight.contiguous(), empty(weight, torch.float32)
         levels = _tables(self.grid, weight.device)[1] if quantized.levels is None else quantized.levels
@@ -72,27 +74,27 @@ class TritonQuantizer:
         previous: QuantizeStep | None = None,
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
-        """As `BlockQuantizer.quantize_fitted`."""
+        """Do what `BlockQuantizer.quantize_fitted` does."""
         return self._plain.quantize_fitted(weight, target, previous=previous, column_weight=column_weight)
 
     def quantize_roughly(
         self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
     ) -> QuantizeStep:
-        """As `BlockQuantizer.quantize_roughly`."""
+        """Do what `BlockQuantizer.quantize_roughly` does."""
         return self._plain.quantize_roughly(weight, target, previous=previous, column_weight=column_weight)
 
     def feed_back(
         self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
     ) -> float:
-        """As `BlockQuantizer.feed_back`."""
+        """Do what `BlockQuantizer.feed_back` does."""
         return self._plain.feed_back(weight, product, step, fed, gains)
 
     def with_levels(self, levels: Tensor) -> TritonQuantizer:
-        """The same with other levels, float32 [2**bits], ascending."""
+        """Return the same quantizer with other levels, float32 [2**bits], ascending."""
         return TritonQuantizer(self.grid, levels)
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
-        """Better levels for the codes and scales of `step`."""
+        """Return better levels for the codes and scales of `step`."""
         return self._plain.fit_levels(target, step, column_weight=column_weight)
 
     @property
@@ -119,7 +121,14 @@ class TritonQuantizer:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How a matrix is dealt to `programs`: where its blocks stand, the shape of a tile, and how it is compiled."""
+    """How a matrix is divided among programs.
+
+    Attributes:
+        programs: the number of programs.
+        places: the number of blocks, elements after which a new block must start, and blocks between such starts.
+        shape: the shape of a tile.
+        launch: compiler options.
+    """
 
     programs: int
     places: tuple[int, int, int]
@@ -140,8 +149,8 @@ class _Tiling:
         )
 
 
-def room_for_residual(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
-    """Memory for W - Q: that of `scratch`, where it fits."""
+def residual_memory(weight: Tensor, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    """Return memory for W - Q: that of `scratch` if it fits, or new memory."""
     reuses = scratch is not None and scratch.residual.dtype == dtype and scratch.residual.is_contiguous()
     return scratch.residual if scratch and reuses else empty(weight, dtype)
 
@@ -151,7 +160,7 @@ def empty(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def bits_of(x: Tensor) -> Tensor:
-    """bfloat16 as the bit patterns the kernel takes; float32 as it is."""
+    """Return bfloat16 as the bit patterns that the kernel takes, and float32 unchanged."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 

@@ -1,4 +1,4 @@
-"""The quantizer of integer groups on a GPU, by Triton: the whole search of scales in one launch."""
+"""The quantizer of integer groups on a GPU, compiled by Triton: the whole search for scales in one launch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels.gpu import integers as kernel
-from loftq_cli.kernels.gpu.block_quantizer import KINDS, bits_of, empty, room_for_residual
+from loftq_cli.kernels.gpu.block_quantizer import KINDS, bits_of, empty, residual_memory
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, dequantize
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.lowrank.truncate import LowRank
 from loftq_cli.numerics.quantizers.integer import REFITS, shares
 from loftq_cli.numerics.quantizers.protocols import QuantizeStep, Scratch
 
-_COUNT = 16  # groups a program takes: with eight lanes each, four numbers a thread of its only warp
+_COUNT = 16  # groups per program: with eight lanes each, four numbers for each thread of its only warp
 _ZEROS: dict[str, int] = {
     "none": kernel.ZERO_NONE.value,
     "integer": kernel.ZERO_INTEGER.value,
@@ -32,17 +32,19 @@ _RULES: dict[str, int] = {
 
 @dataclass(frozen=True)
 class TritonAffineQuantizer:
-    """`numerics.affine_fit.AffineQuantizer` in one launch, with the bits that one has on a CPU. Finite float32 matrices
-    on one CUDA or ROCm device."""
+    """`numerics.quantizers.integer.AffineQuantizer` in one launch, with the same bits as on a CPU.
+
+    Takes finite float32 matrices on one CUDA or ROCm device.
+    """
 
     grid: AffineGrid
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` by the grid's own rule and give W - Q. Both float32 [out, in]."""
+        """Quantize `target` to Q by the grid's rule and compute W - Q. Both arguments float32 [out, in]."""
         return self._quantize(weight, target, _RULES[self.grid.scale_rule])
 
     def quantize_fitted(self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None = None) -> QuantizeStep:
-        """As `AffineQuantizer.quantize_fitted`."""
+        """Do what `AffineQuantizer.quantize_fitted` does."""
         if previous is None:
             return self._quantize(weight, target, kernel.RULE_MSE.value)
         assert isinstance(previous.quantized, QuantizedGroups)
@@ -51,16 +53,16 @@ class TritonAffineQuantizer:
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA by the grid's own rule; with `half` W - Q comes in bfloat16."""
-        residual = room_for_residual(weight, torch.bfloat16 if half else torch.float32, scratch)
+        """Quantize W - BA by the grid's rule and compute W - Q, which is bfloat16 with `half`."""
+        residual = residual_memory(weight, torch.bfloat16 if half else torch.float32, scratch)
         rule = _RULES[self.grid.scale_rule]
         if found is None:
             return self._quantize(weight, weight, rule, residual=residual)
-        # Not into the residual's memory: a group is read many times, by threads that do not wait for each other.
+        # BA must not share the residual's memory: unsynchronised threads read a group many times.
         return self._quantize(weight, found.product(torch.float32), rule, residual=residual, corrects=True)
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
-        """W - Q in float32."""
+        """Return W - Q in float32."""
         assert isinstance(quantized, QuantizedGroups)
         return weight - dequantize(quantized, self.grid)
 

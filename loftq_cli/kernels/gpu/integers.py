@@ -1,9 +1,9 @@
-"""Integer groups by Triton: scales, zeros, codes and residual of some groups by each program.
+"""Integer groups, compiled by Triton: each program computes scales, zeros, codes and residual of some groups.
 
-The arithmetic is that of `numerics.affine` and `numerics.affine_fit` on a CPU, bit for bit: the same candidates in the
-same order, the same eight lanes in every sum, and true division where torch multiplies by a number's reciprocal on a
-GPU. A program goes through its groups once for each candidate, eight columns at a time; all but the first time they
-come from a cache. To be launched without contraction to fused multiply-adds. Finite input only.
+The arithmetic is that of `numerics.grids.affine` and `numerics.quantizers.integer` on a CPU, bit for bit: the same
+candidates in the same order, the same eight lanes in every sum, and true division where torch on a GPU multiplies by a
+reciprocal. A program reads its groups once for each candidate, eight columns at a time; all but the first read come
+from a cache. The kernels must be launched without contraction to fused multiply-adds. Finite input only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT = tl.constexpr(0), tl.constexpr(1), tl.const
 RULE_ABSMAX, RULE_MINMAX, RULE_MSE, RULE_REFINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LANES = tl.constexpr(8)
 
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it leaves a whole number, ties to even
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2**23: adding it rounds to an integer, ties to even
 _WIDE_ROUNDER = tl.constexpr(6755399441055744.0)  # 1.5 · 2**52, the same for float64
 
 
 @triton.jit
 def _read(weight, product, begin, size, i, corrects: tl.constexpr):
-    """Eight columns of the target [count, 8], zero beyond the groups, with their places and which exist."""
+    """Return eight columns of the target [count, 8], zero beyond the groups, their positions, and which are inside."""
     j = i * LANES + tl.arange(0, LANES)[None, :]
     inside = j < size[:, None]
     places = begin[:, None] + j
@@ -35,7 +35,7 @@ def _read(weight, product, begin, size, i, corrects: tl.constexpr):
 
 @triton.jit
 def _add_lanes(lanes):
-    """[count, 8] -> [count], pairwise; sums of two do not depend on their order."""
+    """Sum [count, 8] -> [count], pairwise; a sum of two does not depend on their order."""
     count: tl.constexpr = lanes.shape[0]
     fours = tl.sum(tl.reshape(lanes, (count, 2, 4)), axis=1)
     return tl.sum(tl.sum(tl.reshape(fours, (count, 2, 2)), axis=1), axis=1)
@@ -43,20 +43,20 @@ def _add_lanes(lanes):
 
 @triton.jit
 def _reciprocal(scale):
-    """1 / scale, and 0 where that would overflow."""
+    """Return 1 / scale, or 0 where that would overflow."""
     return tl.where(tl.abs(scale) < 1e-37, 0.0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale))
 
 
 @triton.jit
 def _assign(x, inverse, point, offset, top: tl.constexpr):
-    """The nearest codes as float32; a tie takes the even one."""
+    """Return the nearest codes as float32; ties go to the even code."""
     shifted = (x - offset[:, None]) * inverse[:, None] + point[:, None]
     return (tl.minimum(tl.maximum(shifted, 0.0), top) + _ROUNDER) - _ROUNDER
 
 
 @triton.jit
 def _value(code, scale, point, offset, zero: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr):
-    """What the loader makes of codes."""
+    """Return the values that the loader computes from codes."""
     value = _rounded((code - point[:, None]) * scale[:, None], product_kind)
     if zero == ZERO_FLOAT:
         value += offset[:, None]
@@ -64,11 +64,11 @@ def _value(code, scale, point, offset, zero: tl.constexpr, product_kind: tl.cons
 
 
 @triton.jit
-def _over(
+def _from_range(
     low, high, top: tl.constexpr, least_zero: tl.constexpr,
     zero: tl.constexpr, absolute: tl.constexpr, scale_kind: tl.constexpr, offset_kind: tl.constexpr,
 ):  # fmt: skip
-    """Scale, point and offset over a range; `absolute`: over ± its largest magnitude."""
+    """Return scale, point and offset over a range or, with `absolute`, over ± its largest magnitude."""
     largest = tl.maximum(high, -low)
     point, offset = tl.zeros_like(low), tl.zeros_like(low)
     if zero == ZERO_NONE:
@@ -95,8 +95,8 @@ def _over(
 def _moments(
     weight, product, begin, size, n_loops, scale, point, offset, origin, top: tl.constexpr, corrects: tl.constexpr
 ):
-    """Lane sums [count] of q · x, q² and the codes, where q = code - origin and the codes are those of `scale`, `point`
-    and `offset`."""
+    """Return the lane sums [count] of q · x, of q² and of the codes, for q = code - origin and the codes that `scale`,
+    `point` and `offset` determine."""
     count: tl.constexpr = size.shape[0]
     inverse = _reciprocal(scale)
     products, squares = tl.zeros((count, LANES), tl.float32), tl.zeros((count, LANES), tl.float32)
@@ -117,8 +117,10 @@ def _fit(
     top: tl.constexpr, least_zero: tl.constexpr, zero: tl.constexpr, scale_kind: tl.constexpr,
     offset_kind: tl.constexpr, corrects: tl.constexpr,
 ):  # fmt: skip
-    """Scale, point and offset of least squared error for the codes that those of `of_` give; the other three where the
-    codes say nothing."""
+    """Return scale, point and offset of least squared error for the codes that the `of_` arguments determine.
+
+    If the codes do not determine them, return `scale`, `point` and `offset`.
+    """
     origin = tl.zeros_like(scale)
     if zero == ZERO_NONE:
         origin = point
@@ -130,7 +132,7 @@ def _fit(
         slope = tl.where(spread == 0.0, 0.0, slope)
     if zero == ZERO_FLOAT:
         fitted = tl.where(slope > 0.0, _rounded(slope.to(tl.float32), scale_kind), scale)
-        # The best offset for the scale that is stored.
+        # The best offset for the rounded scale.
         offset = _rounded(((wide_total - fitted.to(tl.float64) * wide_ones) / n).to(tl.float32), offset_kind)
     else:
         fitted_point = point
@@ -149,11 +151,11 @@ def _fit(
 
 
 @triton.jit
-def _judge(
+def _evaluate(
     weight, product, begin, size, n_loops, scale, point, offset, top: tl.constexpr,
     zero: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr, corrects: tl.constexpr,
 ):  # fmt: skip
-    """Squared error [count] with the loader's own arithmetic."""
+    """Return the squared error [count], with the loader's arithmetic."""
     count: tl.constexpr = size.shape[0]
     lanes = tl.zeros((count, LANES), tl.float32)
     inverse = _reciprocal(scale)
@@ -167,7 +169,7 @@ def _judge(
 
 @triton.jit
 def _range(weight, product, begin, size, n_loops, corrects: tl.constexpr):
-    """The least and the largest of each group and their lane sum, [count] each; 0 where there is no group."""
+    """Return the minimum, the maximum and the lane sum of each group, [count] each; 0 for groups that do not exist."""
     count: tl.constexpr = size.shape[0]
     low = tl.full((count, LANES), float("inf"), tl.float32)
     high, total = -low, tl.zeros((count, LANES), tl.float32)
@@ -183,7 +185,7 @@ def _range(weight, product, begin, size, n_loops, corrects: tl.constexpr):
 
 @triton.jit
 def _started(scales, zeros, g, exists, middle: tl.constexpr, zero: tl.constexpr):
-    """Scale, point and offset that an earlier step stored."""
+    """Return the scale, point and offset that an earlier step stored."""
     scale = tl.load(scales + g, mask=exists, other=0.0)
     point, offset = tl.zeros_like(scale), tl.zeros_like(scale)
     if zero == ZERO_NONE:
@@ -201,8 +203,8 @@ def _search(
     top: tl.constexpr, least_zero: tl.constexpr, zero: tl.constexpr, searches: tl.constexpr, scale_kind: tl.constexpr,
     offset_kind: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr, corrects: tl.constexpr,
 ):  # fmt: skip
-    """The best of what is given, the fits of all shrunk ranges where it `searches`, and refits of the best."""
-    least = _judge(
+    """Return the best of the given grid, with `searches` the fits of all shrunk ranges, and refits of the best."""
+    least = _evaluate(
         weight, product, begin, size, n_loops, scale, point, offset, top, zero, product_kind, value_kind, corrects
     )
     variants: tl.constexpr = 2 if zero == ZERO_NONE else 3 if zero == ZERO_INTEGER else 1
@@ -212,7 +214,7 @@ def _search(
         from_scale, from_point, from_offset = scale, point, offset
         if searches:
             share, variant = tl.load(shares + tl.minimum(step, n_tried - 1) // variants), step % variants
-            tried_scale, tried_point, tried_offset = _over(
+            tried_scale, tried_point, tried_offset = _from_range(
                 low * share, high * share, top, least_zero, zero, False, scale_kind, offset_kind
             )
             if zero == ZERO_NONE:
@@ -222,7 +224,7 @@ def _search(
             from_scale = tl.where(step < n_tried, tried_scale, scale)
             from_point = tl.where(step < n_tried, tried_point, point)
             from_offset = tl.where(step < n_tried, tried_offset, offset)
-        # A refit takes the codes of the fit before, even of one that was no better.
+        # A refit uses the codes of the fit before, even if that was not better.
         new_scale = tl.where(step <= n_tried, from_scale, new_scale)
         new_point = tl.where(step <= n_tried, from_point, new_point)
         new_offset = tl.where(step <= n_tried, from_offset, new_offset)
@@ -230,7 +232,7 @@ def _search(
             weight, product, begin, size, n_loops, total, new_scale, new_point, new_offset,
             from_scale, from_point, from_offset, top, least_zero, zero, scale_kind, offset_kind, corrects,
         )  # fmt: skip
-        error = _judge(
+        error = _evaluate(
             weight, product, begin, size, n_loops, new_scale, new_point, new_offset, top,
             zero, product_kind, value_kind, corrects,
         )  # fmt: skip
@@ -246,7 +248,7 @@ def _write(
     top: tl.constexpr, zero: tl.constexpr, product_kind: tl.constexpr, value_kind: tl.constexpr,
     corrects: tl.constexpr, halves: tl.constexpr,
 ):  # fmt: skip
-    """Store codes and residual; gives its squared norm."""
+    """Store codes and residual; return the residual's squared norm."""
     inverse = _reciprocal(scale)
     squares = tl.zeros((size.shape[0], LANES), tl.float64)
     for i in range(n_loops):
@@ -272,12 +274,17 @@ def quantize_groups(
     count: tl.constexpr, zero: tl.constexpr, rule: tl.constexpr, scale_kind: tl.constexpr, offset_kind: tl.constexpr,
     product_kind: tl.constexpr, value_kind: tl.constexpr, corrects: tl.constexpr, halves: tl.constexpr,
 ):  # fmt: skip
-    """Quantize `count` groups of the target: `product`, or weight - product where it `corrects`.
+    """Quantize `count` groups of the target: `product`, or weight - product with `corrects`.
 
-    weight and product are float32 [out, in], codes uint8 [out, in], scales and zeros float32 [out, groups] (zeros
-    unused where there are none), sums float64 [programs]: the residual's squared norm. The residual is float32 [out,
-    in], or int16 and takes bfloat16 bits where it `halves`; it is no memory of another. With RULE_REFINE scales and
-    zeros come in as the start. The kinds say what scale, offset, product and value are rounded to.
+    Args:
+        weight, product: float32 [out, in].
+        codes: uint8 [out, in], output.
+        scales, zeros: float32 [out, groups], output, and with RULE_REFINE also the start. `zeros` is unused if the grid
+            has none.
+        residual: float32 [out, in], output; with `halves` int16, which takes bfloat16 bits. It must not share memory
+            with another array.
+        sums: float64 [programs], output: the residual's squared norm.
+        scale_kind, offset_kind, product_kind, value_kind: the dtypes to which these numbers are rounded.
     """
     g = tl.program_id(0) * count + tl.arange(0, count)
     exists = g < n_groups
@@ -290,7 +297,9 @@ def quantize_groups(
     if rule == RULE_REFINE:
         scale, point, offset = _started(scales, zeros, g, exists, (top + 1.0) * 0.5, zero)
     else:
-        scale, point, offset = _over(low, high, top, least_zero, zero, rule == RULE_ABSMAX, scale_kind, offset_kind)
+        scale, point, offset = _from_range(
+            low, high, top, least_zero, zero, rule == RULE_ABSMAX, scale_kind, offset_kind
+        )
     if rule >= RULE_MSE:
         scale, point, offset = _search(
             weight, product, begin, size, n_loops, low, high, total, scale, point, offset, shares, n_shares, n_refits,

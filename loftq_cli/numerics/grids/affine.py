@@ -1,8 +1,8 @@
 """Group-wise integer quantization on a container's own grid: Q = scale · (code - zero), or scale · code + offset.
 
-An `AffineGrid` says everything that decides the bytes: code range, group, what the zero is, the dtypes scale and zero
-are stored in, and the dtypes the loader rounds the product and the value to. `dequantize` computes what the container's
-loader computes, bit for bit. How scales and zeros are found stands in `numerics.affine_fit`.
+An `AffineGrid` holds everything that determines the bytes: code range, group, kind of zero, the dtypes in which scale
+and zero are stored, and the dtypes to which the loader rounds the product and the value. `dequantize` computes what the
+container's loader computes, bit for bit. `numerics.quantizers.integer` chooses scales and zeros.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ Zero = Literal["none", "integer", "float"]
 ScaleRule = Literal["absmax", "minmax", "mse"]
 SCALE_RULES: tuple[str, ...] = get_args(ScaleRule)
 
-_SMALLEST_SCALE = 1e-37  # below, the reciprocal overflows float32
+_SMALLEST_SCALE = 1e-37  # the reciprocal of anything smaller overflows float32
 
-# Elements worked on at a time: the temporaries of one step fit the cache, and memory stays bounded.
+# Elements processed at a time: the temporaries of one step fit in the cache, and memory stays bounded.
 _PANEL_CPU, _PANEL_GPU = 2**18, 2**24
 
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """How a container holds a matrix [out, in] as integers.
+    """How a container stores a matrix [out, in] as integers.
 
     Attributes:
         bits: width of a code; codes run from 0 to 2**bits - 1.
-        group_size: elements of a row that share scale and zero; 0 is the whole row. The last group of a row may be
-            shorter.
-        zero: `none` is a fixed zero of 2**(bits - 1), so that values are scale · (-2**(bits-1) … 2**(bits-1) - 1) and
-            the scale may be negative; `integer` is a code from `least_zero` on; `float` is an offset, the value of code
-            0, so that values are scale · code + offset.
-        scale_dtype: dtype of the stored scale; `zero_dtype`: of the stored offset (`float` only).
-        product_dtype: dtype the loader rounds scale · (code - zero) to.
-        value_dtype: dtype the loader then rounds the value to. Products and sums are taken in float32.
-        scale_rule: how scales are chosen (see `numerics.affine_fit`).
+        group_size: elements of a row that share a scale and a zero; 0 means the whole row. The last group of a row may
+            be shorter.
+        zero: `none` is a fixed zero of 2**(bits - 1), so values are scale · (-2**(bits-1) … 2**(bits-1) - 1) and the
+            scale may be negative; `integer` is a code, at least `least_zero`; `float` is an offset, the value of code
+            0, so values are scale · code + offset.
+        scale_dtype: dtype of the stored scale; `zero_dtype`: dtype of the stored offset (`float` only).
+        product_dtype: dtype to which the loader rounds scale · (code - zero).
+        value_dtype: dtype to which the loader then rounds the value. Products and sums are computed in float32.
+        scale_rule: how scales are chosen (see `numerics.quantizers.integer`).
         least_zero: smallest zero point the container can hold (`integer` only).
     """
 
@@ -56,12 +56,12 @@ class AffineGrid:
 
     @property
     def data_type(self) -> str:
-        """The name of the levels, as a recipe calls them."""
+        """The name of the levels in a recipe."""
         return "int"
 
     @property
     def block_size(self) -> int:
-        """Elements that share a scale; 0 is the whole row."""
+        """Number of elements that share a scale; 0 means the whole row."""
         return self.group_size
 
     @property
@@ -70,15 +70,15 @@ class AffineGrid:
         return 2**self.bits - 1
 
     def width(self, in_features: int) -> int:
-        """Elements of a full group in a row of this length."""
+        """Return the number of elements in a full group, for a row of this length."""
         return self.group_size or in_features
 
     def n_blocks(self, out_features: int, in_features: int) -> int:
-        """How many scales a matrix of this shape has."""
+        """Return the number of scales of a matrix of this shape."""
         return out_features * -(-in_features // self.width(in_features))
 
     def information_bits(self, out_features: int, in_features: int) -> int:
-        """Bits that codes, scales and zeros carry."""
+        """Return the number of bits in codes, scales and zeros."""
         zero_bits = {"none": 0, "integer": self.bits, "float": 8 * self.zero_dtype.itemsize}[self.zero]
         group_bits = 8 * self.scale_dtype.itemsize + zero_bits
         return out_features * in_features * self.bits + self.n_blocks(out_features, in_features) * group_bits
@@ -88,7 +88,7 @@ class AffineGrid:
 class QuantizedGroups:
     """Codes uint8 [out, in]; scales and zeros float32 [out, groups], holding values of their stored dtypes.
 
-    `zeros` are zero points, or offsets where the grid's zero is `float`; None where it is `none`.
+    `zeros` are zero points, or offsets if the grid's zero is `float`; None if it is `none`.
     """
 
     codes: Tensor
@@ -105,14 +105,14 @@ class Affine:
     offset: Tensor
 
     def where(self, condition: Tensor, other: Affine) -> Affine:
-        """This where `condition` holds, `other` elsewhere."""
+        """Return the values of `self` where `condition` is true and those of `other` elsewhere."""
         pairs = zip((self.scale, self.point, self.offset), (other.scale, other.point, other.offset))
         return Affine(*(torch.where(condition, mine, theirs) for mine, theirs in pairs))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a matrix and those of their groups that have one width: rows, columns and groups as slices."""
+    """Groups of equal width in some rows of a matrix, as slices of rows, columns and groups."""
 
     rows: slice
     columns: slice
@@ -120,12 +120,12 @@ class Part:
     width: int
 
     def of(self, matrix: Tensor) -> Tensor:
-        """[out, in] -> [rows, groups, width], a view where rows are contiguous."""
+        """[out, in] -> [rows, groups, width], a view if rows are contiguous."""
         return matrix[self.rows, self.columns].unflatten(1, (-1, self.width))
 
 
 def parts(matrix: Tensor, grid: AffineGrid) -> Iterator[Part]:
-    """The matrix in panels of bounded size; a short last group of each row comes as a part of its own."""
+    """Yield the matrix in panels of bounded size; the short last groups of the rows form separate parts."""
     n_out, n_in = matrix.shape
     width = grid.width(n_in)
     full, panel = n_in // width, _PANEL_CPU if matrix.device.type == "cpu" else _PANEL_GPU
@@ -139,7 +139,7 @@ def parts(matrix: Tensor, grid: AffineGrid) -> Iterator[Part]:
 
 
 def affine_of(quantized: QuantizedGroups, grid: AffineGrid, part: Part) -> Affine:
-    """Scale, point and offset of a part's groups."""
+    """Return scale, point and offset of a part's groups."""
     scale = quantized.scales[part.rows, part.groups]
     if quantized.zeros is None:
         return Affine(scale, torch.full_like(scale, 2 ** (grid.bits - 1)), torch.zeros_like(scale))
@@ -150,8 +150,10 @@ def affine_of(quantized: QuantizedGroups, grid: AffineGrid, part: Part) -> Affin
 
 
 def assign(x: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
-    """The nearest codes, as float32 [rows, groups, width]; a tie takes the even one. A scale of 0 gives the code whose
-    value is the group's point."""
+    """Return the nearest codes, float32 [rows, groups, width]; ties go to the even code.
+
+    With a scale of 0 every code is the group's point.
+    """
     inverse = reciprocal(affine.scale).unsqueeze(-1)
     shifted = x - affine.offset.unsqueeze(-1) if grid.zero == "float" else x
     codes = (shifted * inverse).add_(affine.point.unsqueeze(-1))
@@ -159,12 +161,12 @@ def assign(x: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where that would overflow."""
+    """Return 1 / scale, or 0 where that would overflow."""
     return torch.where(scale.abs() < _SMALLEST_SCALE, 0.0, scale.reciprocal())
 
 
 def values(codes: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
-    """What the loader makes of codes (float32 or uint8 [rows, groups, width])."""
+    """Return the values the loader computes from codes (float32 or uint8 [rows, groups, width])."""
     product = (codes - affine.point.unsqueeze(-1)).mul_(affine.scale.unsqueeze(-1))
     product = round_to(product, grid.product_dtype)
     if grid.zero == "float":
@@ -173,7 +175,7 @@ def values(codes: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
 
 
 def dequantize(quantized: QuantizedGroups, grid: AffineGrid) -> Tensor:
-    """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
+    """Return what the container's loader computes: float32 [out, in] holding values of the grid's value dtype."""
     out = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
     for part in parts(quantized.codes, grid):
         part.of(out).copy_(values(part.of(quantized.codes), affine_of(quantized, grid, part), grid))

@@ -1,7 +1,8 @@
 """Block-wise absmax quantization on a container's own grid (QLoRA eq. 1-2; LoftQ section 3.1).
 
-A `BlockGrid` says everything that decides the bytes: levels, block layout, the dtype the scales are stored in and the
-dtype the loader rounds the product to. `dequantize` computes what the container's loader computes, bit for bit.
+A `BlockGrid` holds everything that determines the bytes: levels, block layout, the dtype in which scales are stored and
+the dtype to which the loader rounds the product. `dequantize` computes what the container's loader computes, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from loftq_cli.numerics.grids.panels import panels
 
 Layout = Literal["rows", "flat"]
 
-# bitsandbytes' own guard: the reciprocal of anything smaller would overflow float32.
+# The same guard as in bitsandbytes: the reciprocal of anything smaller would overflow float32.
 _SMALLEST_ABSMAX = 1e-38
 
 
@@ -30,12 +31,12 @@ class BlockGrid:
     Attributes:
         codebook: the levels, in units of the block's absmax.
         block_size: elements that share one absmax.
-        layout: `rows` blocks run along each row and the last one of a row may be shorter; `flat` blocks run over the
-            row-major flattened matrix and only the very last one may be shorter (bitsandbytes).
-        scale_dtype: dtype absmax is rounded to, before any code is chosen.
-        value_dtype: dtype the loader rounds `level * absmax` to (the product is taken in float32).
-        signed: whether the container takes negative scales, which turn an asymmetric codebook around.
-        nested: absmax itself is quantized to 8 bits (double quantization), before any code is chosen.
+        layout: `rows` blocks run along each row, and the last block of a row may be shorter; `flat` blocks run over the
+            row-major flattened matrix, and only the very last block may be shorter (bitsandbytes).
+        scale_dtype: dtype to which absmax is rounded before any code is chosen.
+        value_dtype: dtype to which the loader rounds `level * absmax` (the product is computed in float32).
+        signed: True if the container accepts negative scales, which mirror an asymmetric codebook.
+        nested: True if absmax itself is quantized to 8 bits (double quantization) before any code is chosen.
     """
 
     codebook: Codebook
@@ -48,16 +49,16 @@ class BlockGrid:
 
     @property
     def bits(self) -> int:
-        """Width of a code."""
+        """Width of a code in bits."""
         return self.codebook.bits
 
     @property
     def data_type(self) -> str:
-        """The name of the levels, as a recipe calls them."""
+        """The name of the levels in a recipe."""
         return self.codebook.data_type
 
     def information_bits(self, out_features: int, in_features: int) -> int:
-        """Bits that codes, scales and levels of the matrix's own carry, however a container stores them."""
+        """Return the number of bits in codes, scales and per-matrix levels, however a container stores them."""
         n_blocks = self.n_blocks(out_features, in_features)
         scale_bits = self.scale_dtype.itemsize * 8 * n_blocks
         if self.nested:
@@ -66,23 +67,23 @@ class BlockGrid:
         return out_features * in_features * self.bits + scale_bits + levels
 
     def n_blocks(self, out_features: int, in_features: int) -> int:
-        """How many absmax values a matrix of this shape has."""
+        """Return the number of absmax values of a matrix of this shape."""
         if self.layout == "rows":
             return out_features * -(-in_features // self.block_size)
         return -(-out_features * in_features // self.block_size)
 
     def levels(self, device: torch.device | str = "cpu") -> Tensor:
-        """The codebook as float32 [2**bits]."""
+        """Return the codebook as float32 [2**bits]."""
         return torch.tensor(self.codebook.levels, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
-    """Codes uint8 [out, in]; absmax float32 [n_blocks] as the loader has it, holding values of the grid's scale dtype.
+    """Codes uint8 [out, in]; absmax float32 [n_blocks] as the loader sees it, holding values of the grid's scale dtype.
 
-    `absmax` is a block's scale: its largest magnitude, or what was fitted instead (`numerics.fitted`). `levels`,
-    float32 [2**bits], are the matrix's own where the codebook says `fitted`. `nested`: what is stored instead of
-    absmax, where that is quantized too.
+    `absmax` is a block's scale: its largest magnitude, or a fitted scale (`numerics.quantizers.block_scales`).
+    `levels`, float32 [2**bits], are specific to the matrix and set only for a `fitted` codebook. `nested` is stored in
+    place of absmax if that is quantized too.
     """
 
     codes: Tensor
@@ -97,8 +98,8 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
     Args:
         x: float32 [out, in].
 
-    The arithmetic is bitsandbytes': multiply by the reciprocal of absmax (divide in the short last block of the flat
-    layout), clamp, compare with the float32 midpoints; a tie takes the lower code.
+    The arithmetic is that of bitsandbytes: multiply by the reciprocal of absmax (divide in the short last block of the
+    flat layout), clamp, compare with the float32 midpoints; ties go to the lower code.
     """
     blocks = to_blocks(x, grid)  # [n_blocks, block_size]
     absmax = round_to(blocks.abs().amax(dim=1), grid.scale_dtype)
@@ -112,7 +113,7 @@ def quantize(x: Tensor, grid: BlockGrid) -> QuantizedBlocks:
 
 
 def assign(x: Tensor, scales: Tensor, grid: BlockGrid, levels: Tensor) -> Tensor:
-    """Codes uint8 [out, in] of the levels nearest to `x` at these scales [n_blocks], which may be negative."""
+    """Return codes uint8 [out, in] of the levels nearest to `x` for given scales [n_blocks], which may be negative."""
     inverse = scales.abs().clamp(min=_SMALLEST_ABSMAX).reciprocal().copysign(scales)
     scaled = to_blocks(x, grid) * inverse.unsqueeze(1)
     codes = torch.bucketize(scaled, midpoints(levels), out_int32=True)
@@ -120,7 +121,7 @@ def assign(x: Tensor, scales: Tensor, grid: BlockGrid, levels: Tensor) -> Tensor
 
 
 def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:
-    """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
+    """Return what the container's loader computes: float32 [out, in] holding values of the grid's value dtype."""
     levels = grid.levels(quantized.codes.device) if quantized.levels is None else quantized.levels
     codes = to_blocks(quantized.codes, grid)  # [n_blocks, block_size]
     dense = torch.empty_like(codes, dtype=torch.float32)
@@ -131,12 +132,12 @@ def dequantize(quantized: QuantizedBlocks, grid: BlockGrid) -> Tensor:
 
 
 def midpoints(levels: Tensor) -> Tensor:
-    """Decision thresholds between neighbouring levels, float32 [2**bits - 1]."""
+    """Return the decision thresholds between neighbouring levels, float32 [2**bits - 1]."""
     return (levels[:-1] + levels[1:]) / 2
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 to the values of `dtype`, saturating instead of overflowing, and stay in float32."""
+    """Round float32 to values of `dtype`, saturating instead of overflowing; the result is float32."""
     if dtype == torch.float32:
         return x
     limit = torch.finfo(dtype).max
@@ -144,7 +145,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
-    """[out, in] -> [n_blocks, block_size]; short last blocks are filled up with zeros."""
+    """[out, in] -> [n_blocks, block_size]; short last blocks are padded with zeros."""
     if grid.layout == "flat":
         x = x.reshape(1, -1)
     rest = -x.shape[1] % grid.block_size
@@ -152,7 +153,7 @@ def to_blocks(x: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def _from_blocks(blocks: Tensor, shape: torch.Size, grid: BlockGrid) -> Tensor:
-    """[n_blocks, block_size] -> [out, in]; what filled up short blocks is dropped."""
+    """[n_blocks, block_size] -> [out, in], without the padding of short blocks."""
     if grid.layout == "flat":
         return blocks.reshape(-1)[: shape.numel()].reshape(shape)
     return blocks.reshape(shape[0], -1)[:, : shape[1]].contiguous()

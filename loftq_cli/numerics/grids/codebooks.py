@@ -1,7 +1,7 @@
-"""Codebooks: the levels a code stands for, in units of the block's absmax.
+"""Codebooks: the level of each code, in units of the block's absmax.
 
 NormalFloat levels are the published ones (QLoRA, arXiv 2305.14314 appendix E; LoftQ's `create_normal_map` with offset
-0.9677083), written out so that no scipy is needed. 4-bit NormalFloat is bitsandbytes' own table, bit for bit.
+0.9677083), written out to avoid a dependency on scipy. 4-bit NormalFloat is the table of bitsandbytes, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _NF_SYM_POSITIVE: dict[int, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-# NF4 codes that leave nearly the least squared error at fitted scales, of all subsets with both ends, on blocks of
-# Gaussian numbers and of trained matrices (scripts/study/subsets.py): within 1 to 3 % of a matrix's own levels.
+# Subsets of the NF4 codes, both ends included, with nearly the least squared error at fitted scales on blocks of
+# Gaussian numbers and of trained matrices (scripts/study/subsets.py): within 1 to 3 % of levels fitted to each matrix.
 _NF4_SUBSET: dict[int, tuple[int, ...]] = {2: (0, 4, 10, 15), 3: (0, 2, 4, 6, 8, 11, 13, 15), 4: tuple(range(16))}
 
 
@@ -48,7 +48,7 @@ _NF4_SUBSET: dict[int, tuple[int, ...]] = {2: (0, 4, 10, 15), 3: (0, 2, 4, 6, 8,
 class Codebook:
     """The `2**bits` levels of a code, ascending, within [-1, 1].
 
-    `fitted` levels are only where the fit of a matrix's own starts.
+    `fitted` levels are only the start of a fit for each matrix.
     """
 
     data_type: str
@@ -57,26 +57,26 @@ class Codebook:
 
     @property
     def fitted(self) -> bool:
-        """Whether each matrix has levels of its own."""
+        """True if levels are fitted to each matrix."""
         return self.data_type == "fitted"
 
     def __post_init__(self) -> None:
-        assert len(self.levels) == 2**self.bits, "a codebook has one level for each code"
-        assert list(self.levels) == sorted(self.levels), "levels ascend, so that midpoints separate them"
+        assert len(self.levels) == 2**self.bits, "a codebook must have one level for each code"
+        assert list(self.levels) == sorted(self.levels), "levels must ascend, so that midpoints separate them"
 
 
 def codebook(data_type: str, bits: int) -> Codebook:
-    """The codebook of a data type at a bit width.
+    """Return the codebook of a data type at a bit width.
 
     `nf` and `nf-sym` have 2, 3 or 4 bits; `uniform` has 2, 3, 4 or 8 (LoftQ section 3.1: levels evenly spaced on the
     absmax grid, ±1 and ±1/3 at 2 bits). NormalFloat was never defined at 8 bits, where evenly spaced levels are as
-    good, so 8 bits is `uniform` whatever was asked; the result's `data_type` says so.
+    good, so 8 bits is always `uniform`; the result's `data_type` reports that.
 
-    Two more go with fitted scales at 2, 3 or 4 bits: `nf4-subset`, levels of NF4 that are nearly the best there are, so
-    that a bitsandbytes file holds them; and `fitted`, levels of the matrix's own, which start as those.
+    Two more are for fitted scales at 2, 3 or 4 bits: `nf4-subset`, a nearly optimal subset of the NF4 levels, which a
+    bitsandbytes file can store; and `fitted`, levels fitted to each matrix, starting from that subset.
 
     Raises:
-        UsageError: no such codebook.
+        UsageError: there is no such codebook.
     """
     if data_type not in (*DATA_TYPES, *LEVELS):
         raise UsageError(f"there is no data type '{data_type}': choose one of {', '.join(DATA_TYPES)}.")

@@ -1,4 +1,4 @@
-"""Both kinds of grid under one name: codebook blocks and integer groups."""
+"""Common names for both kinds of grid: codebook blocks and integer groups."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Quantized: TypeAlias = QuantizedBlocks | QuantizedGroups
 
 
 def rows_of(quantized: Quantized, grid: Grid, rows: slice) -> Quantized | None:
-    """Codes, scales and zeros of some rows [out, in], as views; None where blocks run on from row to row."""
+    """Return codes, scales and zeros of some rows, as views; None if blocks continue from one row to the next."""
     codes = quantized.codes[rows]
     if isinstance(quantized, QuantizedGroups):
         return QuantizedGroups(
             codes, quantized.scales[rows], None if quantized.zeros is None else quantized.zeros[rows]
         )
-    assert isinstance(grid, BlockGrid), "blocks belong to a codebook grid"
+    assert isinstance(grid, BlockGrid), "blocks need a codebook grid"
     n_in = codes.shape[1]
     if grid.layout == "flat" and n_in % grid.block_size:
         return None
@@ -30,9 +30,9 @@ def rows_of(quantized: Quantized, grid: Grid, rows: slice) -> Quantized | None:
 
 
 def dequantize(quantized: Quantized, grid: Grid) -> Tensor:
-    """What the container's loader gives: float32 [out, in] holding values of the grid's value dtype."""
+    """Return what the container's loader computes: float32 [out, in] holding values of the grid's value dtype."""
     if isinstance(quantized, QuantizedGroups):
-        assert isinstance(grid, AffineGrid), "groups belong to an integer grid"
+        assert isinstance(grid, AffineGrid), "groups need an integer grid"
         return affine.dequantize(quantized, grid)
-    assert isinstance(grid, BlockGrid), "blocks belong to a codebook grid"
+    assert isinstance(grid, BlockGrid), "blocks need a codebook grid"
     return blocks.dequantize(quantized, grid)

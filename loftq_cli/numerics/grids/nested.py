@@ -1,5 +1,7 @@
-"""Double quantization: block scales as 8-bit dynamic floats, in bitsandbytes' own arithmetic (QLoRA, arXiv 2305.14314,
-section 3; bitsandbytes `create_dynamic_map` and `quantize_blockwise`)."""
+"""Double quantization: block scales as 8-bit dynamic floats, with the arithmetic of bitsandbytes.
+
+See QLoRA (arXiv 2305.14314), section 3, and `create_dynamic_map` and `quantize_blockwise` in bitsandbytes.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,21 @@ NESTED_BLOCK = 256  # scales that share a second-level scale
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Codes uint8 [n], the largest magnitude float32 of every 256 centred scales, and their mean float32 []."""
+    """Codes uint8 [n]; `absmax` float32 [ceil(n / 256)] of each 256 centred scales; `offset` float32 [], their mean."""
 
     codes: Tensor
     absmax: Tensor
     offset: Tensor
 
     def dequantized(self) -> Tensor:
-        """float32 [n], as bitsandbytes computes it."""
+        """Return the scales, float32 [n], as bitsandbytes computes them."""
         levels = torch.tensor(dynamic_map(), dtype=torch.float32, device=self.codes.device)
         second = self.absmax.repeat_interleave(NESTED_BLOCK)[: self.codes.numel()]
         return levels[self.codes.int()] * second + self.offset
 
 
 def quantize_scales(scales: Tensor) -> NestedScales:
-    """Subtract the mean, scale by the largest of 256, take the nearest level; a tie takes the lower one.
+    """Subtract the mean, divide by the largest magnitude of each 256, round to the nearest level; ties go to the lower.
 
     Args:
         scales: float32 [n].
@@ -45,7 +47,7 @@ def quantize_scales(scales: Tensor) -> NestedScales:
 
 @cache
 def dynamic_map() -> tuple[float, ...]:
-    """The 256 levels of a signed 8-bit number with an exponent of up to seven bits: -0.993 … 1."""
+    """Return the 256 levels of a signed 8-bit number with an exponent of up to seven bits: -0.993 … 1."""
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Codes of 2, 3, 4 or 8 bits as bytes: each row is one little-endian bit stream, padded to a whole byte.
+"""Pack codes of 2, 3, 4 or 8 bits into bytes: each row is one little-endian bit stream, padded to a whole byte.
 
-Code i of a row holds bits [i * bits, (i + 1) * bits) of the row's stream, least significant bit first. Rows stand
-alone, so that stacking or cutting matrices along the output dimension is legal on packed bytes.
+Code i of a row occupies bits [i * bits, (i + 1) * bits) of the row's stream, least significant bit first. Rows are
+independent, so packed matrices can be concatenated or split along the output dimension.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from loftq_cli.numerics.grids.panels import panels
 
-# Codes that fill a whole number of bytes together: 8 codes of 3 bits are 3 bytes.
+# The number of codes that fill a whole number of bytes: 8 codes of 3 bits are 3 bytes.
 _GROUP = {2: 4, 3: 8, 4: 2, 8: 1}
 
 
 def packed_width(columns: int, bits: int) -> int:
-    """Bytes of one packed row."""
+    """Return the number of bytes of one packed row."""
     return -(-columns * bits // 8)
 
 
@@ -50,7 +50,7 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _overlaps(bits: int) -> Iterator[tuple[int, int, int]]:
-    """(code, byte, how far left the code is shifted to lie in the byte) of a group, where the two share bits."""
+    """Yield (code, byte, left shift of the code within the byte) for each code and byte of a group that share bits."""
     for code in range(_GROUP[bits]):
         for byte in range(_GROUP[bits] * bits // 8):
             shift = code * bits - byte * 8
@@ -59,7 +59,7 @@ def _overlaps(bits: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _shifted(x: Tensor, left: int) -> Tensor:
-    """uint8: what leaves the byte is lost."""
+    """Shift uint8 left, or right if negative; bits shifted out of the byte are dropped."""
     return x << left if left >= 0 else x >> -left
 
 

@@ -1,8 +1,7 @@
-"""CPU results that do not hang on the number of threads, so that any worker with any share of the cores gives the same
-bits.
+"""CPU results that do not depend on the number of threads, so that every worker computes the same bits.
 
-torch's float32 and float64 products and row norms are so already; LAPACK's decompositions and oneDNN's bfloat16
-products, which may part the inner dimension among threads, are not.
+torch's float32 and float64 products and row norms have this property already. LAPACK's decompositions and oneDNN's
+bfloat16 products, which may split the inner dimension among threads, do not.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor
 
 _PANEL = 512  # rows of a product that one thread computes
-_WHOLE = 768  # up to so many rows a second panel costs more than a second thread gains
-_TRIANGLE = 4  # panels of a symmetric product, of which only one triangle is needed
+_WHOLE = 768  # up to this many rows, a second panel costs more than a second thread saves
+_TRIANGLE = 4  # panels of a symmetric product of which only one triangle is needed
 
 
 def one_thread(decompose: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A decomposition of a small CPU matrix on one thread; on any other device as it is."""
+    """Make a decomposition run on one thread for CPU matrices; other devices are unaffected."""
 
     @wraps(decompose)
     def alone(matrix: Tensor) -> Any:
@@ -44,24 +43,26 @@ qr, svd = one_thread(torch.linalg.qr), one_thread(partial(torch.linalg.svd, full
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., k], ascending, and eigenvectors of symmetric matrices [..., k, k], from their lower triangles.
+    """Return eigenvalues [..., k], ascending, and eigenvectors of symmetric [..., k, k], from their lower triangles.
+
+    If a GPU's solver fails, LAPACK is used.
 
     Raises:
-        torch.linalg.LinAlgError: LAPACK finds none; a GPU's solver that does not is followed by LAPACK.
+        torch.linalg.LinAlgError: LAPACK does not converge.
     """
     if matrix.device.type != "cpu":
         try:
             return torch.linalg.eigh(matrix)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # some versions of cuSOLVER give up on spectra that LAPACK is done with
+        except RuntimeError:  # some versions of cuSOLVER fail on spectra that LAPACK handles
             values, vectors = _eigh_on_cpu(matrix.cpu())
             return values.to(matrix.device), vectors.to(matrix.device)
     return _eigh_on_cpu(matrix)
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`left` [m, k] @ `right` [k, n]; of bfloat16 on the CPU in panels of rows, each on one of torch's threads."""
+    """Return `left` [m, k] @ `right` [k, n]; bfloat16 on the CPU is computed in panels of rows, one thread each."""
     if left.device.type != "cpu" or left.dtype != torch.bfloat16:
         return torch.mm(left, right, out=out)
     result = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype) if out is None else out
@@ -76,7 +77,7 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
 
 
 def lower_gram(matrix: Tensor) -> Tensor:
-    """MᵀM [k, k] of M [n, k], for `eigh`, which reads the lower triangle: on the CPU the rest holds zeros."""
+    """Return MᵀM [k, k] of M [n, k] for `eigh`, which reads the lower triangle; on the CPU the rest is zero."""
     if matrix.device.type != "cpu":
         return matrix.T @ matrix
     width = matrix.shape[1]
@@ -87,12 +88,12 @@ def lower_gram(matrix: Tensor) -> Tensor:
         end = min(start + panel, width)
         torch.mm(matrix[:, start:end].T, matrix[:, :end], out=gram[start:end, :end])
 
-    _share(work, range(0, width, panel)[::-1])  # the longest first
+    _share(work, range(0, width, panel)[::-1])  # longest panel first
     return gram
 
 
 def _share(work: Callable[[int], None], starts: Sequence[int]) -> None:
-    """`work` on every panel, each on one of torch's threads."""
+    """Run `work` on every panel, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), len(starts))
     if threads == 1 and torch.get_num_threads() == 1:
         for start in starts:
@@ -103,5 +104,5 @@ def _share(work: Callable[[int], None], starts: Sequence[int]) -> None:
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads on which torch runs alone; one pool a process, because threads do not survive a fork."""
+    """Return threads on which torch is single-threaded; one pool per process, as threads do not survive a fork."""
     return ThreadPoolExecutor(threads, "loftq-product", initializer=torch.set_num_threads, initargs=(1,))

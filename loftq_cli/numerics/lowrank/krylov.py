@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loftq_cli.numerics.lowrank.deterministic import cholesky, eigh, lower_gram, product, qr
 
-# Shares of its length that a column must keep in the projection for one round to do, and for two; and how far columns
-# must stand apart, as the least diagonal entry of their correlations' Cholesky factor. float32 has seven digits, and
-# half of them where it is squared.
+# The share of its length that a column must keep after projection for one round to suffice, and for two; and how far
+# apart columns must be, as the least diagonal entry of the Cholesky factor of their correlations. float32 has seven
+# digits, and half as many once squared. Keys: `careful`.
 _MUCH_LEFT = {True: 0.5, False: 2e-3}
 _NOTHING_LEFT = 1e-5
 _FAR_APART = {True: 0.1, False: 5e-2}
@@ -20,11 +20,11 @@ _ALIKE = {True: 1e-5, False: 2e-3}
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """The r directions that capture most of a matrix M [out, in] within a subspace, largest first.
+    """The r directions of a subspace that capture most of a matrix M [out, in], largest first.
 
     Attributes:
         vectors: float32 [in, r], orthonormal columns.
-        images: M @ vectors, float32 [out, r], as exact as M's products are.
+        images: M @ vectors, float32 [out, r], as exact as products in M's dtype.
         captured: float32 [r], the squared norms of the images.
     """
 
@@ -34,11 +34,11 @@ class RitzPairs:
 
 
 def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful: bool) -> RitzPairs:
-    """Directions within the span of Q, MᵀM Q, ..., (MᵀM)^depth Q for Q = `start` [in, l], float32.
+    """Return the best directions in the span of Q, MᵀM Q, ..., (MᵀM)^depth Q for Q = `start` [in, l], float32.
 
     Args:
-        matrix: [out, in]; its dtype is that of the products.
-        careful: squares are taken in float64. Squaring costs half the digits, which float32 affords only for narrow
+        matrix: [out, in]; products are computed in its dtype.
+        careful: compute squares in float64. Squaring costs half the digits, which float32 can afford only for narrow
             spectra.
     """
     width = start.shape[1]
@@ -59,10 +59,10 @@ def ritz_pairs(matrix: Tensor, start: Tensor, depth: int, rank: int, *, careful:
 
 
 def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
-    """`block` [in, l], orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR.
+    """Return `block` [in, l] made orthogonal to `basis` [in, k] and with orthonormal columns, by Cholesky-QR.
 
-    Where little is left of some column, or columns are nearly alike, float32 has lost their digits, and a second round
-    restores orthogonality; where nothing is left, Householder QR fills the block up.
+    If little is left of some column, or columns are nearly parallel, float32 has lost digits and a second round
+    restores orthogonality; if nothing is left, Householder QR completes the block.
     """
     for _ in range(2):
         done = cholesky_qr(block, basis, careful=careful)
@@ -77,12 +77,14 @@ def orthonormal(block: Tensor, basis: Tensor, *, careful: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class QRRound:
-    """A round of Cholesky-QR, of one matrix or of each of a stack [..., n, l].
+    """The result of one round of Cholesky-QR on one matrix or on each of a stack [..., n, l].
 
     Attributes:
-        columns: orthonormal, where `sound`; fully so where `enough`. Both bool [...].
-        projected: the columns before they were made so.
-        before: their lengths before the projection, [..., l].
+        columns: nearly orthonormal if `sound`, and to full precision if `enough`.
+        projected: the columns after the projection, before they were orthonormalised.
+        before: the lengths of the columns before the projection, [..., l].
+        sound: bool [...], True if the Cholesky factorisation succeeded and kept enough digits.
+        enough: bool [...], True if a second round is not needed.
     """
 
     columns: Tensor
@@ -93,13 +95,13 @@ class QRRound:
 
 
 def cholesky_qr(block: Tensor, basis: Tensor, *, careful: bool) -> QRRound:
-    """Columns [..., n, l] less their projections on `basis` [..., n, k], made orthonormal."""
+    """Subtract from `block` [..., n, l] its projection on `basis` [..., n, k] and orthonormalise its columns."""
     before = block.square().sum(dim=-2).sqrt()
     block = _without(block, basis)
     wide = block.double() if careful else block
     gram = wide.mT @ wide
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    # What counts is how columns differ in direction.
+    # Only the directions of the columns matter here, not their lengths.
     factor, failed = cholesky(gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)))
     apart = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
     left = (lengths / before).amin(-1)
@@ -113,16 +115,16 @@ def cholesky_qr(block: Tensor, basis: Tensor, *, careful: bool) -> QRRound:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    """L⁻ᵀ of a lower triangle L [..., l, l]: a product with it takes half the time of solving for a tall block."""
+    """Return L⁻ᵀ of a lower triangle L [..., l, l]; multiplying a tall block by it takes half as long as solving."""
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor.mT, identity, upper=True)
 
 
 def _householder(block: Tensor, basis: Tensor) -> Tensor:
-    """The same where columns vanish: a trace of noise drowns rounding errors, which may all lie in `basis`."""
+    """Do the same if columns vanish: a little noise outweighs rounding errors, which may all lie in `basis`."""
     if not basis.shape[1]:
         return qr(block).Q
-    generator = torch.Generator().manual_seed(basis.shape[1])  # other noise than what `basis` may be filled up with
+    generator = torch.Generator().manual_seed(basis.shape[1])  # unlike that of noise that `basis` may contain
     noise = torch.randn(block.shape, generator=generator).to(block.device)
     block = qr(_without(block, basis) + torch.finfo(torch.float32).eps * noise).Q
     for _ in range(2):  # twice is enough
@@ -131,7 +133,7 @@ def _householder(block: Tensor, basis: Tensor) -> Tensor:
 
 
 def _without(block: Tensor, basis: Tensor) -> Tensor:
-    """`block` less its projection on the orthonormal `basis`."""
+    """Return `block` minus its projection on the orthonormal `basis`."""
     if not basis.shape[-1]:
         return block
     subtract = torch.baddbmm if block.dim() == 3 else torch.addmm

@@ -1,8 +1,8 @@
 """The rank-r step of LoftQ: the best rank-r approximation of a residual (LoftQ eq. 8-9).
 
-`exact_low_rank` is the full SVD, the reference. `krylov_low_rank` is the default: a block Krylov space, deep and of
-narrow blocks for LoftQ's first residual and shallow afterwards, where it starts from the previous step's factors
-because LoftQ's steps hardly turn the subspace.
+`exact_low_rank` is the full SVD, the reference. `krylov_low_rank` is the default: a block Krylov space, deep and with
+narrow blocks for LoftQ's first residual, and shallow afterwards, when it starts from the previous step's factors, as
+LoftQ's steps hardly rotate the subspace.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor
 from loftq_cli.numerics.lowrank.deterministic import eigh, lower_gram, product, svd
 from loftq_cli.numerics.lowrank.krylov import orthonormal, ritz_pairs
 
-FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as the next ones
-_FIRST_OF_SMALL = 9  # the same distance from exact for fewer columns
+FIRST_DEPTH = 12  # measured in scripts/bench/NOTES.md, as are the next ones
+_FIRST_OF_SMALL = 9  # as accurate for fewer columns
 _LARGE = 2048
-# Later steps keep the course with one power and a half from so many times the rank on, with one where the matrix is
-# large as well; with fewer columns they need two.
+# Later steps stay accurate with one and a half powers if the matrix has at least this many times the rank in columns,
+# and with one if it is also large; with fewer columns they need two.
 _STEADY_SHARE, _STEADIER_SHARE, _STEADIER = 12, 32, 4096
 
-_SMALLEST_FOR_KRYLOV = 512  # below, the exact answer costs milliseconds, and LoftQ's course there hangs on every digit
-_LANES = 16  # product widths in multiples of this cost no more than the next smaller width
+_SMALLEST_FOR_KRYLOV = 512  # below, the exact result takes milliseconds, and LoftQ's iterates depend on every digit
+_LANES = 16  # rounding a product's width up to a multiple of this costs nothing
 _SMALLEST_FOR_HALF = 512  # below, rounding the residual costs more than bfloat16 products save
-SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even bfloat16's, cannot hide the smallest
-_ROUGH_SPREAD = 256.0  # up to which it blurs the smallest
-MOST = 0.9  # share of the energy above which what is left would be bfloat16's noise
-_ROUGH_MOST = 0.999  # above which that noise would be a good part of it
-_LEAST_LEFT = 1e-3  # share of the energy below which what is left would be noise of float32 squares
-SAFE_NORM = 1e12  # squares of norms within [1 / this, this] stay in float32's range with room for sums
+SPREAD = 16.0  # s[0] / s[-1] up to which noise on the largest direction, even of bfloat16, cannot hide the smallest
+_ROUGH_SPREAD = 256.0  # s[0] / s[-1] up to which that noise only blurs the smallest
+MOST_ENERGY = 0.9  # share of the energy above which the rest would be mostly bfloat16's noise
+_ROUGH_MOST_ENERGY = 0.999  # share of the energy above which that noise would be a large part of the rest
+_LEAST_LEFT = 1e-3  # share of the energy below which the rest would be noise of float32 squares
+SAFE_NORM = 1e12  # squares of norms within [1 / this, this], and their sums, stay in float32's range
 
 
 @dataclass(frozen=True)
 class LowRank:
     """U diag(s) Vᵀ: `u` [out, r] and `v` [in, r] have orthonormal columns, `s` [r] descends. All float32.
 
-    Where s is zero the columns of one of them are zero. U diag(s) Vᵀ is the orthogonal projection R V Vᵀ of what was
-    approximated, so ‖R - U diag(s) Vᵀ‖² = ‖R‖² - Σ s².
+    Where s is zero, the column of `u` or of `v` is zero. U diag(s) Vᵀ is the orthogonal projection R V Vᵀ of the
+    approximated matrix R, so ‖R - U diag(s) Vᵀ‖² = ‖R‖² - Σ s².
     """
 
     u: Tensor
@@ -59,7 +59,7 @@ class LowRank:
         return self.u * self.s.sqrt()
 
     def product(self, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None) -> Tensor:
-        """BA = U diag(s) Vᵀ [out, in], multiplied and rounded in `dtype`."""
+        """Return BA = U diag(s) Vᵀ [out, in], multiplied and rounded in `dtype`."""
         return product(self.lora_b.to(dtype), self.lora_a.to(dtype), out=out)
 
     @property
@@ -74,13 +74,16 @@ class LowRank:
 
 
 def exact_low_rank(residual: Tensor, rank: int) -> LowRank:
-    """The rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
+    """Return the rank-r truncation of the full SVD of `residual`, float32 [out, in]."""
     u, s, vh = svd(residual)
-    return LowRank(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].T.clone())  # views would keep all of U and Vᵀ
+    return LowRank(u[:, :rank].clone(), s[:rank].clone(), vh[:rank].T.clone())  # views would keep all of U and Vᵀ alive
 
 
 def gram_low_rank(residual: Tensor, rank: int, *, careful: bool = True) -> LowRank:
-    """Exact, from the eigenvectors of the smaller Gram matrix; `careful` in float64, so that squaring loses nothing."""
+    """Return the exact approximation from the eigenvectors of the smaller Gram matrix.
+
+    With `careful` squares are computed in float64, so that squaring loses nothing.
+    """
     if residual.shape[0] < residual.shape[1]:
         return gram_low_rank(residual.T, rank, careful=careful).transposed
     wide = residual.double() if careful else residual
@@ -98,18 +101,18 @@ def krylov_low_rank(
     generator: torch.Generator,
     norm: float | None = None,
 ) -> LowRank:
-    """Rank-r approximation of `residual` [out, in] from the block Krylov space of `previous` or of random columns.
+    """Approximate `residual` [out, in] with rank r, in the block Krylov space of `previous` or of random columns.
 
-    Where the matrix is small or the space would be two thirds as wide, the Gram matrix is exact and as cheap, and is
-    taken. Squares are taken in float32 first, and in float64 where the spectrum found is too wide for that, or where
-    so little of the residual is left that the errors of float32 squares would show in it.
+    If the matrix is small, or the space would be two thirds as wide, the Gram matrix is exact and as cheap, and is used
+    instead. Squares are computed in float32 first, and again in float64 if the spectrum is too wide for that, or if so
+    little of the residual is left that the errors of float32 squares would show in it.
 
     Args:
         residual: float32; or bfloat16, for which see `half_low_rank`.
-        previous: the approximation of a similar residual: the last step's.
+        previous: the approximation of a similar residual, that of the last step.
         depth: powers of RᵀR in the space; by default FIRST_DEPTH or less without `previous`, one or two with it.
-        generator: a CPU generator; its draws are what makes a run repeatable on any device.
-        norm: ‖residual‖_F, where it is known already.
+        generator: a CPU generator, which makes a run repeatable on any device.
+        norm: ‖residual‖_F, if it is known already.
     """
     rank = min(rank, *residual.shape)
     norm = frobenius(residual) if norm is None else norm
@@ -118,13 +121,13 @@ def krylov_low_rank(
         scaled = krylov_low_rank(residual * scale, rank, previous=previous, depth=depth, generator=generator)
         return LowRank(scaled.u, scaled.s / scale, scaled.v)
     space = KrylovSpace.plan(residual, rank, previous, depth)
-    trusts = previous is None or _narrow(previous.s)
+    tries_float32 = previous is None or _narrow(previous.s)
     if space is None:
-        found = gram_low_rank(residual, rank, careful=False) if trusts else None
-        return found if found is not None and _enough(found, norm) else gram_low_rank(residual, rank)
+        found = gram_low_rank(residual, rank, careful=False) if tries_float32 else None
+        return found if found is not None and _precise_enough(found, norm) else gram_low_rank(residual, rank)
     start = space.start(residual, previous, generator)
-    found = space.search(residual, start, careful=False) if trusts else None
-    return found if found is not None and _enough(found, norm) else space.search(residual, start, careful=True)
+    found = space.search(residual, start, careful=False) if tries_float32 else None
+    return found if found is not None and _precise_enough(found, norm) else space.search(residual, start, careful=True)
 
 
 def half_low_rank(
@@ -137,19 +140,19 @@ def half_low_rank(
     norm: float,
     rough: bool = False,
 ) -> LowRank | None:
-    """`krylov_low_rank` of a residual known only in bfloat16; None where its spectrum asks for float32.
+    """Return `krylov_low_rank` of a residual given in bfloat16, or None if its spectrum needs float32.
 
-    Rounding moves the directions and their images by 2⁻⁹ at random, which costs the approximation of a narrow spectrum
-    the square of that: less than 1e-5 of the residual, as `scripts/bench/NOTES.md` confirms. `refine` gives the exact
-    projection on the same directions.
+    Rounding changes the directions and their images by 2⁻⁹ at random, which costs the approximation of a narrow
+    spectrum the square of that: less than 1e-5 of the residual, as `scripts/bench/NOTES.md` confirms. `refine` computes
+    the exact projection on the same directions.
 
     Args:
         norm: ‖residual‖_F.
-        rough: also where the spectrum is wide, or hardly more than noise of bfloat16 is left: good enough where what
-            this approximation misses is made up for by a later step.
+        rough: accept a wide spectrum too, or one that leaves hardly more than the noise of bfloat16: good enough if a
+            later step makes up for what this approximation misses.
     """
     rank = min(rank, *half.shape)
-    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST) if rough else (SPREAD, MOST)
+    spread, most = (_ROUGH_SPREAD, _ROUGH_MOST_ENERGY) if rough else (SPREAD, MOST_ENERGY)
     space = KrylovSpace.plan(half, rank, previous, depth)
     if space is None or _power_of_two(norm) != 1.0 or not (previous is None or _narrow(previous.s, spread)):
         return None
@@ -158,20 +161,22 @@ def half_low_rank(
 
 
 def refine(residual: Tensor, found: LowRank) -> LowRank:
-    """The projection of the float32 `residual` on the directions of `found`."""
+    """Project the float32 `residual` on the directions of `found`."""
     return refine_by(lambda basis: residual @ basis, found)
 
 
 def refine_by(images: Callable[[Tensor], Tensor], found: LowRank) -> LowRank:
-    """The same of a residual that is known by its products R @ basis, of float32 [in, r]."""
+    """Do the same for a residual given by a function that computes R @ basis for a float32 basis [in, r]."""
     basis = orthonormal(found.v, found.v[:, :0], careful=True)
     return _decompose(images(basis).double(), basis.double())
 
 
 @dataclass(frozen=True)
 class KrylovSpace:
-    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR; half a power more where it starts
-    `from_left`, from Rᵀ times known directions of the longer side."""
+    """A block Krylov space: `width` columns to start from and `depth` powers of RᵀR.
+
+    With `from_left` it starts from Rᵀ times known directions of the longer side, which adds half a power.
+    """
 
     rank: int
     width: int
@@ -180,10 +185,10 @@ class KrylovSpace:
 
     @staticmethod
     def plan(residual: Tensor, rank: int, previous: LowRank | None, depth: int | None) -> KrylovSpace | None:
-        """The space for a residual of this shape, or None where the Gram matrix is as cheap.
+        """Return the space for a residual of this shape, or None if the Gram matrix is as cheap.
 
-        Blocks half as wide as the rank find more with the same products than blocks as wide; a start from known
-        directions has all of them, and needs hardly any depth.
+        Blocks half as wide as the rank find more with the same number of products than blocks as wide as the rank. A
+        start from known directions includes all of them and needs hardly any depth.
         """
         width = _LANES * -(-(rank if previous is not None else (rank + 1) // 2) // _LANES)
         smaller = min(residual.shape)
@@ -196,7 +201,7 @@ class KrylovSpace:
         return KrylovSpace(rank, width, depth, from_left)
 
     def start(self, residual: Tensor, previous: LowRank | None, generator: torch.Generator) -> Tensor:
-        """[shorter side, width]: the previous step's directions, filled up with random ones."""
+        """Return the previous step's directions, completed with random ones, [shorter side, width]."""
         if residual.shape[0] < residual.shape[1]:
             return self.start(residual.T, None if previous is None else previous.transposed, generator)
         n, known = residual.shape[1], torch.empty(residual.shape[1], 0)
@@ -208,7 +213,7 @@ class KrylovSpace:
         return torch.cat([known.to(residual.device), fresh.to(residual.device)], dim=1)
 
     def search(self, residual: Tensor, start: Tensor, *, careful: bool) -> LowRank:
-        """The best approximation within the space."""
+        """Return the best approximation within the space."""
         if residual.shape[0] < residual.shape[1]:
             return self.search(residual.T, start, careful=careful).transposed
         pairs = ritz_pairs(residual, start, self.depth, self.rank, careful=careful)
@@ -225,7 +230,7 @@ def _later_powers(smaller: int, rank: int) -> float:
 
 
 def _decompose(image: Tensor, basis: Tensor) -> LowRank:
-    """`image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
+    """Return `image` [out, r] times `basis`ᵀ [r, in] (orthonormal) as an SVD; both float64."""
     values, turn = eigh(image.T @ image)
     s, turn = values.flip(0).clamp(min=0).sqrt(), turn.flip(1)
     inverse = torch.where(s > 0, s, torch.inf).reciprocal()
@@ -233,7 +238,10 @@ def _decompose(image: Tensor, basis: Tensor) -> LowRank:
 
 
 def frobenius(x: Tensor) -> float:
-    """‖x‖_F of a matrix: float32 within rows, float64 across them, and throughout where squares could leave float32."""
+    """Return ‖x‖_F of a matrix.
+
+    Sums are float32 within rows and float64 across them, or float64 throughout if squares could leave float32's range.
+    """
     norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1), dtype=torch.float64))
     if 1 / SAFE_NORM < norm < SAFE_NORM:
         return norm
@@ -241,14 +249,14 @@ def frobenius(x: Tensor) -> float:
 
 
 def _power_of_two(norm: float) -> float:
-    """What to multiply a matrix of this norm with, so that squares stay in float32's range; 1 where they do."""
+    """Return the factor that brings squares of a matrix with this norm into float32's range; 1 if they are in it."""
     if norm == 0.0 or 1 / SAFE_NORM < norm < SAFE_NORM:
         return 1.0
     return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
 
 
-def _enough(found: LowRank, norm: float) -> bool:
-    """True if squares in float32 were exact enough for what was found and for what it leaves."""
+def _precise_enough(found: LowRank, norm: float) -> bool:
+    """True if float32 squares were precise enough for the directions found and for the rest."""
     return _narrow(found.s) and norm**2 - found.energy > _LEAST_LEFT * norm**2
 
 
@@ -257,7 +265,7 @@ def _narrow(s: Tensor, spread: float = SPREAD) -> bool:
 
 
 def half_is_faster(residual: Tensor) -> bool:
-    """Whether bfloat16 products beat float32 ones on this device, rounding included."""
+    """True if bfloat16 products are faster than float32 ones on this device, rounding included."""
     if min(residual.shape) < _SMALLEST_FOR_HALF:
         return False
     if residual.is_cuda:
@@ -267,7 +275,7 @@ def half_is_faster(residual: Tensor) -> bool:
 
 @cache
 def _gpu_multiplies_bfloat16(device: torch.device) -> bool:
-    """Tensor cores do from compute capability 8.0 on; before, it is emulated."""
+    """True from compute capability 8.0 on, where tensor cores do; older GPUs emulate it."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

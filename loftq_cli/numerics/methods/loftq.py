@@ -1,4 +1,4 @@
-"""LoftQ: alternate a quantized backbone with the rank-r SVD of what it misses (arXiv 2310.08659, Algorithm 1)."""
+"""LoftQ: alternate a quantized backbone with the rank-r SVD of its error (arXiv 2310.08659, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from loftq_cli.numerics.lowrank.truncate import (
 from loftq_cli.numerics.methods.zero_start import zero_start
 from loftq_cli.numerics.quantizers.protocols import FusedQuantizer, Quantizer, QuantizeStep, Scratch
 
-SHOWS = 0.25  # share of the energy captured from which bfloat16's noise in it could show in the residual's fifth digit
-DIVERGED = 1e3  # times what plain quantization leaves: from there the alternation has only overflow before it
-CANCELLING = 0.1  # share of the energy left below which float32 factors would cost the difference its fifth digit
+ROUNDING_SHOWS = 0.25  # captured share of the energy above which bfloat16's noise could change the residual's 5th digit
+DIVERGED = 1e3  # multiple of the residual of plain quantization above which the alternation only heads for overflow
+CANCELLING = 0.1  # remaining share of the energy below which float32 factors would change the difference's 5th digit
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class LoftQResult:
     Attributes:
         quantized: codes and scales of Q.
         lora_a: float32 [r, in]; lora_b: float32 [out, r]. Scaling 1: W is approximated by Q + lora_b @ lora_a.
-        plain_residual: ‖W - q(W)‖_F / ‖W‖_F, what quantization alone leaves.
-        residuals: ‖W - Q_t - B_t A_t‖_F / ‖W‖_F after each step t = 1..T, or up to the one that diverged.
-        best: the step that was kept, counted from 1; 0 where no step was made.
+        plain_residual: ‖W - q(W)‖_F / ‖W‖_F, the residual of quantization alone.
+        residuals: ‖W - Q_t - B_t A_t‖_F / ‖W‖_F after each step t = 1..T, or up to the step that diverged.
+        best: the step that was kept, counted from 1; 0 if there were no steps.
     """
 
     quantized: Quantized
@@ -50,7 +50,7 @@ class LoftQResult:
 
     @property
     def residual(self) -> float:
-        """Relative residual of what was kept."""
+        """Relative residual of the step that was kept."""
         return self.residuals[self.best - 1] if self.best else self.plain_residual
 
 
@@ -59,7 +59,7 @@ LowRankStep = Callable[[Tensor, "LowRank | None"], LowRank]
 
 @dataclass(frozen=True)
 class FastStep:
-    """The default low-rank step: block Krylov, warm-started, within 0.1 % of the exact residual. A `LowRankStep`."""
+    """The default `LowRankStep`: block Krylov, warm-started, within 0.1 % of the exact residual."""
 
     rank: int
     generator: torch.Generator
@@ -67,8 +67,8 @@ class FastStep:
     def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
         return krylov_low_rank(residual, self.rank, previous=previous, generator=self.generator)
 
-    def of_half(self, step: QuantizeStep, previous: LowRank | None) -> LowRank | None:
-        """The same for a residual in bfloat16; None where it has to be known in float32."""
+    def from_half(self, step: QuantizeStep, previous: LowRank | None) -> LowRank | None:
+        """Return the approximation of a residual in bfloat16, or None if it must be computed from float32."""
         if step.residual.dtype != torch.bfloat16:
             return None
         return half_low_rank(
@@ -81,15 +81,15 @@ def loftq(
 ) -> LoftQResult:
     """Alternate Q_t = q(W - B_{t-1} A_{t-1}) with B_t A_t = SVD_r(W - Q_t), from B_0 A_0 = 0 (Algorithm 1).
 
-    LoftQ is not monotone (at 2 bits later steps are often worse), so the best iterate is kept unless `keep_last` asks
-    for the paper's literal last one. It can even diverge, after a hundred steps or more; there it is ended, as no later
-    step would be kept.
+    LoftQ is not monotone (at 2 bits later steps are often worse), so the best iterate is kept, or the last one, as in
+    the paper, if `keep_last`. It can even diverge, after a hundred steps or more; the iteration stops there, as no
+    later step would be kept.
 
     Args:
         weight: float32 [out, in].
         iters: T >= 1 alternating steps.
     """
-    assert iters >= 1, "T = 0 is plain quantization: plain_start"
+    assert iters >= 1, "T = 0 is plain quantization: use plain_start"
     norm = frobenius(weight)
     steps = _Steps(weight, quantizer, low_rank)
     found: LowRank | None = None
@@ -101,7 +101,7 @@ def loftq(
         step = steps.quantize(found, scratch)  # LoftQ eq. 7
         plain = plain or _relative(step.residual_norm(), norm)
         found = steps.factor(step, found)  # eq. 8-9
-        residuals.append(_relative(steps.left_over(step, found), norm))
+        residuals.append(_relative(steps.remaining_norm(step, found), norm))
         unused: Tensor | None = step.quantized.codes
         if kept is None or keep_last or residuals[-1] < residuals[kept.number - 1]:
             unused = None if kept is None else kept.quantized.codes
@@ -112,14 +112,14 @@ def loftq(
     assert kept is not None
     found = kept.found
     if kept.is_estimate:
-        found, left = steps.settle(kept)
+        found, left = steps.make_exact(kept)
         residuals[kept.number - 1] = _relative(left, norm)
     return LoftQResult(kept.quantized, found.lora_a, found.lora_b, plain, tuple(residuals), kept.number)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The step kept so far: its number from 1, Q and BA, ‖W - Q‖_F, and whether BA is to be settled."""
+    """The best step so far: its number from 1, Q, BA, ‖W - Q‖_F, and whether BA must still be made exact."""
 
     number: int
     quantized: Quantized
@@ -129,26 +129,26 @@ class _Kept:
 
 
 def _is_estimate(step: QuantizeStep, found: LowRank) -> bool:
-    """Whether `found` came from a rounded residual and holds so much that the rounding shows."""
-    return step.residual.dtype == torch.bfloat16 and found.energy > SHOWS * step.residual_norm() ** 2
+    """True if `found` comes from a rounded residual and captures so much of it that the rounding shows."""
+    return step.residual.dtype == torch.bfloat16 and found.energy > ROUNDING_SHOWS * step.residual_norm() ** 2
 
 
-def _apart(total: float, found: LowRank) -> float | None:
-    """‖R - BA‖_F of a residual with the norm `total`, by Pythagoras; None where the difference would cancel."""
+def _remaining_norm(total: float, found: LowRank) -> float | None:
+    """Return ‖R - BA‖_F for a residual of norm `total`, by Pythagoras, or None if the difference would cancel."""
     left = total**2 - found.energy
     return math.sqrt(left) if left > CANCELLING * total**2 else None
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """The two half-steps, in bfloat16 where the machine is faster at it and the spectrum allows."""
+    """The two half-steps, in bfloat16 if that is faster on this machine and the spectrum allows it."""
 
     weight: Tensor
     quantizer: Quantizer
     low_rank: LowRankStep
 
     def quantize(self, found: LowRank | None, scratch: Scratch | None) -> QuantizeStep:
-        """Q of W - BA; `scratch` is used up."""
+        """Compute Q of W - BA; this may overwrite `scratch`."""
         if isinstance(self.quantizer, FusedQuantizer):
             half = isinstance(self.low_rank, FastStep) and half_is_faster(self.weight)
             return self.quantizer.quantize_corrected(self.weight, found, half=half, scratch=scratch)
@@ -156,29 +156,29 @@ class _Steps:
         return self.quantizer.quantize_residual(self.weight, target)
 
     def factor(self, step: QuantizeStep, previous: LowRank | None) -> LowRank:
-        """BA of W - Q."""
+        """Compute BA of W - Q."""
         if isinstance(self.low_rank, FastStep):
-            found = self.low_rank.of_half(step, previous)
+            found = self.low_rank.from_half(step, previous)
             if found is not None:
                 return found
         return self.low_rank(self._full(step), previous)
 
-    def left_over(self, step: QuantizeStep, found: LowRank) -> float:
-        """‖W - Q - BA‖_F: by Pythagoras from the norms at hand, or directly where the difference would cancel."""
-        left = _apart(step.residual_norm(), found)
+    def remaining_norm(self, step: QuantizeStep, found: LowRank) -> float:
+        """Return ‖W - Q - BA‖_F, by Pythagoras from known norms, or directly if the difference would cancel."""
+        left = _remaining_norm(step.residual_norm(), found)
         return frobenius(self._full(step) - found.product()) if left is None else left
 
-    def settle(self, kept: _Kept) -> tuple[LowRank, float]:
-        """The exact projection of W - Q on the directions found, and what it leaves."""
+    def make_exact(self, kept: _Kept) -> tuple[LowRank, float]:
+        """Return the exact projection of W - Q on the directions found, and ‖W - Q - BA‖_F."""
         assert isinstance(self.quantizer, FusedQuantizer)
         found = refine_by(partial(self._images, kept.quantized), kept.found)
-        left = _apart(kept.total, found)
+        left = _remaining_norm(kept.total, found)
         if left is None:
             left = frobenius(self.quantizer.restore(self.weight, kept.quantized) - found.product())
         return found, left
 
     def _images(self, quantized: Quantized, basis: Tensor) -> Tensor:
-        """(W - Q) @ basis, from some rows of W - Q at a time: whole it would take as much memory as W."""
+        """Return (W - Q) @ basis, computed in panels of rows: all of W - Q would take as much memory as W."""
         assert isinstance(self.quantizer, FusedQuantizer)
         images = basis.new_empty(self.weight.shape[0], basis.shape[1])
         for rows in panels(self.weight):
@@ -198,8 +198,11 @@ class _Steps:
 def plain_start(
     weight: Tensor, quantizer: Quantizer, *, rank: int, generator: torch.Generator, group: int = 1
 ) -> LoftQResult:
-    """QLoRA: plain quantization and PEFT's default start, A Kaiming-uniform and B zero (arXiv 2305.14314); over inputs
-    pooled in groups of `group`."""
+    """Return QLoRA's start (arXiv 2305.14314): plain quantization with PEFT's default, A Kaiming-uniform and B zero.
+
+    Args:
+        group: the number of inputs that the adapter pools.
+    """
     step = quantizer.quantize_residual(weight, weight)
     start = zero_start(weight.shape[0], weight.shape[1], rank, generator=generator, group=group)
     plain = _relative(frobenius(step.residual), frobenius(weight))
@@ -207,12 +210,12 @@ def plain_start(
 
 
 def exact_step(rank: int) -> LowRankStep:
-    """The paper's own step: a full SVD."""
+    """Return the paper's own step, a full SVD."""
     return lambda residual, _previous: exact_low_rank(residual, rank)
 
 
 def fast_step(rank: int, generator: torch.Generator) -> FastStep:
-    """The default step."""
+    """Return the default step."""
     return FastStep(rank, generator)
 
 

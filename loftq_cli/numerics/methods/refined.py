@@ -1,27 +1,30 @@
-"""Past LoftQ at the same bits, rank and container: fitted scales, a start from the SVD of W, error feedback.
+"""The refined method: better than LoftQ at the same bits, rank and container.
 
-The objective is LoftQ's, ‖W - Q - BA‖_F over everything stored: codes, block scales, factors and, where the container
-has room, the levels. Three things differ from `numerics.loftq`:
+It adds fitted scales, a start from the SVD of W, and error feedback. The objective is LoftQ's, ‖W - Q - BA‖_F over
+everything stored: codes, block scales, factors and, if the container can store them, the levels. Three things differ
+from `numerics.methods.loftq`:
 
-**Scales of least squared error.** LoftQ's step Q = q(W - BA) with absmax scales does not minimise ‖(W - BA) - Q‖, which
-is why its residual can rise. `numerics.fitted` does, block by block: for fixed codes with levels c the best scale is
-⟨x, c⟩ / ⟨c, c⟩, for a fixed scale the nearest codes are best. Levels of the matrix's own follow the same way: for fixed
-codes and scales s the best level is Σ s x / Σ s² over the elements that have it (Lloyd 1982, Max 1960).
+**Scales of least squared error.** LoftQ's step Q = q(W - BA) with absmax scales does not minimise ‖(W - BA) - Q‖, so
+its residual can rise. `numerics.quantizers.block_scales` minimises it block by block: for fixed codes with levels c the
+best scale is ⟨x, c⟩ / ⟨c, c⟩; for a fixed scale the nearest codes are best. Levels fitted to the matrix follow in the
+same way: for fixed codes and scales s the best level is Σ s x / Σ s² over the elements that have it (Lloyd 1982, Max
+1960).
 
 **A start from the rank-r SVD of W**, so that strong directions never reach the quantizer.
 
 **Error feedback.** Plain alternation stalls: BA fits the quantizer's noise, and the next Q reproduces W - BA with the
-same noise. Quantizing W - BA + U instead, U ← γ U + η E with E = W - Q - BA the last residual, pushes every element
-whose error persists over its threshold: damped dual ascent for the constraint W = Q + BA (ADMM's scaled dual variable),
-which needs a Q-step that really minimises. U's share is tapered off and the run ends on a plain step, U = 0.
+same noise. Quantizing W - BA + U instead, with U ← γ U + η E and E = W - Q - BA the last residual, pushes every element
+with a persistent error over its threshold. This is damped dual ascent for the constraint W = Q + BA (U is ADMM's scaled
+dual variable) and needs a Q-step that minimises its objective. U is tapered off, and the run ends with a plain step,
+U = 0.
 
 Convergence. A plain step (U = 0) fits Q to W - BA with the previous scales among the candidates, so ‖W - Q - BA‖ does
-not rise (exactly for float32 values; where the loader rounds products, up to that rounding, since codes are the nearest
-unrounded levels); then BA = SVD_r(W - Q) is optimal for that Q (Eckart and Young), so it does not rise either: the
-objective decreases monotonically and is bounded by 0. Steps with feedback have no such guarantee. Therefore the best
-iterate is kept (its factors and residual made exact where rough steps found them), the taper begins early where the
-residual stalls, and where it runs away feedback is dropped and plain steps go on from the best one. Updating
-the levels between steps lowers it too, on the blocks that are looked at (`numerics.fitted.fit_levels` samples).
+not rise (exactly for float32 values; if the loader rounds products, up to that rounding, as codes are the nearest
+unrounded levels). Then BA = SVD_r(W - Q) is optimal for that Q (Eckart and Young), so the objective does not rise here
+either: it decreases monotonically and is bounded by 0. Steps with feedback have no such guarantee. Therefore the best
+iterate is kept (with its factors and residual made exact if they come from rough steps), the taper begins early if the
+residual stalls, and if the residual diverges, feedback is dropped and plain steps continue from the best iterate.
+Updating the levels between steps lowers the objective too, on the blocks that `fit_levels` samples.
 """
 
 from __future__ import annotations
@@ -44,26 +47,26 @@ from loftq_cli.numerics.quantizers.protocols import FeedingQuantizer, FittingQua
 Init = Literal["svd", "zero"]
 DEFAULT_ITERS = 16
 
-# Measured on trained matrices (scripts/study): U forgets 30 % a step and takes 28 % of the residual; more diverges.
+# Measured on trained matrices (scripts/study): each step U loses 30 % and gains 28 % of the residual; more diverges.
 _KEPT, _ADDED = 0.7, 0.28
-_TAPER = (0.0, 0.3, 0.6)  # U's share in the last, the last but one and the third last step
-_LEVELS_FROZEN = 2  # steps at the end in which levels stay
-_DIVERGED = 1.5  # times the best residual
+_TAPER = (0.0, 0.3, 0.6)  # the share of U in the last, the second last and the third last step
+_LEVELS_FROZEN = 2  # number of final steps in which levels are not updated
+_DIVERGED = 1.5  # multiple of the best residual that counts as diverged
 _CONVERGED = 1e-4  # relative change of the residual from one plain step to the next
-_STALLED = 2e-3  # the same with feedback; twice in a row, and the taper begins
-_SETTLING = 6  # steps before that, in which the residual first rises
-_CANCELLING = 1e-3  # share of ‖W - Q‖² left below which BA's rounding to bfloat16 would show in E
+_STALLED = 2e-3  # the same with feedback; the taper begins after two such steps in a row
+_SETTLING = 6  # number of first steps exempt from that, as the residual rises at first
+_CANCELLING = 1e-3  # remaining share of ‖W - Q‖² below which BA's rounding to bfloat16 would show in E
 
 
 @runtime_checkable
 class LevelQuantizer(FittingQuantizer, Protocol):
-    """A quantizer whose levels may be the matrix's own."""
+    """A quantizer that can use levels fitted to the matrix."""
 
     def with_levels(self, levels: Tensor) -> LevelQuantizer:
-        """The same with other levels, float32 [2**bits], ascending."""
+        """Return the same quantizer with other levels, float32 [2**bits], ascending."""
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
-        """Better levels for the codes and scales of `step`: float32 [2**bits], ascending."""
+        """Return better levels for the codes and scales of `step`: float32 [2**bits], ascending."""
 
 
 def refined(
@@ -83,17 +86,18 @@ def refined(
 
     Args:
         weight: float32 [out, in].
-        iters: T >= 1 steps at most; fewer where the residual stands still.
-        low_rank: None for a matrix without an adapter, whose scales (and levels) are all there is to fit.
-        init: BA starts as the rank-r SVD of W, or at zero as LoftQ's.
-        feedback: False makes plain steps only, which never raise the residual and stall earlier.
-        levels: float32 [2**bits] to start from where the matrix gets levels of its own; needs a `LevelQuantizer`.
+        iters: T >= 1, the largest number of steps; there are fewer if the residual stops changing.
+        low_rank: None for a matrix without an adapter: then only scales (and levels) are fitted.
+        init: BA starts as the rank-r SVD of W, or at zero as in LoftQ.
+        feedback: False makes plain steps only, which never raise the residual but stall earlier.
+        levels: float32 [2**bits], the start for levels fitted to the matrix; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
-        column_weight: float32 [in], positive: fit the scales (and levels) to the error with columns weighted so;
-            `low_rank` must do so too. The residuals reported stay unweighted.
-        objective: of W - Q - BA, which iterate is best; by default its norm under `column_weight`.
+        column_weight: float32 [in], positive: weights of the columns' errors when scales (and levels) are fitted;
+            `low_rank` must use them too. The reported residuals are unweighted.
+        objective: a function of W - Q - BA whose least value determines the best iterate; by default its norm under
+            `column_weight`.
     """
-    assert iters >= 1, "T = 0 is plain quantization: plain_start"
+    assert iters >= 1, "T = 0 is plain quantization: use plain_start"
     norm = frobenius(weight)
     plain = quantizer.quantize_residual(weight, weight).residual_norm()
     if levels is not None:
@@ -102,13 +106,13 @@ def refined(
     run.objective = objective
     if low_rank is not None and init == "svd":
         run.found = low_rank.rough(weight, norm, None) or low_rank.step(weight, None)
-    run.aim()
+    run.set_first_target()
     while run.steps_left:
         run.step()
-    kept = run.tried if keep_last else run.best
+    kept = run.latest if keep_last else run.best
     assert kept is not None
     if kept.estimated:
-        kept = run.settle(kept)
+        kept = run.make_exact(kept)
     a, b = _factors(kept.found, weight)
     residuals = tuple(value / norm if norm else 0.0 for value in run.residuals)
     return LoftQResult(kept.quantized, a, b, plain / norm if norm else 0.0, residuals, kept.number)
@@ -116,18 +120,18 @@ def refined(
 
 @dataclass(frozen=True)
 class _Iterate:
-    """Step `number` (from 1): Q, BA and what is minimised."""
+    """Step `number` (from 1): Q, BA and the value of the objective."""
 
     number: int
     quantized: Quantized
     found: LowRank | None
     objective: float
-    estimated: bool = False  # BA and the objective, from products in bfloat16
+    estimated: bool = False  # True if BA and the objective come from products in bfloat16
 
 
 @dataclass
 class _Run:
-    """One matrix's course: what changes from step to step. Memory of the matrix's size is used again."""
+    """The state of a run on one matrix. Buffers of the matrix's size are reused from step to step."""
 
     weight: Tensor
     quantizer: FittingQuantizer
@@ -142,31 +146,31 @@ class _Run:
     fed: Tensor | None = None  # U
     half: Tensor | None = None  # memory for BA in bfloat16
     quantize_step: QuantizeStep | None = None
-    still: int = 0  # steps in a row that changed next to nothing
-    tried: _Iterate | None = None
+    stalled: int = 0  # the number of successive steps that changed almost nothing
+    latest: _Iterate | None = None
     best: _Iterate | None = None
     residuals: list[float] = field(default_factory=list)
 
-    def aim(self) -> None:
-        """The first target: W - BA."""
+    def set_first_target(self) -> None:
+        """Set the target to W - BA."""
         self.target = self.weight.clone() if self.found is None else self.weight - self.found.product()
 
     def step(self) -> None:
-        """Q-step, levels, low-rank step; then the target of the next one."""
+        """Make a Q-step, update the levels, make a low-rank step, and compute the next target."""
         self.steps_left -= 1
         done = self._quantize()
         if self.fits_levels and self.steps_left >= _LEVELS_FROZEN:
             levels = self._with_levels().fit_levels(self.target, done, column_weight=self.column_weight)
             self.quantizer = self._with_levels().with_levels(levels)
         self.found, self.quantize_step = self._factorise(done), done
-        before, self.tried = self.tried, self._next_target(done)
-        if self.best is None or self.tried.objective < self.best.objective:
-            self.best = self.tried
-        self._plan_ahead(before, self.tried, self.best)
+        before, self.latest = self.latest, self._next_target(done)
+        if self.best is None or self.latest.objective < self.best.objective:
+            self.best = self.latest
+        self._plan_ahead(before, self.latest, self.best)
 
     @property
     def _rough(self) -> bool:
-        """Whether this step's only use is the next one's target."""
+        """True if this step serves only to compute the next target."""
         return self.feeds and self.steps_left > 0
 
     def _quantize(self) -> QuantizeStep:
@@ -184,12 +188,12 @@ class _Run:
         return found or self.low_rank.step(done.residual, self.found)
 
     def _next_target(self, done: QuantizeStep) -> _Iterate:
-        """How far this step got, and the target of the next one: W - BA, with feedback + U."""
-        tried = _Iterate(len(self.residuals) + 1, done.quantized, self.found, 0.0)
+        """Compute the next target, W - BA (+ U with feedback), and return this step's iterate."""
+        iterate = _Iterate(len(self.residuals) + 1, done.quantized, self.found, 0.0)
         if self._rough and self.column_weight is None and self.objective is None:
             self.residuals.append(self._feed(done))
             halved = self.half is not None
-            return replace(tried, objective=self.residuals[-1], estimated=halved)
+            return replace(iterate, objective=self.residuals[-1], estimated=halved)
         error = self._next_error(done)
         self.residuals.append(frobenius(error))
         objective = self.residuals[-1]
@@ -198,15 +202,15 @@ class _Run:
         elif self.column_weight is not None:
             objective = frobenius(error * self.column_weight.sqrt())
         if self._rough:
-            self._feed_apart(error)
-        return replace(tried, objective=objective)
+            self._feed_separately(error)
+        return replace(iterate, objective=objective)
 
     def _feed(self, done: QuantizeStep) -> float:
-        """The same in one pass, where ‖E‖ is the objective; gives that."""
+        """Compute the next target and ‖E‖ in one pass, for runs whose objective is ‖E‖; return ‖E‖."""
         assert self.found is not None
         total = done.residual_norm() ** 2
-        exactly = isinstance(self.quantizer, FusedQuantizer)  # which `settle` needs
-        if exactly and half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
+        fused = isinstance(self.quantizer, FusedQuantizer)  # as `make_exact` requires
+        if fused and half_is_faster(self.weight) and total - self.found.energy > _CANCELLING * total:
             self.half = torch.empty_like(self.weight, dtype=torch.bfloat16) if self.half is None else self.half
             product = self.found.product(torch.bfloat16, out=self.half)
         else:
@@ -222,7 +226,7 @@ class _Run:
         return norm
 
     def _next_error(self, done: QuantizeStep) -> Tensor:
-        """E = W - Q - BA in the residual's memory, and W - BA as the next target in the last one's."""
+        """Return E = W - Q - BA, in the residual's memory, and overwrite the target with the next one, W - BA."""
         if self.found is None:
             return done.residual
         torch.sub(self.weight, self.found.product(out=self.target), out=self.target)
@@ -231,25 +235,25 @@ class _Run:
     def _share(self) -> float:
         return _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
 
-    def _feed_apart(self, error: Tensor) -> None:
-        """Add U, moved on by the last error, to the target."""
+    def _feed_separately(self, error: Tensor) -> None:
+        """Update U with the last error and add it to the target."""
         self.fed = error * _ADDED if self.fed is None else self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
         self.target.add_(self.fed, alpha=self._share())
 
-    def _plan_ahead(self, before: _Iterate | None, tried: _Iterate, best: _Iterate) -> None:
-        """By how the step went: go on, end soon, or drop feedback."""
+    def _plan_ahead(self, before: _Iterate | None, latest: _Iterate, best: _Iterate) -> None:
+        """Decide from the latest step whether to continue, to end soon, or to drop feedback."""
         tolerance = _STALLED if self.feeds else _CONVERGED
-        still = before is not None and abs(before.objective - tried.objective) <= tolerance * tried.objective
-        self.still = self.still + 1 if still else 0
+        unchanged = before is not None and abs(before.objective - latest.objective) <= tolerance * latest.objective
+        self.stalled = self.stalled + 1 if unchanged else 0
         if not self.feeds:
-            self.steps_left = 0 if still else self.steps_left
-        elif not tried.objective <= _DIVERGED * best.objective:
+            self.steps_left = 0 if unchanged else self.steps_left
+        elif not latest.objective <= _DIVERGED * best.objective:
             self._fall_back(best)
-        elif self.still > 1 and tried.number >= _SETTLING:
+        elif self.stalled > 1 and latest.number >= _SETTLING:
             self.steps_left = min(self.steps_left, len(_TAPER))
 
-    def settle(self, kept: _Iterate) -> _Iterate:
-        """The exact projection on the directions found, and what it leaves."""
+    def make_exact(self, kept: _Iterate) -> _Iterate:
+        """Replace BA by the exact projection on its directions, and update the residual."""
         assert isinstance(self.quantizer, FusedQuantizer) and kept.found is not None
         residual = self.quantizer.restore(self.weight, kept.quantized)
         found = refine(residual, kept.found)
@@ -257,13 +261,13 @@ class _Run:
         return replace(kept, found=found, estimated=False)
 
     def _fall_back(self, best: _Iterate) -> None:
-        """Plain steps from the best iterate on."""
+        """Continue with plain steps from the best iterate."""
         assert self.quantize_step is not None
-        self.feeds, self.fed, self.found, self.tried = False, None, best.found, best
+        self.feeds, self.fed, self.found, self.latest = False, None, best.found, best
         self.quantize_step = QuantizeStep(best.quantized, self.quantize_step.residual)
         if isinstance(best.quantized, QuantizedBlocks) and best.quantized.levels is not None:
             self.quantizer = self._with_levels().with_levels(best.quantized.levels)
-        self.aim()
+        self.set_first_target()
 
     def _with_levels(self) -> LevelQuantizer:
         return cast(LevelQuantizer, self.quantizer)

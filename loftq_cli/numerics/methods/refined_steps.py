@@ -1,4 +1,4 @@
-"""The low-rank steps of the refined method, which needs little of most of them."""
+"""The low-rank steps of the refined method, most of which need little precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from loftq_cli.numerics.lowrank.truncate import (
 )
 from loftq_cli.numerics.methods.loftq import LowRankStep
 
-# Powers of RᵀR: from nothing, in the loop, and at the end, in float32 and in bfloat16 before the exact projection.
+# Powers of RᵀR: for the first step, in the loop, at the end in float32, and at the end in bfloat16 before the exact
+# projection.
 _START_DEPTH, _STEP_DEPTH, _END_DEPTH, _END_HALF_DEPTH = 3, 1, 3, 2
 
 RoughStep = Callable[[Tensor, float, "LowRank | None"], "LowRank | None"]
@@ -26,8 +27,10 @@ RoughStep = Callable[[Tensor, float, "LowRank | None"], "LowRank | None"]
 
 @dataclass(frozen=True)
 class LowRankSteps:
-    """The low-rank step of the loop, and the better one of the last step, whose factors are stored. `rough`, of a
-    residual and its norm, takes the place of `step` in steps with feedback, unless it gives None."""
+    """The low-rank step in the loop, and the more precise one of the last step, whose factors are stored.
+
+    `rough` takes a residual and its norm; it replaces `step` in steps with feedback unless it returns None.
+    """
 
     step: LowRankStep
     last: LowRankStep
@@ -35,7 +38,7 @@ class LowRankSteps:
 
 
 def shallow_steps(rank: int, generator: torch.Generator) -> LowRankSteps:
-    """The default: one power a step, as errors in BA only become part of the next target, and more at the end."""
+    """Return the default: one power per step, as errors in BA only become part of the next target; more at the end."""
 
     def rough(residual: Tensor, norm: float, previous: LowRank | None, deep: int = _STEP_DEPTH) -> LowRank | None:
         if not half_is_faster(residual):

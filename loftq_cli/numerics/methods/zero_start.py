@@ -1,4 +1,4 @@
-"""The adapter start that changes nothing: PEFT's own default."""
+"""The adapter start that leaves the model unchanged: PEFT's default."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Factors:
 def zero_start(
     out_features: int, in_features: int, rank: int, *, generator: torch.Generator, group: int = 1
 ) -> Factors:
-    """A Kaiming-uniform with a = sqrt(5), B zero (QLoRA, arXiv 2305.14314; PEFT's `reset_lora_parameters`).
+    """Return A Kaiming-uniform with a = sqrt(5) and B zero (QLoRA, arXiv 2305.14314; PEFT's `reset_lora_parameters`).
 
     Args:
-        group: inputs that are pooled; A is drawn for in / group inputs and repeated within groups.
+        group: number of inputs that are pooled; A is drawn for in / group inputs and repeated within groups.
     """
     width = in_features // group
     bound = 1 / math.sqrt(width)

@@ -1,1 +1,1 @@
-"""What LoftQ asks of a container's quantizer, in plain torch."""
+"""The interfaces of quantizers, and their plain-torch implementations."""

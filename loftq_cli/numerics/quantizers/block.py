@@ -18,8 +18,10 @@ from loftq_cli.numerics.quantizers.protocols import QuantizeStep, Scratch, block
 
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """The plain-torch twin of the compiled quantizer, on any device. `levels` replace the codebook's, where it is a
-    fitted one."""
+    """The plain-torch twin of the compiled quantizer, on any device.
+
+    `levels` replace those of a fitted codebook.
+    """
 
     grid: BlockGrid
     levels: Tensor | None = None
@@ -75,9 +77,9 @@ class BlockQuantizer:
         return QuantizeStep(quantized, weight - blocks.dequantize(quantized, self.grid))
 
     def with_levels(self, levels: Tensor) -> BlockQuantizer:
-        """The same with other levels, float32 [2**bits], ascending."""
+        """Return the same quantizer with other levels, float32 [2**bits], ascending."""
         return BlockQuantizer(self.grid, levels)
 
     def fit_levels(self, target: Tensor, step: QuantizeStep, *, column_weight: Tensor | None = None) -> Tensor:
-        """Better levels for the codes and scales of `step`."""
+        """Return better levels for the codes and scales of `step`."""
         return fit_levels(target, blocks_of(step), self.grid, column_weight)

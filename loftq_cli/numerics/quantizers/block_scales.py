@@ -1,12 +1,13 @@
 """Block scales that minimise the block's squared error, instead of absmax.
 
-For fixed codes with levels c the error Σ w (x - s c)² of a block is a parabola in its scale s with its minimum at
-s = Σ w x c / Σ w c c, where it is Σ w x x - (Σ w x c)² / Σ w c c. For a fixed scale the nearest levels are best.
+For fixed codes with levels c the error Σ w (x - s c)² of a block is a parabola in its scale s. Its minimum is at
+s = Σ w x c / Σ w c c and has the value Σ w x x - (Σ w x c)² / Σ w c c. For a fixed scale the nearest levels are best.
 Fitting alternates the two (Lloyd's algorithm with one parameter), so it never raises the error and ends in a local
-minimum; a first search therefore starts from several fractions of absmax and keeps the one whose parabola is lowest.
+minimum; a first search therefore starts from several fractions of absmax and keeps the one with the lowest parabola.
 
-The scale is rounded to the container's dtype at the end, and from then on errors are true ones, of the rounded
-products. Sums run in the order of the compiled kernel (`kernels.numba_fitted`), which gives the same bits.
+At the end the scale is rounded to the container's dtype, and from then on errors are the true ones, computed from the
+rounded products. Sums run in the order of the compiled kernel (`kernels.cpu.block_scales`), which computes the same
+bits.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, midpoints, round_to, to_blocks
 
-FRACTIONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of absmax: where a first search starts
-SEARCH_REFITS = 3  # fits after the best start is known
+FRACTIONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of absmax, from which a first search starts
+SEARCH_REFITS = 3  # fits after the best start has been found
 WARM_REFITS = 1  # fits from the scales of an earlier step
-STEPS = 8  # elements that are added up one after the other; their sums are then added in pairs
+STEPS = 8  # elements that are added one after the other; these sums are then added in pairs
 
 _TINY = 1e-38
-_SAMPLE = 1 << 18  # elements that fix sixteen levels to a few thousandths
-_PANEL = 1 << 22  # elements looked at together on the CPU; a GPU takes more
+_SAMPLE = 1 << 18  # elements that determine sixteen levels to a few thousandths
+_PANEL = 1 << 22  # elements processed together on the CPU; more on a GPU
 _PANEL_GPU = 1 << 26
 
 
@@ -38,16 +39,16 @@ def fit_scales(
     column_weight: Tensor | None = None,
     guards: bool = True,
 ) -> Tensor:
-    """Scales float32 [n_blocks], holding values of the grid's scale dtype, that fit `target` block by block.
+    """Return scales float32 [n_blocks], holding values of the grid's scale dtype, that fit `target` block by block.
 
     Args:
         target: float32 [out, in].
         levels: float32 [2**bits], ascending.
-        previous: scales to start from. No block's squared error is above what these scales give with the nearest
-            codes. None searches from several fractions of absmax.
-        column_weight: float32 [in], positive: the weight of a column's squared errors; None weighs all alike.
-        guards: False fits less well and faster: a search without further fits, `previous` without the comparison that
-            the promise takes.
+        previous: scales to start from. No block's squared error exceeds that of these scales with the nearest codes.
+            None searches from several fractions of absmax.
+        column_weight: float32 [in], positive: the weight of a column's squared errors; None weights all equally.
+        guards: False fits faster but less well: a search without further fits, or a fit from `previous` without the
+            comparison that guarantees the bound above.
     """
     blocks = to_blocks(target, grid)
     weights = None if column_weight is None else to_blocks(column_weight.expand(target.shape), grid)
@@ -55,32 +56,32 @@ def fit_scales(
     found = []
     for start in range(0, blocks.shape[0], panel):
         here = slice(start, start + panel)
-        some = _Panel.of(blocks[here], grid, levels, None if weights is None else weights[here])
-        found.append(some.search(guards) if previous is None else some.improve(previous[here], guards))
+        part = _Panel.of(blocks[here], grid, levels, None if weights is None else weights[here])
+        found.append(part.search(guards) if previous is None else part.improve(previous[here], guards))
     return torch.cat(found)
 
 
 def fit_levels(
     target: Tensor, quantized: QuantizedBlocks, grid: BlockGrid, column_weight: Tensor | None = None
 ) -> Tensor:
-    """The levels that fit `target` best with these codes and scales: Σ w s x / Σ w s² over each level's elements.
+    """Return the levels that fit `target` best for these codes and scales: Σ w s x / Σ w s² over a level's elements.
 
-    Large matrices are sampled, evenly over their blocks. A level that no element has stays as it was.
+    Large matrices are sampled evenly over their blocks. A level without elements is not changed.
 
     Returns:
         float32 [2**bits], ascending.
     """
-    assert quantized.levels is not None, "only levels of the matrix's own are fitted"
-    every = -(-target.numel() // _SAMPLE)
+    assert quantized.levels is not None, "only levels that belong to the matrix are fitted"
+    stride = -(-target.numel() // _SAMPLE)
     x, codes, scales = (
-        part[::every] for part in (to_blocks(target, grid), to_blocks(quantized.codes, grid), quantized.absmax)
+        part[::stride] for part in (to_blocks(target, grid), to_blocks(quantized.codes, grid), quantized.absmax)
     )
     share = scales.double().unsqueeze(1).expand(x.shape)
-    # What fills up short blocks is zero; its code must not count.
+    # The padding of short blocks is zero; its codes must not count.
     weight = torch.ones_like(target) if column_weight is None else column_weight.expand(target.shape)
-    weighted = share * to_blocks(weight, grid)[::every]
+    weighted = share * to_blocks(weight, grid)[::stride]
     size = quantized.levels.numel()
-    # On a GPU the sums of `bincount` are in no fixed order.
+    # On a GPU `bincount` adds in no fixed order.
     above, below = (
         torch.stack([torch.where(codes == code, terms, 0).sum() for code in range(size)])
         for terms in (weighted * x, weighted * share)
@@ -90,35 +91,35 @@ def fit_levels(
 
 
 def starts(signed: bool) -> tuple[float, ...]:
-    """Fractions of absmax a first search starts from."""
+    """Return the fractions of absmax from which a first search starts."""
     return (*FRACTIONS, *(-fraction for fraction in FRACTIONS)) if signed else FRACTIONS
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale with its sign; very large where the scale is zero."""
+    """Return 1 / scale with its sign; very large for a scale of zero."""
     return scale.abs().clamp(min=_TINY).reciprocal().copysign(scale)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Sums over each block at the nearest levels c: `xc` = Σ w x c, `cc` = Σ w c c."""
+    """Sums over each block for the nearest levels c: `xc` = Σ w x c, `cc` = Σ w c c."""
 
     xc: Tensor
     cc: Tensor
 
     def scale(self, fallback: Tensor, signed: bool) -> Tensor:
-        """The parabola's minimum; `fallback` where there is none or its sign is not allowed."""
+        """Return the parabola's minimum, or `fallback` if there is none or its sign is not allowed."""
         usable = (self.cc > 0) & ((self.xc != 0) if signed else (self.xc > 0))
         return torch.where(usable, self.xc / self.cc, fallback)
 
     def gain(self) -> Tensor:
-        """How far the parabola's minimum lies below Σ w x x."""
+        """Return the difference between Σ w x x and the parabola's minimum."""
         return torch.where(self.cc > 0, self.xc * self.xc / self.cc, 0.0)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Some blocks in units of `unit`, the power of two next below their absmax: exact, and squares cannot overflow."""
+    """Blocks in units of `unit`, the largest power of two up to their absmax: exact, and squares cannot overflow."""
 
     x: Tensor  # [n, block]
     absmax: Tensor  # [n]
@@ -135,7 +136,7 @@ class _Panel:
         return cls(blocks * inverse.unsqueeze(1), absmax * inverse, unit, weights, levels, grid)
 
     def search(self, guards: bool) -> Tensor:
-        """The best of several starts, fitted."""
+        """Return the fit from the best of several starts."""
         best, gain = self.absmax, torch.full_like(self.absmax, -1.0)
         for fraction in starts(self.grid.signed):
             start = self.absmax * torch.tensor(fraction, dtype=torch.float32)
@@ -148,7 +149,7 @@ class _Panel:
         return self._stored(best)
 
     def improve(self, previous: Tensor, guards: bool) -> Tensor:
-        """Fitted from `previous`, which stays where it is better if that is asked for."""
+        """Return the fit from `previous`; with `guards`, blocks for which `previous` is better keep it."""
         start = previous / self.unit
         nearest = self._nearest(start)
         if not guards:
@@ -167,7 +168,7 @@ class _Panel:
         return round_to(scale * self.unit, self.grid.scale_dtype)
 
     def _nearest(self, scale: Tensor) -> Tensor:
-        """The level nearest to each element at this scale, [n, block]."""
+        """Return the level nearest to each element for this scale, [n, block]."""
         scaled = self.x * reciprocal(scale).unsqueeze(1)
         return self.levels[torch.bucketize(scaled, midpoints(self.levels), out_int32=True)]
 
@@ -176,14 +177,14 @@ class _Panel:
         return _Fit(_sum(weighted * self.x), _sum(weighted * nearest))
 
     def _error(self, nearest: Tensor, stored: Tensor) -> Tensor:
-        """True squared error, of products as the loader rounds them."""
+        """Return the true squared error, with products rounded as the loader does."""
         values = round_to(nearest * stored.unsqueeze(1), self.grid.value_dtype) / self.unit.unsqueeze(1)
         squares = (self.x - values).square_()
         return _sum(squares if self.weights is None else squares * self.weights)
 
 
 def _sum(terms: Tensor) -> Tensor:
-    """[n, block] -> [n], always in the same order."""
+    """Sum [n, block] -> [n], always in the same order."""
     n_blocks = terms.shape[0]
     parts = terms.reshape(-1, STEPS)
     total = parts[:, 0]

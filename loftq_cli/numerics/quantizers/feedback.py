@@ -1,4 +1,4 @@
-"""Error feedback: what one step misses, added to what the next one quantizes (`numerics.refined`)."""
+"""Error feedback: add the error of one step to the target of the next (`numerics.methods.refined`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loftq_cli.numerics.lowrank.truncate import frobenius
 
 @dataclass(frozen=True)
 class FeedbackGains:
-    """U ← kept U + added E, of which `share` goes into the next target."""
+    """U ← kept · U + added · E; the next target contains share · U."""
 
     kept: float
     added: float
@@ -19,8 +19,9 @@ class FeedbackGains:
 
 
 def feed_back(weight: Tensor, product: Tensor, residual: Tensor, fed: Tensor, gains: FeedbackGains) -> float:
-    """With E = R - BA: U ← kept U + added E in the memory of `fed`, the next target W - BA + share U in that of
-    `residual`, and ‖E‖_F as the answer.
+    """Update U and compute the next target, in place; return ‖E‖_F for E = R - BA.
+
+    `fed` is set to kept · U + added · E, and `residual` to the next target W - BA + share · U.
 
     Args:
         weight: W, float32 [out, in].
@@ -30,7 +31,7 @@ def feed_back(weight: Tensor, product: Tensor, residual: Tensor, fed: Tensor, ga
     """
     error = residual.sub_(product)
     norm = frobenius(error)
-    # Products and sums apart, as the compiled kernel has them: a fused one rounds differently.
+    # Separate products and sums, as in the compiled kernel: a fused multiply-add rounds differently.
     fed.mul_(gains.kept).add_(error * gains.added)
     residual.copy_(weight - product).add_(fed * gains.share)
     return norm

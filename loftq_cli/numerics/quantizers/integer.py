@@ -1,15 +1,16 @@
-"""Scales and zeros of integer groups, and the quantizer that LoftQ alternates on.
+"""Scales and zeros of integer groups, and the quantizer that LoftQ uses.
 
 Three rules (`AffineGrid.scale_rule`):
 
 * `absmax`: the range is ± the largest magnitude.
-* `minmax`: the range is what the group spans (asymmetric grids), or the largest magnitude gets the one code that has no
-  mirror image, with a scale of its sign (symmetric grids, as GGUF's Q4_0).
-* `mse`: the least squared error. The range is shrunk in steps; for the codes that each range gives, the best scale and
-  zero are a least-squares fit, which is rounded to what the container stores and judged by its own codes. The winner is
-  refitted until that no longer helps. The min-max candidate takes part, so that no group is worse than with `minmax`.
+* `minmax`: the range is that of the group (asymmetric grids), or the largest magnitude is assigned the one code without
+  a mirror image, with a scale of its sign (symmetric grids, as in GGUF's Q4_0).
+* `mse`: the least squared error. The range is shrunk in steps; for the codes of each range the best scale and zero are
+  a least-squares fit, which is rounded to the stored dtypes and evaluated with its own codes. The best candidate is
+  refitted until that no longer helps. The min-max range is among the candidates, so no group is worse than with
+  `minmax`.
 
-Sums run over eight interleaved lanes in a fixed order, so that a compiled twin can give the same bits.
+Sums run over eight interleaved lanes in a fixed order, so that a compiled twin can compute the same bits.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.quantizers.protocols import QuantizeStep
 
 LANES = 8
-REFITS = 4  # alternations of codes and scale after the search; later ones gain less than 0.1 % of the error
+REFITS = 4  # alternations of codes and scale after the search; more would reduce the error by less than 0.1 %
 
-# Shares of the min-max range that are tried. With few codes the best range leaves outliers out.
+# The smallest share of the min-max range that is tried. With few codes the best range excludes outliers.
 _LEAST_SHARE = {2: 0.2, 3: 0.25, 4: 0.35, 8: 0.8}
-_N_SHARES = {"float": 12, "integer": 8, "none": 8}  # more gain less than 0.2 %
+_N_SHARES = {"float": 12, "integer": 8, "none": 8}  # more would reduce the error by less than 0.2 %
 
 
 def shares(grid: AffineGrid) -> tuple[float, ...]:
-    """The shrink factors of the search, from 1 down; exact in float32."""
+    """Return the shrink factors of the search, from 1 down; exact in float32."""
     count, least = _N_SHARES[grid.zero], _LEAST_SHARE[grid.bits]
     exact = torch.linspace(1.0, least, count, dtype=torch.float64).float()
     return tuple(float(share) for share in exact)
@@ -51,20 +52,20 @@ def shares(grid: AffineGrid) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class AffineQuantizer:
-    """The container's integer quantization in plain torch, on any device. A `loftq.Quantizer`."""
+    """The container's integer quantization in plain torch, on any device. A `protocols.Quantizer`."""
 
     grid: AffineGrid
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` by the grid's own rule and give W - Q. Both float32 [out, in]."""
+        """Quantize `target` to Q by the grid's rule and compute W - Q. Both arguments float32 [out, in]."""
         return self._step(weight, quantize(target, self.grid))
 
     def quantize_fitted(self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None = None) -> QuantizeStep:
-        """Quantize `target` with scales and zeros of least squared error, whatever the grid's rule.
+        """Quantize `target` with scales and zeros of least squared error, regardless of the grid's rule.
 
         Args:
-            previous: an earlier step of this matrix, whose scales are the start: no group's error is above that of
-                those scales with codes chosen anew. None searches.
+            previous: an earlier step for this matrix, whose scales are the start: no group's error exceeds that of
+                those scales with newly chosen codes. None searches.
         """
         start = None if previous is None else previous.quantized
         assert start is None or isinstance(start, QuantizedGroups)
@@ -75,7 +76,7 @@ class AffineQuantizer:
 
 
 def quantize(x: Tensor, grid: AffineGrid, *, start: QuantizedGroups | None = None) -> QuantizedGroups:
-    """Codes, scales and zeros of x, float32 [out, in], by the grid's rule.
+    """Return codes, scales and zeros of x, float32 [out, in], by the grid's rule.
 
     Args:
         start: scales to refine instead of searching (rule `mse`).
@@ -99,7 +100,7 @@ def _store(part: Part, found: Affine, grid: AffineGrid, scales: Tensor, zeros: T
 
 
 def _choose(x: Tensor, grid: AffineGrid, start: Affine | None) -> Affine:
-    """Scale, point and offset of groups x [rows, groups, width]."""
+    """Return scale, point and offset of groups x [rows, groups, width]."""
     if start is not None:
         return _refine(x, start, grid)
     low, high = x.amin(-1), x.amax(-1)
@@ -109,7 +110,7 @@ def _choose(x: Tensor, grid: AffineGrid, start: Affine | None) -> Affine:
 
 
 def _spanning(low: Tensor, high: Tensor, grid: AffineGrid, *, absolute: bool) -> Affine:
-    """The grid over a range; `absolute`: over ± its largest magnitude."""
+    """Return the grid over a range or, with `absolute`, over ± its largest magnitude."""
     largest = torch.maximum(high, -low)
     none = torch.zeros_like(largest)
     if grid.zero == "none":
@@ -127,12 +128,12 @@ def _spanning(low: Tensor, high: Tensor, grid: AffineGrid, *, absolute: bool) ->
 
 
 def _point(low: Tensor, scale: Tensor, grid: AffineGrid) -> Tensor:
-    """The zero point that puts code 0 at `low`."""
+    """Return the zero point that places code 0 at `low`."""
     return (-low * reciprocal(scale)).round_().clamp_(grid.least_zero, grid.top)
 
 
 def _search(x: Tensor, low: Tensor, high: Tensor, grid: AffineGrid) -> Affine:
-    """The best of all shrunk ranges and their least-squares fits."""
+    """Return the best of the min-max grid and the least-squares fits of all shrunk ranges."""
     best = _spanning(low, high, grid, absolute=False)
     least = _error(x, assign(x, best, grid), best, grid)
     for share in shares(grid):
@@ -145,7 +146,7 @@ def _search(x: Tensor, low: Tensor, high: Tensor, grid: AffineGrid) -> Affine:
 
 
 def _candidates(low: Tensor, high: Tensor, grid: AffineGrid) -> list[Affine]:
-    """Grids over a range: of both signs where the codes have no mirror image, and with the neighbouring zero points."""
+    """Return the grids over a range: of both signs for a fixed zero, with the neighbouring points for a zero point."""
     middle = _spanning(low, high, grid, absolute=False)
     if grid.zero == "none":
         return [middle, replace(middle, scale=-middle.scale)]
@@ -156,7 +157,7 @@ def _candidates(low: Tensor, high: Tensor, grid: AffineGrid) -> list[Affine]:
 
 
 def _refine(x: Tensor, start: Affine, grid: AffineGrid) -> Affine:
-    """Alternate codes and least-squares fit from `start`, keeping per group whatever lowers the error."""
+    """Alternate codes and least-squares fits from `start`, keeping for each group what lowers the error."""
     best = start
     codes = assign(x, best, grid)
     least = _error(x, codes, best, grid)
@@ -170,13 +171,15 @@ def _refine(x: Tensor, start: Affine, grid: AffineGrid) -> Affine:
 
 
 def _error(x: Tensor, codes: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
-    """Squared error of each group with the loader's own arithmetic."""
+    """Return the squared error of each group, with the loader's arithmetic."""
     return _lane_sum((x - values(codes, affine, grid)).square_())
 
 
 def _fit(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Affine:
-    """Scale and zero of least squared error for given codes, rounded to what is stored; `start` where codes say nothing
-    (all of them the zero, or all equal)."""
+    """Return scale and zero of least squared error for given codes, rounded to the stored dtypes.
+
+    If the codes do not determine them (all equal, or all at the zero), return `start`.
+    """
     if grid.zero == "float":
         return _fit_line(x, codes, start, grid)
     point = start.point
@@ -190,7 +193,7 @@ def _fit(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Affine:
 
 
 def _fitted_point(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Tensor:
-    """The zero point next to the regression line's."""
+    """Return the zero point nearest to that of the regression line."""
     slope, low = _line(x, codes)
     usable = slope > 0
     inverse = torch.where(usable, slope, 1.0).reciprocal()
@@ -201,13 +204,13 @@ def _fitted_point(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> 
 def _fit_line(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Affine:
     slope, _ = _line(x, codes)
     scale = torch.where(slope > 0, round_to(slope.float(), grid.scale_dtype), start.scale)
-    # The best offset for the scale that is stored.
+    # The best offset for the rounded scale.
     offset = (_lane_sum(x).double() - scale.double() * _lane_sum(codes).double()) / x.shape[-1]
     return Affine(scale, start.point, round_to(offset.float(), grid.zero_dtype))
 
 
 def _line(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept, float64, of the regression of x on codes; slope 0 where all codes are equal."""
+    """Return slope and intercept, float64, of the regression of x on codes; slope 0 if all codes are equal."""
     n = x.shape[-1]
     total, product = _lane_sum(x).double(), _lane_sum(x * codes).double()
     ones, squares = _lane_sum(codes).double(), _lane_sum(codes.square()).double()
@@ -218,7 +221,7 @@ def _line(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lane_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension: eight interleaved lanes, then pairwise."""
+    """Sum over the last dimension in eight interleaved lanes, which are then added pairwise."""
     width = x.shape[-1]
     full = width // LANES * LANES
     lanes = x.new_zeros(*x.shape[:-1], LANES)

@@ -1,4 +1,4 @@
-"""What LoftQ asks of a container's quantizer, and the plain-torch quantizer of codebook blocks."""
+"""The interfaces that LoftQ requires of a container's quantizer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from loftq_cli.numerics.quantizers.feedback import FeedbackGains
 
 @dataclass(frozen=True)
 class QuantizeStep:
-    """Codes and scales chosen for a target, and W - Q [out, in] for the weight: float32, or bfloat16 where asked for.
+    """Codes and scales chosen for a target, and W - Q [out, in] for the weight, in float32 or, on request, bfloat16.
 
-    `norm` is ‖W - Q‖_F before any rounding, where the quantizer took it on its way.
+    `norm` is ‖W - Q‖_F before any rounding, or None if the quantizer did not compute it.
     """
 
     quantized: Quantized
@@ -31,7 +31,7 @@ class QuantizeStep:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory of a matrix's earlier steps that may be overwritten: fresh pages cost as much as a pass over them."""
+    """Buffers of a matrix's earlier steps that may be overwritten: fresh pages cost as much as a pass over them."""
 
     residual: Tensor
     codes: Tensor | None = None
@@ -41,26 +41,31 @@ class Quantizer(Protocol):
     """The container's fake quantization, as LoftQ needs it."""
 
     def quantize_residual(self, weight: Tensor, target: Tensor) -> QuantizeStep:
-        """Quantize `target` to Q and give W - Q. Both arguments float32 [out, in]."""
+        """Quantize `target` to Q and compute W - Q. Both arguments float32 [out, in]."""
 
 
 @runtime_checkable
 class FusedQuantizer(Quantizer, Protocol):
-    """A quantizer that makes its target W - BA by itself, block by block, so that it never goes through memory."""
+    """A quantizer that computes its target W - BA itself, block by block, so that it is never written to memory."""
 
     @property
     def grid(self) -> Grid:
-        """The container's."""
+        """The container's grid."""
 
     def quantize_corrected(
         self, weight: Tensor, found: LowRank | None, *, half: bool = False, scratch: Scratch | None = None
     ) -> QuantizeStep:
-        """Quantize W - BA to Q and give W - Q; no `found`, no BA. The result may lie in `scratch`. `half`: BA is
-        multiplied, and the residual rounded, in bfloat16. An error of 2⁻⁹ in the target's smaller part moves codes only
-        where they were ties but for that; Q and ‖W - Q‖ stay exact."""
+        """Quantize W - BA to Q and compute W - Q.
+
+        Args:
+            found: BA; None is zero.
+            half: multiply BA, and round the residual, in bfloat16. An error of 2⁻⁹ in the smaller part of the target
+                changes codes only if they were nearly ties; Q and ‖W - Q‖ stay exact.
+            scratch: memory that the result may use.
+        """
 
     def restore(self, weight: Tensor, quantized: Quantized) -> Tensor:
-        """W - Q, float32 [out, in]."""
+        """Return W - Q, float32 [out, in]."""
 
 
 @runtime_checkable
@@ -75,32 +80,33 @@ class FittingQuantizer(Quantizer, Protocol):
         previous: QuantizeStep | None = None,
         column_weight: Tensor | None = None,
     ) -> QuantizeStep:
-        """Quantize `target` to Q with fitted scales and give W - Q.
+        """Quantize `target` to Q with fitted scales and compute W - Q.
 
         Args:
-            previous: an earlier step of this matrix, whose scales are the start. The squared error of `target` is never
-                above what its scales give with the nearest codes. Its residual may be overwritten. None searches from
+            previous: an earlier step for this matrix, whose scales are the start. The squared error of `target` never
+                exceeds that of these scales with the nearest codes. Its residual may be overwritten. None searches from
                 scratch.
-            column_weight: float32 [in], positive: the weight of the squared errors of a column; None weighs all alike.
+            column_weight: float32 [in], positive: the weight of a column's squared errors; None weights all columns
+                equally.
         """
 
 
 @runtime_checkable
 class FeedingQuantizer(FittingQuantizer, Protocol):
-    """One with cheaper passes for steps of error feedback, which promise nothing for a single step."""
+    """A quantizer with cheaper passes for steps with error feedback, which guarantee nothing for a single step."""
 
     def quantize_roughly(
         self, weight: Tensor, target: Tensor, *, previous: QuantizeStep | None, column_weight: Tensor | None = None
     ) -> QuantizeStep:
-        """`quantize_fitted` with one fit of the scales, kept even where it is worse for a block."""
+        """Do `quantize_fitted` with a single fit of the scales, which is kept even for blocks where it is worse."""
 
     def feed_back(
         self, weight: Tensor, product: Tensor, step: QuantizeStep, fed: Tensor, gains: FeedbackGains
     ) -> float:
-        """`numerics.feedback.feed_back` with the residual of `step`, in one pass over memory."""
+        """Apply `numerics.quantizers.feedback.feed_back` to the residual of `step`, in one pass over memory."""
 
 
 def blocks_of(step: QuantizeStep) -> QuantizedBlocks:
-    """What a codebook grid gave."""
-    assert isinstance(step.quantized, QuantizedBlocks), "blocks belong to a codebook grid"
+    """Return the codes and scales of a step on a codebook grid."""
+    assert isinstance(step.quantized, QuantizedBlocks), "blocks need a codebook grid"
     return step.quantized

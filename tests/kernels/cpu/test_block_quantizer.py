@@ -1,4 +1,4 @@
-"""The compiled block quantizer against its plain-torch twin, and the plain one where nothing can be compiled."""
+"""The compiled block quantizer against its plain-torch twin, and the fallback if nothing can be compiled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grid(bits: int = 2, data_type: str = "nf", **changes: object) -> BlockGrid:
 
 
 def matrices(levels: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
-    """What can go wrong in rounding: ties, signed zeros, denormals, both ends of float32, every magnitude at once."""
+    """Return cases that are hard to round: ties, signed zeros, denormals, both ends of float32, mixed magnitudes."""
     g = torch.Generator().manual_seed(rows * columns)
     x = torch.randn(rows, columns, generator=g)
     ties = torch.cat([midpoints(levels), levels, torch.tensor([1.0, -1.0, 0.0, -0.0])])
@@ -96,7 +96,7 @@ def test_large_matrix_on_any_number_of_threads(layout: str, threads: int) -> Non
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["rows", "flat"])
-def test_target_made_in_the_kernel(layout: str, half: bool) -> None:
+def test_target_computed_in_the_kernel(layout: str, half: bool) -> None:
     g = grid(2, layout=layout)
     generator = torch.Generator().manual_seed(0)
     w, change = (torch.randn(130, 200, generator=generator) for _ in range(2))
@@ -137,11 +137,11 @@ def test_later_steps_do_not_overwrite_the_codes_that_are_kept(bits: int, keep_la
     assert (max(kept) > 1) == (bits == 2 and not keep_last)
 
 
-def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "loftq_cli.kernels.cpu.block_quantizer", None)  # what a missing numba looks like
+def test_plain_torch_is_the_fallback_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "loftq_cli.kernels.cpu.block_quantizer", None)  # as if numba were missing
     kernels._compiled_quantizers.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="plain torch takes over"):
+        with pytest.warns(UserWarning, match="using plain torch instead"):
             assert isinstance(block_quantizer(grid(2), "cpu"), BlockQuantizer)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -151,7 +151,7 @@ def test_plain_torch_takes_over_with_one_warning(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_works_without_a_place_for_machine_code(writable: bool, tmp_path: Path) -> None:
+def test_works_without_a_cache_for_machine_code(writable: bool, tmp_path: Path) -> None:
     code = (
         "import sys, torch; from loftq_cli.kernels import block_quantizer; assert 'numba' not in sys.modules\n"
         "from loftq_cli.numerics.grids.blocks import BlockGrid\n"
@@ -190,14 +190,14 @@ def test_the_compiled_quantizer_is_the_one_that_runs() -> None:
     assert type(block_quantizer(grid(2), "cpu")).__name__ == "CompiledQuantizer"
 
 
-def test_without_the_compiler_plain_torch_takes_over_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiler_plain_torch_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in [name for name in sys.modules if name.startswith("loftq_cli.kernels.cpu")]:  # to be imported again
+    for name in [name for name in sys.modules if name.startswith("loftq_cli.kernels.cpu")]:  # to import them again
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(kernels, "cpu", raising=False)
     kernels._compiled_quantizers.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="plain torch takes over"):
+        with pytest.warns(UserWarning, match="using plain torch instead"):
             assert isinstance(kernels.block_quantizer(grid(2), "cpu"), BlockQuantizer)
     finally:
         kernels._compiled_quantizers.cache_clear()

@@ -1,4 +1,4 @@
-"""The Triton quantizer: its numbers through Triton's interpreter, its machine code without a GPU, and on a GPU."""
+"""The Triton quantizer: results in Triton's interpreter, machine code compiled without a GPU, results on a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PLACES = dict.fromkeys(("n_blocks", "row", "blocks_per_row"), "i32")
 def machine_code(
     kernel: Any, arguments: dict[str, str], constants: dict[str, Any], architecture: int, warps: int
 ) -> str:
-    """The PTX of a kernel, assembled for an NVIDIA architecture as well."""
+    """Return the PTX of a kernel, after assembling it for an NVIDIA architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,7 +64,7 @@ def machine_code(
 
 def assert_exact(ptx: str) -> None:
     inexact = re.findall(r"(?:(?:fma|mad)\.\S*f(?:32|64)|div\.full\S*|\S+\.approx\S*|\S+\.ftz\S*)", ptx)
-    assert not inexact, f"torch rounds otherwise: {sorted(set(inexact))}"
+    assert not inexact, f"torch rounds these differently: {sorted(set(inexact))}"
 
 
 @needs_triton
@@ -123,7 +123,7 @@ def test_groups_compile_to_exact_arithmetic(
 
 @needs_triton
 @needs_gpu
-def test_gpu_gives_the_plain_twins_bits() -> None:
+def test_gpu_computes_the_plain_twins_bits() -> None:
     failures = []
     for name, check in triton_cases.cases("cuda"):
         try:
@@ -136,14 +136,14 @@ def test_gpu_gives_the_plain_twins_bits() -> None:
 
 
 @pytest.mark.parametrize("grid", [triton_cases.grid(), triton_group_cases.groups()], ids=["blocks", "groups"])
-def test_plain_torch_takes_over_with_one_warning(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_torch_is_the_fallback_with_one_warning(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gpu", "gpu_groups"):
-        monkeypatch.setitem(sys.modules, f"loftq_cli.kernels.{name}", None)  # what a missing Triton looks like
+        monkeypatch.setitem(sys.modules, f"loftq_cli.kernels.{name}", None)  # as if Triton were missing
     caches = kernels._blocks_on_gpu, kernels._groups_on_gpu
     for cached in caches:
         cached.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"the Triton .* on cuda is not available .* plain torch takes over"):
+        with pytest.warns(UserWarning, match=r"the Triton .* on cuda is not available .* using plain torch instead"):
             assert isinstance(block_quantizer(grid, "cuda"), (BlockQuantizer, AffineQuantizer))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -153,7 +153,7 @@ def test_plain_torch_takes_over_with_one_warning(grid: Any, monkeypatch: pytest.
             cached.cache_clear()
 
 
-def test_nested_scales_stay_with_plain_torch() -> None:
+def test_nested_scales_use_plain_torch() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nested = triton_cases.grid("nf", 4, layout="flat", nested=True)

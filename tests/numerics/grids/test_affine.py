@@ -1,4 +1,4 @@
-"""Integer groups: the loader's arithmetic, the rules for scales, and what `mse` promises."""
+"""Integer groups: the loader's arithmetic, the rules for scales, and the guarantees of `mse`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights(rows: int = 24, columns: int = 256) -> Tensor:
 
 
 def quantize(x: Tensor, on: AffineGrid) -> QuantizedGroups:
-    """By whatever quantizer is fastest here; the compiled one equals its twin, below."""
+    """Quantize with the fastest quantizer; a test below compares the compiled one with its twin."""
     found = block_quantizer(on, "cpu").quantize_residual(x, x).quantized
     assert isinstance(found, QuantizedGroups)
     return found
@@ -112,8 +112,8 @@ def test_mse_is_never_worse_than_minmax_on_any_group(bits: int, kind: str, colum
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mse_at_two_bits_is_near_the_best_scale_there_is(kind: str) -> None:
-    """Against a dense scan of scale and zero, each group for itself."""
+def test_mse_at_two_bits_is_near_the_best_scale(kind: str) -> None:
+    """Compared with a dense scan of scale and zero for each group."""
     x = weights()[:1, :128]
     on = grid(2, kind, dtype=F32)
     found = group_errors(x, quantize(x, on), on)
@@ -133,7 +133,7 @@ def test_mse_at_two_bits_is_near_the_best_scale_there_is(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", BITS)
-def test_fitted_step_never_loses_to_the_scales_it_started_from(bits: int, kind: str) -> None:
+def test_fitted_step_is_never_worse_than_its_starting_scales(bits: int, kind: str) -> None:
     x = weights()
     on = grid(bits, kind, scale_rule="minmax")
     quantizer = block_quantizer(on, "cpu")
@@ -167,8 +167,8 @@ def same(first: QuantizeStep, second: QuantizeStep) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", BITS)
-def test_compiled_quantizer_gives_the_bits_of_its_twin(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that are no whole number of lanes, short last groups, whole rows; in panels of a few rows."""
+def test_compiled_quantizer_has_the_bits_of_its_twin(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are not a multiple of the lanes, short last groups, whole rows; in panels of a few rows."""
     compiled = pytest.importorskip("loftq_cli.kernels.cpu.integer_quantizer").CompiledAffineQuantizer
     monkeypatch.setattr(affine, "_PANEL_CPU", 2048)
     for (columns, group_size, dtype), rule in zip(
@@ -184,7 +184,7 @@ def test_compiled_quantizer_gives_the_bits_of_its_twin(bits: int, kind: str, mon
         assert same(AffineQuantizer(on).quantize_fitted(x, target, previous=plain), again)
 
 
-def test_compiled_quantizer_makes_its_target_by_itself_on_any_number_of_threads() -> None:
+def test_compiled_quantizer_computes_its_target_with_any_number_of_threads() -> None:
     module = pytest.importorskip("loftq_cli.kernels.cpu.integer_quantizer")
     compiled = module.CompiledAffineQuantizer(grid(3, "zero point"))
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""Codebooks, block grids and packing: golden values, bitsandbytes' own arithmetic, round trips."""
+"""Codebooks, block grids and packing: golden values, the arithmetic of bitsandbytes, round trips."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_eight_bits_are_uniform_and_others_refused() -> None:
 
 
 def brute_force(x: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """Nearest level of every element, block after block, without any of the library's indexing."""
+    """Find the nearest level of every element, block by block, without any of the library's indexing."""
     levels = torch.tensor(grid.codebook.levels)
     rows = [x.reshape(-1)] if grid.layout == "flat" else list(x)
     out = []
@@ -104,7 +104,7 @@ def test_extreme_blocks_stay_finite(value: float) -> None:
 
 
 def test_requantizing_the_result_changes_nothing() -> None:
-    """Every block uses a level of ±1, so its absmax comes back: dense files re-quantize to themselves."""
+    """Every block uses a level of ±1, so it keeps its absmax, and dense files re-quantize to themselves."""
     torch.manual_seed(0)
     for bits, dtype in itertools.product((2, 4), (F32, BF16)):
         grid = BlockGrid(codebook("nf", bits), 64, "rows", dtype, dtype)
@@ -135,5 +135,5 @@ def test_packing_round_trips_at_every_width(bits: int) -> None:
         packed = pack_rows(codes, bits)
         assert packed.shape == (3, packed_width(columns, bits)) and packed.dtype == torch.uint8
         assert torch.equal(unpack_rows(packed, bits, columns), codes)
-        # Rows stand alone: cutting the packed matrix is cutting the matrix.
+        # Rows are independent: splitting the packed matrix is the same as splitting the matrix.
         assert torch.equal(packed[1:2], pack_rows(codes[1:2], bits))

@@ -1,4 +1,4 @@
-"""The same bits from any number of threads: workers share cores, and their results must not show how."""
+"""The same bits with any number of threads: results must not depend on how workers share the cores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def threads():
 
 # Through the exact Gram matrix, the Krylov space of both orientations, and the full SVD.
 @pytest.mark.parametrize("shape", [(256, 704), (1024, 768), (700, 1200)])
-def test_loftq_gives_the_same_bits_on_any_number_of_threads(shape: tuple[int, int]) -> None:
+def test_loftq_computes_the_same_bits_with_any_number_of_threads(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for exact in (False, True) if shape[0] == 256 else (False,):
         results = []
@@ -39,8 +39,8 @@ def test_loftq_gives_the_same_bits_on_any_number_of_threads(shape: tuple[int, in
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_product_is_a_product(dtype: torch.dtype) -> None:
-    # The inner dimension is long and the result narrow, which is where libraries part the sum among threads.
+def test_product_equals_matmul(dtype: torch.dtype) -> None:
+    # A long inner dimension and a narrow result: here libraries split the sum among threads.
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(4096, 1025, generator=generator).to(dtype)
     right = torch.randn(4096, 16, generator=generator).to(dtype)

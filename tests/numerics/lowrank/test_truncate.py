@@ -1,4 +1,4 @@
-"""Low-rank steps: Krylov's against the full SVD, projections in parts, norms of any scale."""
+"""Low-rank steps: Krylov against the full SVD, projections in panels, norms of any scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid, dequantize
 from loftq_cli.numerics.lowrank import truncate as lowrank
-from loftq_cli.numerics.lowrank.truncate import exact_low_rank, frobenius, gram_low_rank, krylov_low_rank
+from loftq_cli.numerics.lowrank.truncate import (
+    LowRank,
+    exact_low_rank,
+    frobenius,
+    gram_low_rank,
+    krylov_low_rank,
+)
 from loftq_cli.numerics.methods.loftq import exact_step, fast_step, loftq
 from loftq_cli.numerics.quantizers.block import BlockQuantizer
 
@@ -23,12 +29,13 @@ def grid(bits: int = 2, layout: str = "rows") -> BlockGrid:
 
 
 def excess(residual: Tensor, rank: int, **arguments: object) -> float:
-    """How much larger than the exact one the Krylov step's error is."""
+    """Return the relative amount by which the Krylov step's error exceeds the exact one."""
     found = krylov_low_rank(residual, rank, generator=torch.Generator().manual_seed(0), **arguments)  # type: ignore[arg-type]
-    best = gram_low_rank(residual, rank)
-    wide = residual.double()
-    errors = [float((wide - (x.u * x.s).double() @ x.v.T.double()).norm()) for x in (found, best)]
-    return errors[0] / errors[1] - 1
+    return error(residual, found) / error(residual, gram_low_rank(residual, rank)) - 1
+
+
+def error(residual: Tensor, found: LowRank) -> float:
+    return float((residual.double() - (found.u * found.s).double() @ found.v.T.double()).norm())
 
 
 def spectra() -> dict[str, Tensor]:
@@ -58,7 +65,7 @@ def test_later_steps_are_as_good_with_less_work() -> None:
     noise = spectra()["noise"]
     turned = noise + 0.3 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
     assert excess(turned, 8, previous=gram_low_rank(noise, 8)) < 1e-3
-    assert excess(turned, 8, depth=1) > 3e-3  # what the depth is for
+    assert excess(turned, 8, depth=1) > 3e-3  # so the depth is needed
 
 
 @pytest.mark.parametrize("shape", [(640, 520), (520, 640), (3, 2000), (2000, 1), (1, 7)])
@@ -91,6 +98,18 @@ def test_residuals_of_lower_rank(kind: str) -> None:
         assert frobenius(residual - found.lora_b @ found.lora_a) <= 1e-5 * frobenius(residual)
 
 
+@pytest.mark.parametrize("shape", [(640, 576), (160, 96)], ids=["Krylov space", "Gram matrix"])
+def test_little_left_needs_squares_in_float64(shape: tuple[int, int]) -> None:
+    """The spectrum is narrow, but what is left is smaller than the errors of float32 squares."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 16, generator=g)).Q for n in shape)
+    residual = (u * torch.linspace(600, 400, 16)) @ v.T + 1e-4 * torch.randn(shape, generator=g)
+    assert excess(residual, 16) < 1e-4
+    rough, exact = gram_low_rank(residual, 16, careful=False), gram_low_rank(residual, 16)
+    assert rough.s[0] < 2 * rough.s[-1], "the spectrum alone would allow float32"
+    assert error(residual, rough) > 1.0002 * error(residual, exact), "float32 is too coarse"
+
+
 @pytest.mark.parametrize(("bits", "rank"), [(2, 16), (4, 64)])
 def test_reported_residuals_are_the_true_ones(bits: int, rank: int) -> None:
     g = torch.Generator().manual_seed(0)
@@ -107,7 +126,7 @@ def test_reported_residuals_are_the_true_ones(bits: int, rank: int) -> None:
 
 
 def test_residual_by_difference_where_little_is_left() -> None:
-    """All but 1e-4 of the energy captured: Pythagoras would cancel, so the residual is computed."""
+    """If BA captures all but 1e-4 of the energy, Pythagoras would cancel, so the residual is computed directly."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(96, 4, generator=g) @ torch.randn(4, 128, generator=g) * (1 + torch.arange(96.0))[:, None]
     result = loftq(w, BlockQuantizer(grid(2)), iters=1, low_rank=lambda residual, _: exact_low_rank(residual, 90))
@@ -133,8 +152,8 @@ def test_norms_of_any_scale() -> None:
     ids=["rows", "flat", "offsets", "symmetric"],
 )
 @pytest.mark.parametrize("columns", [640, 650])
-def test_the_exact_projection_goes_by_rows(g: Grid, columns: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 650 columns the blocks of the flat layout run on from row to row: those are taken whole."""
+def test_exact_projection_in_panels(g: Grid, columns: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 650 columns the blocks of the flat layout continue from row to row, so those matrices are not divided."""
     monkeypatch.setattr(lowrank, "_cpu_multiplies_bfloat16", lambda: half)
     w = torch.randn(600, columns, generator=torch.Generator().manual_seed(3))
     results = []

@@ -1,4 +1,4 @@
-"""LoftQ itself: against a literal restatement of Algorithm 1, the fast step against the exact one, the start."""
+"""LoftQ: compared with a literal restatement of Algorithm 1, the fast step with the exact one, and the start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def grid(bits: int, data_type: str = "nf") -> BlockGrid:
 
 
 def algorithm_1(w: torch.Tensor, bits: int, rank: int, iters: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-    """The paper's Algorithm 1, word for word, in float64: (residual, Q, AB) of every step."""
+    """Run the paper's Algorithm 1, line by line, in float64; return (residual, Q, AB) of every step."""
     product, steps = torch.zeros_like(w), []
     for _ in range(iters):
         q = dequantize(quantize(w - product, grid(bits)), grid(bits))
@@ -43,7 +43,7 @@ def test_every_step_is_algorithm_1(bits: int, rank: int) -> None:
     assert result.lora_a.dtype == result.lora_b.dtype == F32
 
 
-def test_result_is_what_it_says() -> None:
+def test_the_result_reports_its_own_residual() -> None:
     w = weight()
     result = loftq(w, BlockQuantizer(grid(2)), iters=5, low_rank=exact_step(8))
     q = dequantize(result.quantized, grid(2))
@@ -70,7 +70,7 @@ def test_keep_last_is_the_papers_literal_iterate() -> None:
     assert best.best < 12, "at 2 bits and this rank later steps are worse"
 
 
-def test_a_course_that_diverges_is_ended_and_its_best_step_kept() -> None:
+def test_a_diverging_run_is_stopped_and_its_best_step_kept() -> None:
     w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     short, long = (loftq(w, BlockQuantizer(grid(2)), iters=iters, low_rank=exact_step(4)) for iters in (5, 10_000))
     assert 5 < len(long.residuals) < 1000 and long.residuals[-1] > 1000 * long.plain_residual
@@ -117,7 +117,7 @@ def test_qlora_start_changes_nothing() -> None:
     w = weight()
     result = plain_start(w, BlockQuantizer(grid(4)), rank=8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(result.lora_b, torch.zeros(96, 8)) and result.residuals == () and result.best == 0
-    # PEFT's own range: kaiming_uniform_ with a = sqrt(5).
+    # PEFT's range: kaiming_uniform_ with a = sqrt(5).
     assert result.lora_a.abs().max() <= 160**-0.5 and result.lora_a.std() == pytest.approx(160**-0.5 / 3**0.5, rel=0.1)
     assert torch.equal(result.quantized.codes, quantize(w, grid(4)).codes)
 
@@ -134,7 +134,7 @@ def test_seed_decides_everything() -> None:
 @pytest.mark.parametrize(("bits", "rank"), [(2, 16), (4, 64)])
 @pytest.mark.parametrize("model", ["minilm", "small_llama"])
 def test_fast_step_on_trained_matrices(model: str, rank: int, bits: int, request: pytest.FixtureRequest) -> None:
-    """Two blocks' worth of real matrices of every shape, at every step and at the one that is kept."""
+    """Real matrices of every shape, compared at every step and at the step that is kept."""
     from safetensors.torch import load_file
 
     weights = {}

@@ -1,4 +1,4 @@
-"""QA-LoRA: the pooled adapter PEFT trains, its start, and what it adds to the weight."""
+"""QA-LoRA: the pooled adapter that PEFT trains, its start, and its update of the weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = 32
 
 @pytest.fixture(scope="module")
 def converted(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random Llama at 2 bits in packed, with an adapter of another alpha than its rank."""
+    """The random Llama at 2 bits in packed, with an adapter whose alpha differs from its rank."""
     out = tmp_path_factory.mktemp("qalora") / "out"
     loftq_cli.quantize(
         random_llama, output=out, bits=2, method="qa-lora", group_size=GROUP, rank=2, alpha=6.0, iters=2, scale="minmax"
@@ -28,7 +28,7 @@ def converted(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_the_step_is_the_best_there_is_among_pooled_updates() -> None:
+def test_the_step_is_the_best_pooled_update() -> None:
     residual = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
     found = PooledStep(5, GROUP, torch.Generator().manual_seed(1))(residual, None)
     product = found.lora_b @ found.lora_a
@@ -94,7 +94,7 @@ def test_it_trains_saves_and_loads(converted: Path, tmp_path: Path) -> None:
 
 
 def test_logits_and_gradients_are_those_of_the_dense_twin(converted: Path) -> None:
-    """The same adapter as one matrix on a dequantized backbone."""
+    """The twin is the same adapter as a dense matrix on a dequantized backbone."""
     model = loftq_cli.load(converted, trainable=True).eval()
     ids = torch.arange(16).reshape(1, 16)
     loss = model(input_ids=ids, labels=ids).loss
@@ -151,7 +151,7 @@ def test_zero_start(random_llama: Path, tmp_path: Path) -> None:
         ({"embeddings": "adapt"}, "--embeddings keep"),
     ],
 )
-def test_what_cannot_be_is_refused(recipe: dict, said: str, random_llama: Path) -> None:
+def test_impossible_recipes_are_refused(recipe: dict, said: str, random_llama: Path) -> None:
     with pytest.raises(UsageError, match=said):
         loftq_cli.plan(random_llama, bits=2, method="qa-lora", **recipe)
 
@@ -159,14 +159,14 @@ def test_what_cannot_be_is_refused(recipe: dict, said: str, random_llama: Path) 
 def test_gptq_backbone_trains_through_pefts_own_layer(
     random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT's `GPTQLoraLinear` with `use_qalora`, through PEFT's own loading, nothing of ours in between."""
+    """PEFT's `GPTQLoraLinear` with `use_qalora`, loaded by PEFT itself, without any of our code."""
     pytest.importorskip("gptqmodel", reason="gptqmodel, which reads GPTQ checkpoints, is not installed")
     pytest.importorskip("optimum", reason="optimum, through which transformers reads GPTQ checkpoints, is missing")
     from peft import PeftModel
     from peft.tuners.lora.gptq import GPTQLoraLinear
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # its kernels would be compiled
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # otherwise its kernels would be compiled
     out = tmp_path / "out"
     recipe = {"bits": 4, "method": "qa-lora", "group_size": GROUP, "rank": 2, "alpha": 6.0, "iters": 2}
     manifest = loftq_cli.quantize(random_llama, output=out, format="gptq-v2", **recipe)
@@ -192,4 +192,4 @@ def test_gptq_backbone_trains_through_pefts_own_layer(
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02
     ours = loftq_cli.load(out).base_model.model.get_submodule(record.module)
-    assert isinstance(ours, GPTQLoraLinear), "our loader leaves these layers to PEFT"
+    assert isinstance(ours, GPTQLoraLinear), "our loader must leave these layers to PEFT"

@@ -1,4 +1,4 @@
-"""The refined method: what its docstring promises, on odd matrices and on trained ones, and end to end."""
+"""The refined method: the claims of its docstring, on odd matrices and on trained ones, and end to end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def left(w: torch.Tensor, result: LoftQResult, kind: BlockGrid) -> float:
 @pytest.mark.parametrize("init", ["svd", "zero"])
 @pytest.mark.parametrize("data_type", ["nf", "nf4-subset", "fitted", "uniform"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_result_is_what_it_says_and_beats_loftq(bits: int, data_type: str, init: str) -> None:
+def test_the_result_reports_its_own_residual_and_beats_loftq(bits: int, data_type: str, init: str) -> None:
     w, kind = weight(), grid(bits, data_type, signed=data_type == "fitted")
     result = run(w, kind, init=init)
     assert left(w, result, kind) == pytest.approx(result.residual, rel=1e-5)
@@ -66,12 +66,12 @@ def test_plain_steps_never_raise_the_residual(init: str, bits: int, dtype: torch
             assert len(steps) > 3 and all(b <= a * (1 + rounding) for a, b in itertools.pairwise(steps))
 
 
-def test_feedback_goes_past_where_plain_steps_stall() -> None:
+def test_feedback_improves_on_stalled_plain_steps() -> None:
     w = weight(256, 256)
     assert run(w, grid(2), rank=16).residual < 0.97 * run(w, grid(2), rank=16, feedback=False, iters=40).residual
 
 
-def test_a_runaway_falls_back_to_plain_steps_from_the_best_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_run_falls_back_to_plain_steps_from_the_best_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ADDED", 4.0)
     w, kind = weight(), grid(2)
     result = run(w, kind, iters=10)
@@ -83,7 +83,7 @@ def test_a_runaway_falls_back_to_plain_steps_from_the_best_iterate(monkeypatch: 
 
 
 def test_kept_estimates_are_made_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large matrices go through bfloat16 in steps with feedback; what is stored and reported does not."""
+    """Large matrices use bfloat16 in steps with feedback, but the stored and reported results do not."""
     w = weight(640, 576)
     for added in (0.28, 4.0):  # ends on its best iterate, or falls back to an early one
         monkeypatch.setattr(module, "_ADDED", added)
@@ -93,7 +93,7 @@ def test_kept_estimates_are_made_exact(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert left(w, result, kind) == pytest.approx(result.residual, rel=1e-5)
 
 
-def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     w, before, found = weight(1100, 1024), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -107,7 +107,7 @@ def test_the_result_does_not_hang_on_the_number_of_threads() -> None:
 
 
 def test_a_nearly_exact_matrix_is_not_spoilt_by_rounding() -> None:
-    """Where BA holds all but a thousandth of W, bfloat16 would drown the rest."""
+    """If BA captures all but a thousandth of W, errors of bfloat16 would exceed the rest."""
     generator = torch.Generator().manual_seed(0)
     leading = torch.randn(640, 16, generator=generator) @ torch.randn(16, 576, generator=generator)
     w, kind = leading + 1e-4 * torch.randn(640, 576, generator=generator), grid(4)
@@ -115,7 +115,7 @@ def test_a_nearly_exact_matrix_is_not_spoilt_by_rounding() -> None:
     assert run(w, kind, rank=16).residual < 1.02 * exact.residual < 4e-6
 
 
-def test_standing_still_ends_the_run() -> None:
+def test_an_unchanged_residual_ends_the_run() -> None:
     assert len(run(weight(), grid(4), rank=8, iters=200, feedback=False).residuals) < 100
     assert len(run(torch.zeros(64, 128), grid(4), iters=50).residuals) < 10
 
@@ -153,7 +153,7 @@ def test_odd_but_valid_matrices(w: torch.Tensor) -> None:
 
 
 def test_shallow_steps_cost_nothing() -> None:
-    """One power a step and three at the end against exact SVDs throughout."""
+    """One power per step and three at the end, compared with exact SVDs throughout."""
     w = weight(600, 640)
     exact = LowRankSteps(exact_step(16), exact_step(16))
     best = refined(w, block_quantizer(grid(2), "cpu"), low_rank=exact)
@@ -184,7 +184,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "bits", "levels"), CASES)
 def test_what_is_optimised_is_what_loads(name: str, bits: int, levels: str, random_llama: Path, tmp_path: Path) -> None:
-    """Through transformers and PEFT themselves: the loaded backbone is Q bit for bit, the adapter what was recorded."""
+    """With transformers and PEFT as loaders: the backbone is Q bit for bit, and the adapter is the recorded one."""
     if name == "bnb":
         pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"
@@ -222,7 +222,7 @@ def test_fitted_levels_survive_casting_training_and_saving(random_llama: Path, t
     backbone = loftq_cli.load(out, adapter=False)
     before = backbone(ids).logits
     own = {name: m.weight_levels for name, m in backbone.named_modules() if isinstance(m, LoftqLinear)}
-    assert len({tuple(levels.tolist()) for levels in own.values()}) == len(own), "every matrix has levels of its own"
+    assert len({tuple(levels.tolist()) for levels in own.values()}) == len(own), "every matrix has its own levels"
     backbone.save_pretrained(tmp_path / "again")
     assert torch.equal(type(backbone).from_pretrained(tmp_path / "again")(ids).logits, before)
     layers = [module.half() for module in backbone.modules() if isinstance(module, LoftqLinear)]
@@ -248,6 +248,6 @@ def test_the_same_recipe_gives_the_same_bytes(random_llama: Path, tmp_path: Path
         ({"method": "refined", "levels": "fitted", "format": "dense"}, "only packed"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options: dict, named: str, random_llama: Path, tmp_path: Path) -> None:
+def test_meaningless_options_are_refused(options: dict, named: str, random_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=named):
         loftq_cli.plan(random_llama, output=tmp_path / "out", bits=2, **options)

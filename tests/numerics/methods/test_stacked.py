@@ -1,4 +1,4 @@
-"""LoftQ on stacks: what single matrices get, and a plain None wherever they would take another course."""
+"""LoftQ on stacks: the results of single matrices, or None for matrices that need another algorithm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SEEDS = (11, 22, 33)
 
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether this machine counts as one that is faster in bfloat16."""
+    """Pretend that this machine is, or is not, faster in bfloat16."""
     monkeypatch.setattr(lowrank, "_cpu_multiplies_bfloat16", lambda: request.param)
     return request.param
 
@@ -52,18 +52,18 @@ def alone(weights: Tensor, quantizer: Quantizer, rank: int, iters: int = 3, **op
 def check(found: LoftQResult | None, single: LoftQResult, weight: Tensor, grid: Grid) -> None:
     assert found is not None
     assert found.plain_residual == pytest.approx(single.plain_residual, rel=1e-6)
-    exact = 5e-5 if lowrank._cpu_multiplies_bfloat16() else 1e-5  # ties in bfloat16 part the courses
+    exact = 5e-5 if lowrank._cpu_multiplies_bfloat16() else 1e-5  # ties in bfloat16 lead to different iterates
     assert found.residuals == pytest.approx(single.residuals, rel=exact)
     assert found.best == single.best
     assert float((found.quantized.codes != single.quantized.codes).float().mean()) < 1e-3
     assert found.lora_a.shape == single.lora_a.shape and found.lora_b.shape == single.lora_b.shape
     left = weight - dequantize(found.quantized, grid) - found.lora_b @ found.lora_a
-    assert float(left.norm() / weight.norm()) == pytest.approx(found.residual, rel=1e-4), "it tells what it left"
+    assert float(left.norm() / weight.norm()) == pytest.approx(found.residual, rel=1e-4), "it reports the true residual"
 
 
 @pytest.mark.parametrize("shape", [(96, 80), (80, 96), (576, 640), (640, 576)], ids=str)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_each_matrix_of_a_stack_gets_what_it_gets_alone(grid: Grid, shape: tuple[int, int], half: bool) -> None:
+def test_each_matrix_of_a_stack_has_its_single_result(grid: Grid, shape: tuple[int, int], half: bool) -> None:
     weights, quantizer = stack(*shape), block_quantizer(grid, "cpu")
     found = stacked_loftq(weights, quantizer, rank=4, iters=3, seeds=SEEDS)
     for one, single, weight in zip(found, alone(weights, quantizer, 4), weights):
@@ -72,7 +72,7 @@ def test_each_matrix_of_a_stack_gets_what_it_gets_alone(grid: Grid, shape: tuple
 
 @pytest.mark.parametrize("rank", [20, 160])
 def test_random_columns_beside_known_ones_and_the_exact_projection_at_the_end(rank: int, half: bool) -> None:
-    """20 is no multiple of 16; 160 of 576 directions hold so much that bfloat16 would show in the residual."""
+    """20 is not a multiple of 16; 160 of 576 directions capture so much that bfloat16 would show in the residual."""
     weights, quantizer = stack(704, 576), BlockQuantizer(NF2)
     found = stacked_loftq(weights, quantizer, rank=rank, iters=2, seeds=SEEDS)
     for one, single, weight in zip(found, alone(weights, quantizer, rank, 2), weights):
@@ -126,7 +126,7 @@ def test_an_odd_matrix_is_left_to_loftq_and_the_others_are_not(odd, size: int, h
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, 3e38])
-def test_what_float32_cannot_weigh_is_left_to_loftq_before_anything_is_quantized(number: float) -> None:
+def test_norms_outside_float32_are_left_to_loftq_before_anything_is_quantized(number: float) -> None:
     weights = stack(64, 64)
     weights[2, 5] = number
 
@@ -137,7 +137,7 @@ def test_what_float32_cannot_weigh_is_left_to_loftq_before_anything_is_quantized
     assert stacked_loftq(weights, Never(), rank=4, iters=2, seeds=SEEDS) == [None] * 3
 
 
-def test_hardly_anything_left_over_is_left_to_loftq(half: bool) -> None:
+def test_tiny_remainders_are_left_to_loftq(half: bool) -> None:
     assert stacked_loftq(stack(64, 64), BlockQuantizer(NF2), rank=48, iters=2, seeds=SEEDS) == [None] * 3
 
 

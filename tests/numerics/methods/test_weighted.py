@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def moment(n: int, kind: str, seed: int = 1) -> Tensor:
-    """Of inputs with a few large and correlated channels."""
+    """Return the second moment of inputs with a few large and correlated channels."""
     inputs = random(4 * n, n, seed=seed) * torch.logspace(-1, 1, n) @ (torch.eye(n) + 0.2 * random(n, n, seed=seed + 1))
     full = inputs.T @ inputs / len(inputs)
     return full if kind == "full" else full.diagonal()
@@ -43,7 +43,7 @@ def test_the_root_is_a_root(kind: str) -> None:
     torch.testing.assert_close(whitening.undo(whitening.apply(x)), x, rtol=1e-3, atol=1e-4)
 
 
-def test_inputs_never_seen_keep_the_root_regular() -> None:
+def test_inputs_never_seen_keep_the_root_invertible() -> None:
     s = moment(16, "full")
     s[3], s[:, 3] = 0, 0
     for m in (s, s.diagonal().clone()):
@@ -82,7 +82,7 @@ def test_no_product_of_the_rank_is_better(kind: str, shape: tuple[int, int]) -> 
     best = weighted_error(residual, found.lora_b @ found.lora_a, whitening)
     unweighted = exact_step(RANK)(residual, None)
     assert best < weighted_error(residual, unweighted.lora_b @ unweighted.lora_a, whitening)
-    for seed in range(20):  # nor is anything near it
+    for seed in range(20):  # nor is any nearby product
         b = found.lora_b + 0.03 * random(shape[0], RANK, seed=seed)
         a = found.lora_a + 0.03 * random(RANK, shape[1], seed=seed + 50)
         assert best < weighted_error(residual, b @ a, whitening)
@@ -118,12 +118,12 @@ def test_the_kept_iterate_has_the_smallest_weighted_residual(kind: str, quantize
     assert best.residual == min(each.residual for each in last) < best.plain_residual
     assert last[best.result.best - 1].residual == best.residual and last[4].result.best == 5
     plain = loftq(weight, quantizer, iters=5, low_rank=exact_step(RANK))
-    assert best.result.residual > plain.residual  # the price in the plain norm
+    assert best.result.residual > plain.residual  # the unweighted norm is larger
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
-def test_a_warm_start_changes_nothing_but_the_work(kind: str) -> None:
-    """Krylov, started from the last step's factors, finds what the exact step finds."""
+def test_a_warm_start_changes_only_the_cost(kind: str) -> None:
+    """Krylov, started from the last step's factors, finds the same as the exact step."""
     weight, whitening = random(600, 560, seed=8) * torch.logspace(0, -2, 560), whiten(moment(560, kind))
     exact = WeightedStep(whitening, exact_step(RANK))(weight, None)
     step = WeightedStep(whitening, fast_step(RANK, torch.Generator().manual_seed(0)))

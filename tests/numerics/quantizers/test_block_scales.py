@@ -1,4 +1,4 @@
-"""Fitted block scales: least squared error, the compiled kernel against its twin, levels of a matrix's own."""
+"""Fitted block scales: least squared error, the compiled kernel against its twin, levels fitted to a matrix."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def heavy(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def block_errors(x: torch.Tensor, quantized: QuantizedBlocks, grid: BlockGrid) -> torch.Tensor:
-    """True squared error of each block (rows of whole blocks)."""
+    """Return the true squared error of each block; rows must consist of whole blocks."""
     return (x - dequantize(quantized, grid)).double().square().reshape(-1, grid.block_size).sum(1)
 
 
 def fresh(step: QuantizeStep) -> QuantizeStep:
-    """A step that may be used up while the other is still looked at."""
+    """Copy a step, so that one copy may be overwritten while the other is compared."""
     return QuantizeStep(step.quantized, step.residual.clone())
 
 
 @pytest.mark.parametrize("layout", ["rows", "flat"])
 @pytest.mark.parametrize("shape", [(64, 256), (33, 100), (5, 70), (1, 1), (300, 48)])
 def test_compiled_fit_is_its_plain_twin(layout: str, shape: tuple[int, int]) -> None:
-    """Scales, codes and residuals bit for bit, from scratch and from a step before, weighted and not."""
+    """Scales, codes and residuals bit for bit, from scratch and from an earlier step, with and without weights."""
     torch.manual_seed(0)
     target, weight, columns = torch.randn(shape), torch.randn(shape), torch.rand(shape[1]) + 0.1
     specials = torch.tensor([0.0, -0.0, 1e-45, 1e-30, 65504.0, 1e30, 0.5, -0.5])[: target.numel()]
@@ -104,7 +104,7 @@ def test_compiled_feedback_is_its_plain_twin(shape: tuple[int, int], dtype: torc
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_search_finds_the_best_scale_there_is(bits: int) -> None:
+def test_search_finds_the_best_scale(bits: int) -> None:
     """Against a fine scan of every scale up to 1.3 absmax: within a percent on average, and far better than absmax."""
     x, grid = heavy(64, 64), BlockGrid(codebook("nf", bits), 64, "rows", F32, F32)
     scan = []
@@ -121,7 +121,7 @@ def test_search_finds_the_best_scale_there_is(bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_no_block_gets_worse_than_with_the_scales_before(bits: int, dtype: torch.dtype) -> None:
+def test_no_block_is_worse_than_with_the_previous_scales(bits: int, dtype: torch.dtype) -> None:
     grid = BlockGrid(codebook("nf", bits), 64, "rows", dtype, dtype, signed=True)
     quantizer, x = block_quantizer(grid, "cpu"), heavy(40, 192)
     step = quantizer.quantize_fitted(x, x)
