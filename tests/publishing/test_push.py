@@ -207,7 +207,7 @@ def test_an_upload_cut_again_and_again_goes_on_with_the_same_command(hub: WriteH
 
 
 def test_large_files_go_in_parts(hub: WriteHub, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hub_write_server.PART", 10_000)
+    monkeypatch.setattr("support.hub_write_server.PART", 10_000)
     hub.sever("/upload/.*/2$", method="PUT", after=100)
     loftq_cli.push(finished, REPO)
     assert hub.requests("/complete") and PART > 10_000
