@@ -9,6 +9,7 @@ from pathlib import Path
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
+from loftq_cli.machine.printable import printable
 from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
@@ -20,7 +21,7 @@ _LICENCE = ("license", "license_name", "license_link")
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
     """README.md of an output directory. Measured numbers have fixed widths, so that its length is known beforehand."""
     totals = manifest.totals
-    name = plan.output.name
+    name = printable(plan.output.name)
     mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
         ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
@@ -139,7 +140,7 @@ def _what(manifest: Manifest) -> str:
 
 
 def _source(manifest: Manifest) -> str:
-    model = manifest.architecture or "a checkpoint"
+    model = printable(manifest.architecture or "a checkpoint")
     if manifest.source_revision is None:
         return model
     return f"{manifest.source} ({model}, commit `{manifest.source_revision}`)"
@@ -207,9 +208,9 @@ def _licence(source: Path) -> list[str]:
 
 def _worst(manifest: Manifest) -> str:
     ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
-    width = max(len(record.module) for record in manifest.matrices)
+    width = max(len(printable(record.module)) for record in manifest.matrices)
     rows = [
-        f"| {record.module:{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
+        f"| {printable(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
@@ -218,7 +219,7 @@ def _worst(manifest: Manifest) -> str:
 def _nonfinite(plan: Plan) -> str:
     """Matrices that were left alone because of what they hold (--allow-nonfinite)."""
     kept = [unit for unit in plan.kept if unit.reason and unit.reason.why is Why.NONFINITE]
-    rows = "\n".join(f"- `{unit.module}` {unit.reason}" for unit in kept)
+    rows = "\n".join(f"- `{printable(unit.module or '')}` {unit.reason}" for unit in kept)
     return f"Kept in full precision, because they hold NaN or infinity:\n\n{rows}\n\n" if kept else ""
 
 
