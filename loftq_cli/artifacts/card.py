@@ -11,6 +11,7 @@ from loftq_cli.checkpoint.local import check_file
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
+from loftq_cli.machine.printable import printable
 from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
@@ -24,7 +25,7 @@ _LICENCE = ("license", "license_name", "license_link")
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
     """Render README.md of an output directory. Measured numbers have fixed widths, so its length can be planned."""
     totals = manifest.totals
-    name = plan.output.name
+    name = printable(plan.output.name)
     mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
         ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
