@@ -25,6 +25,7 @@ from loftq_cli.engine.output.directory import (
     check_unchanged,
     claim,
     journal_of,
+    on_file_error,
     on_full_disk,
     open_writer,
     publish,
@@ -81,7 +82,7 @@ def run_plan(
     claimed = claim(
         plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite, needed=needed)
     )
-    with on_full_disk(plan.output), team or nullcontext(), claimed as lock:
+    with on_file_error(), on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
             small = write_files(plan.output, plan.texts, plan.side_files)  # fails now rather than after the work
             states = file_states(checkpoint)

@@ -259,3 +259,21 @@ def on_full_disk(output: Path) -> Iterator[None]:
             f"writing to {output} failed ({error.strerror}): make room, then run the same command again.",
             exit_code=ExitCode.INCOMPLETE,
         ) from error
+
+
+@contextmanager
+def on_file_error() -> Iterator[None]:
+    """Turn any other error about a file into a one-sentence message.
+
+    Raises:
+        LoftqError: a file cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, (str, os.PathLike)):
+            raise
+        raise LoftqError(
+            f"{error.filename} cannot be used ({error.strerror}): check it and its permissions, then run the same "
+            "command again."
+        ) from error

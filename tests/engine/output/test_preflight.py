@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_state_folder_with_files_of_others(model: Path, tmp_path: Path) -> Non
     (state / "thesis.txt").write_text("precious")
     loftq_cli.quantize(model, output=tmp_path / "out", **RECIPE)
     assert sorted(path.name for path in state.rglob("*")) == ["one.jpg", "photos", "thesis.txt"]
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+def test_a_file_where_the_partial_folder_should_be(make: Callable[[Path], None], model: Path, tmp_path: Path) -> None:
+    stop_after(3, model, tmp_path / "out")
+    partial = tmp_path / "out" / ".loftq" / "partial"
+    shutil.rmtree(partial)
+    make(partial)
+    refuse(model, tmp_path / "out", r"(partial|config\.json).* cannot be used \(.*\): check it")
 
 
 def test_a_hard_link_of_a_partial_file_is_not_written_through(model: Path, tmp_path: Path) -> None:
