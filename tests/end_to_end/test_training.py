@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.trained_llama import CHECKPOINT
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix
@@ -41,6 +42,11 @@ def need(name: str) -> None:
     for package in NEEDS.get(name.split()[0], ()):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package}, which reads this format, is not installed")
+
+
+def rate(name: str, model: Path) -> float:
+    """Pooled adapters of the shipped checkpoint have four or eight inputs and need larger steps to learn as much."""
+    return 0.1 if "qa-lora" in name and model == CHECKPOINT else 5e-3
 
 
 def batches(model: Path, text: str) -> torch.Tensor:
@@ -92,7 +98,7 @@ def test_it_learns_with_the_gradients_of_its_dense_twin(
     for key, gradient in theirs.items():
         assert (ours[key] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, key
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate(name, small_llama))
     losses = [loss]
     for _ in range(5):
         optimizer.step()
@@ -142,8 +148,9 @@ def test_trainer_runs_with_the_cards_snippet(
     model = snippet_model(converted(name, small_llama, tmp_path))
     rows = [{"input_ids": row, "labels": row} for row in batches(small_llama, wikitext)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, learning_rate=5e-3,
-        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", gradient_checkpointing=checkpointing,
+        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4,
+        learning_rate=rate(name, small_llama), logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+        gradient_checkpointing=checkpointing,
         disable_tqdm=True, lr_scheduler_type="constant", dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
@@ -170,8 +177,9 @@ def test_sft_trainer_runs_with_the_cards_snippet(name: str, small_llama: Path, w
     tokenizer.pad_token = tokenizer.eos_token
     lines = [line for line in wikitext.split("\n") if len(line) > 200][:4]
     arguments = SFTConfig(
-        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4, learning_rate=5e-3, max_length=96,
-        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False,
+        output_dir=str(tmp_path / "run"), max_steps=4, per_device_train_batch_size=4,
+        learning_rate=rate(name, small_llama), max_length=96, logging_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, bf16=False,
         lr_scheduler_type="constant", dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = SFTTrainer(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import loftq, sentence
+from support.trained_llama import CHECKPOINT
 from torch import Tensor
 
 import loftq_cli
@@ -90,10 +91,6 @@ def test_merging_a_trained_llama_costs_less_than_float32_itself(
 ) -> None:
     """Logits of about 20 after six layers: float32 sums alone leave 1e-5. In float64 the merge shows by itself."""
     from transformers import AutoTokenizer
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    def wide(norm: LlamaRMSNorm, x: Tensor) -> Tensor:  # its own goes through float32
-        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
     ids = AutoTokenizer.from_pretrained(small_llama)(wikitext[:1000], return_tensors="pt").input_ids[:, :128]
     recipe = {"bits": 2, "method": "qa-lora", "group_size": 32, "rank": 8, "iters": 1, "scale": "minmax"}
@@ -103,7 +100,7 @@ def test_merging_a_trained_llama_costs_less_than_float32_itself(
     assert loftq_cli.merge(tmp_path / "out", tmp_path / "trained", output=tmp_path / "merged").way == "zeros"
     merged = loftq_cli.load(tmp_path / "merged", adapter=False)
     found = logits(merged, ids)
-    monkeypatch.setattr(LlamaRMSNorm, "forward", wide)
+    keep_float64(monkeypatch)
     exact = logits(loftq_cli.load(tmp_path / "out", adapter=tmp_path / "trained").double(), ids)
     of_merge = logits(merged.double(), ids) - exact
     assert exact.dtype == torch.float64 and exact.abs().max() > 10 and (exact - start).abs().max() > 0.1
@@ -128,7 +125,19 @@ def test_dense(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Non
         assert loftq_cli.merge(backbone, adapter, output=tmp_path / "auto").way == "dense"
 
 
-def test_a_bfloat16_model_merges_exactly_too(small_llama: Path, tmp_path: Path) -> None:
+def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Llama's norm compute in the dtype of its input; its own code goes through float32."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def wide(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", wide)
+
+
+def test_a_bfloat16_model_merges_exactly_too(
+    small_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = {"bits": 4, "method": "qa-lora", "group_size": 32, "rank": 4, "iters": 1, "include": ("*.layers.0.*",)}
     manifest = loftq_cli.quantize(small_llama, output=tmp_path / "out", **recipe)
     assert manifest.dtype == "bfloat16"
@@ -136,7 +145,10 @@ def test_a_bfloat16_model_merges_exactly_too(small_llama: Path, tmp_path: Path) 
     assert report.way == "zeros" and 0 < report.worst_error < 1e-6
     both = loftq_cli.load(tmp_path / "out", dtype=torch.float32)
     merged = loftq_cli.load(tmp_path / "merged", adapter=False, dtype=torch.float32)
-    assert (logits(both) - logits(merged)).abs().max() < 1e-5
+    if small_llama != CHECKPOINT:  # there float32's own errors reach 1.4e-5
+        assert (logits(both) - logits(merged)).abs().max() < 1e-5
+    keep_float64(monkeypatch)
+    assert (logits(both.double()) - logits(merged.double())).abs().max() < 5e-6
     layer = loftq_cli.load(tmp_path / "merged", adapter=False).model.layers[0].mlp.up_proj
     assert torch.equal(loftq_cli.decode(tmp_path / "merged", "model.layers.0.mlp.up_proj"), layer.dequantized_weight())
 
