@@ -100,3 +100,27 @@ def test_base_model_is_named_where_the_source_is_from_the_hubs_cache(random_llam
     loftq_cli.quantize(source, output=tmp_path / "out", bits=2, rank=4, iters=1)
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "some-org/Some-Llama" and front["base_model_relation"] == "quantized"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\nlicense: " + "[" * 20_000 + "\n---\n",
+        "---\nlicense: !!python/object:os.system x\n---\n",
+        "---\n? [a]\n: 1\n---\n",
+        "---\nlicense: mit\\ud800\n---\n",
+        "---",
+    ],
+    ids=["deep", "tag", "list as a key", "half a character", "open"],
+)
+def test_an_odd_card_of_the_source_is_ignored(card: str, random_llama: Path, tmp_path: Path) -> None:
+    from loftq_cli.artifacts.card import _licence
+
+    (tmp_path / "README.md").write_text(card)
+    assert all(line.startswith("license: ") for line in _licence(tmp_path))
+
+
+def test_names_cannot_break_out_of_the_card() -> None:
+    from loftq_cli.artifacts.card import _cell
+
+    assert _cell("a|b`c\x1b[2J\n<script>\u202e") == "a?b?c?[2J??script??"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -441,3 +442,46 @@ def test_quantize_pushes_too(hub: WriteHub, source: Path, tmp_path: Path, monkey
     assert result.exit_code == 1 and "nobody is logged in" in result.stderr and not (tmp_path / "new").exists()
     result = runner.invoke(app, [*words[:2], "-o", str(tmp_path / "new"), "--push-to", "name"])
     assert result.exit_code == 2 and not (tmp_path / "new").exists()
+
+
+def resealed(out: Path, name: str, content: bytes) -> None:
+    """Replace a file and list it correctly in the manifest, as anybody who ships a directory can."""
+    from loftq_cli.artifacts.manifest import render, seal
+    from loftq_cli.tensorfile.hashing import FileRecord
+
+    manifest = loftq_cli.read_manifest(out)
+    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    files = {**manifest.files, name: record}
+    (out / "loftq.json").write_bytes(seal(render(dataclasses.replace(manifest, files=files))))
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_links_out_of_the_directory_are_not_published(where: str, hub: WriteHub, out: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere" / "secret.txt"
+    secret.parent.mkdir()
+    secret.write_bytes(b"secret")
+    if where == "folder":
+        (out / "extra").symlink_to(secret.parent)
+        resealed(out, "extra/secret.txt", b"secret")
+    else:
+        (out / "secret.txt").symlink_to(secret)
+        resealed(out, "secret.txt", b"secret")
+    assert "is a link" in refused(out, dry_run=True)
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", b"---\nlicense: " + b"[" * 20_000 + b"\n---\n"),
+        ("README.md", b"\xff\xfe"),
+        ("loftq.yaml", b"[" * 20_000),
+        ("loftq.yaml", b"- 1\n"),
+        ("loftq_init/adapter_config.json", b"[" * 100_000),
+        ("loftq_init/adapter_config.json", b"null"),
+    ],
+)
+def test_odd_texts_end_in_a_sentence_that_names_the_file(name: str, content: bytes, hub: WriteHub, out: Path) -> None:
+    (out / name).write_bytes(content)
+    resealed(out, name, content)
+    assert str(out / name) in refused(out, dry_run=True)
