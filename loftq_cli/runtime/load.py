@@ -153,14 +153,15 @@ def _with_class_config(
     """
     quantization = dict(_quantization(config))
     own_class = getattr(model_class, "config_class", None)
-    own, sub_config = config, own_class is not None and not isinstance(config, own_class) and bool(quantization)
-    if sub_config:
+    own = config
+    dense: tuple[str, ...] = ()
+    if quantization and own_class is not None and not isinstance(config, own_class):
         own = own_class.from_pretrained(name, **source)
     if skip_list:
         listed = list(quantization.get(skip_list) or ())
         dense = other_dense_layers(model_class, config, own, listed)
         quantization[skip_list] = [*listed, *dense]
-    if not sub_config and not (skip_list and dense):
+    if own is config and not dense:
         return dict(options)
     # Given a config, from_pretrained would pass these on to the model's constructor.
     fields = {key for key in options if key not in _NOT_CONFIG and hasattr(own, key)}
