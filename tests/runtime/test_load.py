@@ -278,7 +278,8 @@ def test_incomplete_adapters_are_refused(copied: Path) -> None:
     tensors = load_file(file)
     lost = tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
-    with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(LoftqError, match="1 of the model's are not in the file"):
+    words = "1 of the model's are not in the file"
+    with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(LoftqError, match=words):
         load(copied)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": lost}, file)
     with pytest.warns(UserWarning), pytest.raises(LoftqError, match="1 of its weights are not in the model"):
