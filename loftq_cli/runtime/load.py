@@ -77,8 +77,8 @@ def load(
     folder = _adapter_folder(name, adapter, source)
     options = {**loading.options(dataclasses.replace(request, adapter=folder is not None)), **options}
     model_class = _model_class(config, auto_class)
-    if loading.skip_list and "config" not in options:
-        options = _with_skip_list(options, config, model_class, loading.skip_list)
+    if "config" not in options:
+        options = _with_class_config(name, source, options, config, model_class, loading.skip_list)
     model = _load_backbone(model_class, name, options)
     if folder is None:
         return model
@@ -135,25 +135,40 @@ def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
     return PLAIN if container is None else container.loading
 
 
-def _with_skip_list(
-    options: Mapping[str, Any], config: PretrainedConfig, model_class: Any, field: str
+def _with_class_config(
+    name: str,
+    source: Mapping[str, Any],
+    options: Mapping[str, Any],
+    config: PretrainedConfig,
+    model_class: Any,
+    skip_list: str,
 ) -> dict[str, Any]:
-    """Return options whose config keeps the layers dense that the converted class lacks or names differently.
+    """Return options with a config for a class other than the converted one, if it needs another than transformers'.
+
+    The class of one tower takes a sub-config, which lacks `quantization_config`; and layers that the converted class
+    lacks or names differently must be in the skip list.
 
     Args:
-        field: `Loading.skip_list`.
+        skip_list: field of `quantization_config`, as in `Loading`.
     """
-    quantization = _quantization(config)
-    listed = list(quantization.get(field) or ())
-    dense = other_dense_layers(model_class, config, listed)
-    if not dense:
+    quantization = dict(_quantization(config))
+    own_class = getattr(model_class, "config_class", None)
+    own = config
+    dense: tuple[str, ...] = ()
+    if quantization and own_class is not None and not isinstance(config, own_class):
+        own = own_class.from_pretrained(name, **source)
+    if skip_list:
+        listed = list(quantization.get(skip_list) or ())
+        dense = other_dense_layers(model_class, config, own, listed)
+        quantization[skip_list] = [*listed, *dense]
+    if own is config and not dense:
         return dict(options)
     # Given a config, from_pretrained would pass these on to the model's constructor.
-    fields = {key for key in options if key not in _NOT_CONFIG and hasattr(config, key)}
+    fields = {key for key in options if key not in _NOT_CONFIG and hasattr(own, key)}
     for key in fields:
-        setattr(config, key, options[key])
-    config.quantization_config = {**quantization, field: [*listed, *dense]}
-    return {"config": config, **{key: value for key, value in options.items() if key not in fields}}
+        setattr(own, key, options[key])
+    own.quantization_config = quantization
+    return {"config": own, **{key: value for key, value in options.items() if key not in fields}}
 
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:

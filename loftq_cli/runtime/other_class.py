@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 _ANY_SIZE = 10**9  # the layers were counted when the model was converted
 
 
-def other_dense_layers(model_class: Any, config: PretrainedConfig, listed: Sequence[str]) -> tuple[str, ...]:
+def other_dense_layers(
+    model_class: Any, config: PretrainedConfig, own_config: PretrainedConfig, listed: Sequence[str]
+) -> tuple[str, ...]:
     """Return paths of linear layers to add to a skip list; none if the class is the converted one or cannot be built.
 
     Args:
         model_class: an Auto class or a model class of transformers.
+        config: of the checkpoint; `own_config`: of the class, which may be a sub-config of it.
         listed: the entries of the container's skip list.
     """
     from torch import nn
@@ -33,7 +36,7 @@ def other_dense_layers(model_class: Any, config: PretrainedConfig, listed: Seque
     if name is None or name == named_class(fields):
         return ()
     converted = build_on_meta(fields, _ANY_SIZE).model
-    loaded = build_on_meta({**fields, "architectures": [name]}, _ANY_SIZE).model
+    loaded = build_on_meta({**own_config.to_dict(), "architectures": [name]}, _ANY_SIZE).model
     if converted is None or loaded is None or type(loaded).__name__ != name:
         return ()
     present = frozenset(path for path, _ in loaded.named_modules(remove_duplicate=False))

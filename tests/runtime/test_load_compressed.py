@@ -32,7 +32,7 @@ def test_an_adapter_over_packed_compressed_tensors_is_one_sentence(
     unpacked = CompressedTensorsConfig(dequantize=True)
     if rule:
         for adapter in (True, False):
-            with pytest.raises(LoftqError, match="as if they were one"):
+            with pytest.raises(LoftqError, match="as if they were the same"):
                 loftq_cli.load(tmp_path / "out", adapter=adapter, quantization_config=unpacked)
         return
     model = loftq_cli.load(tmp_path / "out", trainable=True, quantization_config=unpacked)

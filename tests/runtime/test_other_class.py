@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import loftq_cli
+from loftq_cli.errors import LoftqError
 from loftq_cli.runtime.paths import find_path, moved_prefixes
 
 _BERT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
@@ -75,6 +76,28 @@ def test_the_text_class_of_a_multimodal_checkpoint_starts_at_the_source(form: st
         found = loaded(input_ids=ids).logits
     assert type(loaded.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
     assert (found - wanted).norm() / wanted.norm() < 1e-3
+
+
+@pytest.mark.parametrize("form", ["packed", "bnb", "compressed-tensors", "dense"])
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_one_tower_of_a_composite_checkpoint_starts_at_the_source(form: str, name: str, tmp_path: Path) -> None:
+    need_reader(form)
+    torch.manual_seed(0)
+    sizes = {**_BERT, "projection_dim": 64}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 96, "max_position_embeddings": 32},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        projection_dim=64,
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "source")
+    loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", bits=4, rank=64, format=form)
+    ids = torch.tensor([[5, 17, 3, 95]])
+    with torch.no_grad():
+        wanted = getattr(transformers, name).from_pretrained(tmp_path / "source").eval()(input_ids=ids)[0]
+        found = loftq_cli.load(tmp_path / "out", auto_class=name, dtype=torch.float32).eval()(input_ids=ids)[0]
+    assert (found - wanted).norm() / wanted.norm() < 1e-3
+    with pytest.raises(LoftqError, match=r"in common with CLIPVisionModel|is in CLIPVisionModel"):
+        loftq_cli.load(tmp_path / "out", auto_class="CLIPVisionModel")
 
 
 def test_a_moved_prefix_is_found_in_both_kinds_of_names() -> None:
