@@ -1,4 +1,4 @@
-"""Weights stored as FP8 or MXFP4 with scales, shown as the bfloat16 weights they stand for.
+"""Weights stored as FP8 or MXFP4 with scales, presented as the bfloat16 weights that they encode.
 
 FP8: `X` (F8_E4M3 or F8_E5M2) with `X_scale_inv` (DeepSeek-V3: one scale per 128 × 128 block) or `X_scale`
 (compressed-tensors, fbgemm, modelopt: one per tensor, row or block); both multiply. MXFP4 (gpt-oss): `X_blocks`
@@ -23,16 +23,16 @@ from loftq_cli.errors import LoftqError
 METHODS = frozenset({"fp8", "fbgemm_fp8", "mxfp8", "mxfp4", "compressed-tensors", "modelopt"})
 _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _SCALES = ("_scale_inv", "_scale")
-# Scales of activations and caches: they say how a runtime computes, nothing about a weight.
+# Scales of activations and caches: they configure a runtime and are not part of a weight.
 _RUNTIME = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 # OCP Microscaling Formats 1.0, E2M1: the sign is the highest of the four bits.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_CHUNK = 1 << 24  # elements that are in float32 at one time
+_CHUNK = 1 << 24  # elements held in float32 at a time
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """The two stored tensors of one weight; `block` is the FP8 block [rows, columns] the config names, if any."""
+    """The two stored tensors of one weight; `block` is the FP8 block [rows, columns] from the config, if any."""
 
     values: str
     scales: str
@@ -89,7 +89,8 @@ class ScaledCheckpoint:
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How the checkpoint says it is quantized; multimodal configs may say it of a part. {} where it is no mapping."""
+    """Return the quantization settings in config.json or, for multimodal models, in one of its parts; None if there are
+    none, {} if they are not a mapping."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for name in ("quantization_config", "compression_config"):
             if part.get(name) is not None:
@@ -98,10 +99,10 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def with_scales(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` itself, or a view of it without scales where every quantized weight can be computed exactly.
+    """Return `checkpoint` itself, or a view of it without scales if every quantized weight can be computed exactly.
 
     Raises:
-        LoftqError: a weight and its scales contradict each other.
+        LoftqError: a weight and its scales do not fit together.
     """
     quantization = quantization_of(checkpoint.config)
     if quantization is not None and quantization.get("quant_method") not in METHODS:
@@ -117,7 +118,7 @@ def with_scales(checkpoint: Checkpoint) -> Checkpoint:
         if name not in used and not name.endswith(tuple(f".{suffix}" for suffix in _RUNTIME))
     }
     if not scaled or any(_is_packed(info, rest) for info in rest.values()):
-        return checkpoint  # another kind of quantization, which the plan refuses by its name
+        return checkpoint  # another kind of quantization, which the plan refuses by name
     computed = {name: _computed(name, pair, checkpoint.tensors) for name, pair in scaled.items()}
     place = {pair.values: name for name, pair in scaled.items()}
     tensors: dict[str, TensorInfo] = {}
@@ -130,13 +131,13 @@ def with_scales(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """[..., out, in] × scales, computed in float32 and rounded once to bfloat16.
+    """Return values [..., out, in] × scales, computed in float32 and rounded once to bfloat16.
 
     Args:
-        scales: one, or a grid whose cells are `block` large (the last ones may be cut); see `cells_of`.
+        scales: a single one, or a grid with cells of size `block` (the last ones may be smaller); see `cells_of`.
 
     Raises:
-        ValueError: the grid does not fit.
+        ValueError: the grid does not fit the values.
     """
     cells = cells_of(tuple(values.shape), tuple(scales.shape), block)
     rows, columns = values.shape[-2:]
@@ -157,8 +158,8 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Cells:
-    """How scales lie over a weight: `grid` is their shape with as many dimensions as the weight, of which the last two
-    count cells of `rows` × `columns` weights."""
+    """Layout of scales over a weight: `grid` is their shape with as many dimensions as the weight, and its last two
+    dimensions count cells of `rows` × `columns` weights."""
 
     grid: tuple[int, ...]
     rows: int
@@ -166,7 +167,8 @@ class Cells:
 
 
 def cells_of(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> Cells:
-    """The config's block where it fits, else what divides evenly; missing last dimensions of `scales` are 1.
+    """Return the cells given by the config's block if it fits, or else by even division; missing last dimensions of
+    `scales` are 1.
 
     Raises:
         ValueError: the scales do not fit the weight.
@@ -187,7 +189,7 @@ def cells_of(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, 
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """[experts, out, groups, 16], [experts, out, groups] → bfloat16 [experts, in, out], as transformers keeps it."""
+    """[experts, out, groups, 16], [experts, out, groups] → bfloat16 [experts, in, out], the layout in transformers."""
     experts, rows, groups, width = blocks.shape
     table = torch.tensor(_E2M1)
     result = torch.empty(experts, groups * width * 2, rows, dtype=torch.bfloat16)
@@ -199,7 +201,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> dict[str, Scaled]:
-    """Quantized weights by the names they have in the model."""
+    """Return the quantized weights by their names in the model."""
     found = {}
     for name, info in tensors.items():
         base = name.removesuffix("_blocks")
@@ -213,7 +215,7 @@ def _find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | Non
 
 
 def _is_packed(info: TensorInfo, rest: Mapping[str, TensorInfo]) -> bool:
-    """A tensor that is quantized in some other way: it has scales, or is FP8 without any."""
+    """True for a tensor that is quantized in some other way: it has scales, or is FP8 without scales."""
     has_scales = any(info.name + suffix in rest for suffix in (*_SCALES, "_scales"))
     return info.dtype in _FP8 or has_scales or info.name.endswith(("weight_packed", "qweight", "zero_point"))
 

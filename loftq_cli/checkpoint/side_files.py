@@ -1,4 +1,4 @@
-"""Which files beside the weights travel with a model."""
+"""Files beside the weights that are copied with a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loftq_cli.errors import LoftqError
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
 _LEGAL = ("license", "licence", "notice", "use_policy")
-# Written anew, or true of the source only.
+# Written by loftq itself, or valid for the source only.
 _NOT_COPIED = (
     "config.json",
     "loftq.json",
@@ -24,7 +24,8 @@ _NOT_COPIED = (
 
 
 def find_side_files(directory: Path) -> tuple[SideFile, ...]:
-    """Tokenizer, processor and generation files, licences, sentence-transformers modules; named below `directory`."""
+    """Return a model's tokenizer, processor and generation files, licences and sentence-transformers modules. Names are
+    relative to `directory`."""
     found = [path for path in sorted(directory.iterdir()) if path.is_file() and travels(path.name)]
     for folder in sentence_transformers_folders(directory):
         found += [path for path in sorted((directory / folder).glob("*.json")) if path.is_file()]
@@ -32,10 +33,10 @@ def find_side_files(directory: Path) -> tuple[SideFile, ...]:
 
 
 def local_file(path: Path, name: str) -> SideFile:
-    """A file copied unchanged.
+    """Return a file that is copied unchanged.
 
     Raises:
-        LoftqError: it lies outside of the model, or is JSON that was cut off.
+        LoftqError: it lies outside of the model, or is truncated JSON.
     """
     check_file(path)
     if path.suffix == ".json":
@@ -44,29 +45,30 @@ def local_file(path: Path, name: str) -> SideFile:
 
 
 def _check_json(path: Path) -> None:
-    """Not a page of errors, a pointer in place of a file or half a download; some are too large to be parsed here."""
+    """Refuse error pages, Git LFS pointers and partial downloads by the first and last character. Some files are too
+    large to be parsed here."""
     with open(path, "rb") as handle:
         start = handle.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         handle.seek(max(0, path.stat().st_size - 64))
         end = handle.read().rstrip(b" \t\r\n")
     if (start[:1], end[-1:]) not in ((b"{", b"}"), (b"[", b"]")):
-        raise LoftqError(f"{path} is cut off or no JSON: download it again.")
+        raise LoftqError(f"{path} is truncated or not JSON: download it again.")
 
 
 def made_file(name: str, content: bytes) -> SideFile:
-    """A file whose content the source does not have as such."""
+    """Return a file with generated content."""
     return SideFile(name, len(content), partial(bytes, content))
 
 
 def travels(name: str) -> bool:
-    """Whether a file of this name at the top of a model is copied."""
+    """True if a file of this name at the top of a model is copied."""
     if name in _NOT_COPIED or name.endswith(".index.json") or name.startswith("."):
         return False
     return name.endswith(_SUFFIXES) or name.lower().startswith(_LEGAL)
 
 
 def sentence_transformers_folders(directory: Path) -> list[str]:
-    """Folders that modules.json names; without them SentenceTransformer cannot open the model."""
+    """Return the folders that modules.json names; SentenceTransformer cannot open the model without them."""
     try:
         modules = json.loads((directory / "modules.json").read_bytes())
         names = [str(module["path"]) for module in modules]

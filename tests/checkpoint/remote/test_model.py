@@ -342,7 +342,7 @@ def test_access_is_refused_in_a_sentence(
         ({"config.json": b"[]", "model.safetensors": b"x"}, "no JSON object"),
         (
             {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'},
-            "no shard of this directory",
+            "not a shard of this directory",
         ),
     ],
 )
