@@ -1,8 +1,9 @@
-"""Weights stored as FP8 or MXFP4 with scales, presented as the bfloat16 weights that they encode.
+"""Weights stored as FP8, MXFP4 or packed integers with scales, presented as the weights that they encode.
 
 FP8: `X` (F8_E4M3 or F8_E5M2) with `X_scale_inv` (DeepSeek-V3: one scale per 128 × 128 block) or `X_scale`
 (compressed-tensors, fbgemm, modelopt: one per tensor, row or block); both multiply. MXFP4 (gpt-oss): `X_blocks`
 [experts, out, groups, 16] uint8, two 4-bit floats a byte, and `X_scales` [experts, out, groups], exponents of two.
+Integers: see `checkpoint.int_packed`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint.int_packed import (
+    PACKED,
+    IntPacked,
+    dequantize_int,
+    find_int_packed,
+    int_scheme,
+    unpacked_info,
+)
 from loftq_cli.errors import LoftqError
 
 METHODS = frozenset({"fp8", "fbgemm_fp8", "mxfp8", "mxfp4", "compressed-tensors", "modelopt"})
@@ -39,6 +48,10 @@ class Scaled:
     mxfp4: bool
     block: tuple[int, int] | None = None
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return self.values, self.scales
+
 
 @dataclass(frozen=True)
 class ScaledCheckpoint:
@@ -47,7 +60,7 @@ class ScaledCheckpoint:
     inner: Checkpoint
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
-    scaled: Mapping[str, Scaled]
+    scaled: Mapping[str, Scaled | IntPacked]
 
     @property
     def path(self) -> Path:
@@ -62,6 +75,13 @@ class ScaledCheckpoint:
             return self.inner.read(name)
         scaled = self.scaled[name]
         values, scales = self.inner.read(scaled.values), self.inner.read(scaled.scales)
+        if isinstance(scaled, IntPacked):
+            self._check_shape(name, scaled)
+            others = (self.inner.read(other) if other else None for other in (scaled.zeros, scaled.groups))
+            try:
+                return dequantize_int(values, scales, scaled.scheme, *others)
+            except ValueError as error:
+                raise _damaged(self.inner.tensors[scaled.values], error) from error
         if scaled.mxfp4:
             return dequantize_mxfp4(values, scales)
         return dequantize_fp8(values, scales, scaled.block)
@@ -70,6 +90,8 @@ class ScaledCheckpoint:
         if name not in self.scaled:
             return self.inner.read_piece(name, index)
         scaled = self.scaled[name]
+        if isinstance(scaled, IntPacked):
+            return self.read(name)[index].clone()
         values = self.inner.read_piece(scaled.values, index)[None]
         if scaled.mxfp4:
             return dequantize_mxfp4(values, self.inner.read_piece(scaled.scales, index)[None])[0]
@@ -77,6 +99,19 @@ class ScaledCheckpoint:
         shared = prod(shape) == 1 or shape[0] == 1
         scales = self.inner.read(scaled.scales) if shared else self.inner.read_piece(scaled.scales, index)[None]
         return dequantize_fp8(values, scales, scaled.block)[0]
+
+    def _check_shape(self, name: str, weight: IntPacked) -> None:
+        """
+        Raises:
+            LoftqError: the stored shape is not the one that words and scales add up to.
+        """
+        if weight.shape is not None:
+            stored = tuple(self.inner.read(weight.shape).tolist())
+            if stored != self.tensors[name].shape:
+                raise LoftqError(
+                    f"{weight.shape} in {self.tensors[name].file} is {list(stored)}, but {weight.values} has the size "
+                    f"of {list(self.tensors[name].shape)}: download it again."
+                )
 
     def side_files(self) -> tuple[SideFile, ...]:
         return self.inner.side_files()
@@ -110,8 +145,9 @@ def with_scales(checkpoint: Checkpoint) -> Checkpoint:
     quantization = quantization or {}
     if quantization.get("transform_config"):  # weights were rotated before they were quantized
         return checkpoint
-    scaled = _find_scaled(checkpoint.tensors, _block(quantization))
-    used = {name for pair in scaled.values() for name in (pair.values, pair.scales)}
+    scaled: dict[str, Scaled | IntPacked] = dict(_find_scaled(checkpoint.tensors, _block(quantization)))
+    scaled |= find_int_packed(checkpoint.tensors, int_scheme(quantization))
+    used = {name for pair in scaled.values() for name in pair.stored}
     rest = {
         name: info
         for name, info in checkpoint.tensors.items()
@@ -217,13 +253,15 @@ def _find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | Non
 def _is_packed(info: TensorInfo, rest: Mapping[str, TensorInfo]) -> bool:
     """True for a tensor that is quantized in some other way: it has scales, or is FP8 without scales."""
     has_scales = any(info.name + suffix in rest for suffix in (*_SCALES, "_scales"))
-    return info.dtype in _FP8 or has_scales or info.name.endswith(("weight_packed", "qweight", "zero_point"))
+    return info.dtype in _FP8 or has_scales or info.name.endswith((PACKED, "qweight", "zero_point"))
 
 
-def _computed(name: str, pair: Scaled, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+def _computed(name: str, pair: Scaled | IntPacked, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     values, scales = tensors[pair.values], tensors[pair.scales]
     shape = values.shape
     try:
+        if isinstance(pair, IntPacked):
+            return unpacked_info(name, pair, tensors)
         if pair.mxfp4:
             if len(shape) != 4 or scales.shape != shape[:3] or scales.dtype is not torch.uint8:
                 raise ValueError(f"scales {list(scales.shape)} do not fit blocks {list(shape)}")
@@ -231,10 +269,12 @@ def _computed(name: str, pair: Scaled, tensors: Mapping[str, TensorInfo]) -> Ten
         else:
             cells_of(shape, scales.shape, pair.block)
     except ValueError as error:
-        raise LoftqError(
-            f"{values.name} in {values.file} cannot be dequantized ({error}): download it again."
-        ) from error
+        raise _damaged(values, error) from error
     return dataclasses.replace(values, name=name, dtype=torch.bfloat16, shape=shape)
+
+
+def _damaged(stored: TensorInfo, error: ValueError) -> LoftqError:
+    return LoftqError(f"{stored.name} in {stored.file} cannot be dequantized ({error}): download it again.")
 
 
 def _block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loftq_cli.checkpoint import Checkpoint, SideFile
 from loftq_cli.checkpoint.base import fingerprint, name_order
-from loftq_cli.checkpoint.scaled import quantization_of
+from loftq_cli.checkpoint.quantized import quantization_method
 from loftq_cli.errors import LoftqError
 from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap, TensorRole, map_modules
@@ -107,10 +107,11 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         LoftqError: config.json or the names of the tensors say that the source is quantized already.
     """
-    quantization = quantization_of(checkpoint.config)
-    if quantization is None and not any(name.endswith(_PACKED) for name in checkpoint.tensors):
-        return
-    method = (quantization or {}).get("quant_method", "some method")
+    method = quantization_method(checkpoint)
+    if method is None:
+        if not any(name.endswith(_PACKED) for name in checkpoint.tensors):
+            return
+        method = "unknown method"
     name = checkpoint.config.get("_name_or_path")
     where = f", perhaps {name}" if name and Path(str(name)) != checkpoint.path else ""
     raise LoftqError(
