@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,6 +215,7 @@ def source_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory(prefix="loftq-tokenizer-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config))
         for side in checkpoint.side_files():
-            if side.name.count("/") == 0:
-                (Path(folder) / side.name).write_bytes(side.read())
+            if "/" not in side.name and not side.name.endswith(".py"):
+                with side.open() as source, open(Path(folder) / side.name, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
         return open_tokenizer(Path(folder), named=str(checkpoint.path))

@@ -11,8 +11,10 @@ from typing import Any
 
 from loftq_cli.checkpoint.base import TensorInfo
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.confined import ConfinedFolder, check_name
 
 _MAX_JSON = 100_000_000
+ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter
 CONFIG_HINT = "a Hugging Face checkpoint has one beside its weights"
 
 
@@ -42,6 +44,36 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     return content
 
 
+def locate(directory: Path, name: str) -> tuple[ConfinedFolder, str]:
+    """Return the folder and the name to open a model's file by. Only the file itself may be a link, to another file of
+    the model or, in the Hub's cache, to one of this model's blobs.
+
+    Raises:
+        LoftqError: the name or a link leads out of the model.
+    """
+    inside = ConfinedFolder(directory)
+    *folders, _ = check_name(name, directory)
+    if folders:
+        inside.path("/".join(folders))
+    path = directory / name
+    if not path.is_symlink():
+        return inside, name
+    real = path.resolve()
+    for root in (directory.resolve(), _blobs_of(directory)):
+        if root is not None and real.is_relative_to(root):
+            return ConfinedFolder(root), real.relative_to(root).as_posix()
+    raise LoftqError(f"{path} is a link to {real}, outside of the model: put the file itself there.")
+
+
+def _blobs_of(directory: Path) -> Path | None:
+    """Return the folder that the links of a snapshot in the Hub's cache lead to; None for other directories."""
+    for folder in (directory, *directory.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return (repository / "blobs").resolve()
+    return None
+
+
 def check_file(path: Path) -> None:
     """Refuse anything but a regular file, and links out of the directory: their targets were not given to us and would
     end up in an output that may be published. The Hub's cache itself consists of links into its blobs.
@@ -54,12 +86,21 @@ def check_file(path: Path) -> None:
         if path.is_symlink() or path.exists():
             raise LoftqError(f"{path} is not a file, or is a broken link: download it again.")
         raise FileNotFoundError(path)
-    if not path.is_symlink():
-        return
-    real = path.resolve()
-    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not in_cache and not real.is_relative_to(path.parent.resolve()):
-        raise LoftqError(f"{path} is a link to {real}, outside of the model: put the file itself there.")
+    locate(path.parent, path.name)
+
+
+def adapter_base(directory: Path) -> str | None:
+    """Return the base model of the PEFT adapter in a directory, `an unnamed model` if it names none; None if there is
+    no adapter.
+
+    Raises:
+        LoftqError: the adapter's config is damaged.
+    """
+    if not (directory / ADAPTER_CONFIG).exists():
+        return None
+    return str(
+        read_json(directory / ADAPTER_CONFIG, "PEFT writes it").get("base_model_name_or_path") or "an unnamed model"
+    )
 
 
 def read_index(path: Path, suffix: str, present: Collection[str] | None = None) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint.local import ADAPTER_CONFIG
 from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
 from loftq_cli.forward.parameters import Parameters, Share
@@ -50,8 +53,19 @@ def open_model(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
             ) from failure
     splits = empty.base_model is not empty
     splits = splits and trial.failure(_run_split, streams=blocks, splits=True) is None
-    model = load_whole(type(empty), checkpoint.path) if rearranged else empty
+    model = _load_base(type(empty), checkpoint.path) if rearranged else empty
     return _streamed(model, Parameters(model, names, experts, device), device, streams=blocks, splits=splits)
+
+
+def _load_base(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:
+    """Load the model without the PEFT adapter that may lie beside it, which transformers would load as well."""
+    if not (path / ADAPTER_CONFIG).exists():
+        return load_whole(model_class, path)
+    with tempfile.TemporaryDirectory(prefix="loftq-base-") as folder:
+        for file in path.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        return load_whole(model_class, Path(folder))
 
 
 def _rearranged_experts(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.pretrained import open_pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -210,7 +211,8 @@ def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask on a terminal
+        tokenizer: PreTrainedTokenizerBase = open_pretrained(AutoTokenizer, path)
+        return tokenizer
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:160]
         raise LoftqError(

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.checkpoint import Checkpoint, SideFile
+from loftq_cli.checkpoint import Checkpoint, SideFile, pickled, safetensors
 from loftq_cli.checkpoint.base import fingerprint, name_order
+from loftq_cli.checkpoint.local import ADAPTER_CONFIG, adapter_base
 from loftq_cli.checkpoint.quantized import quantization_method
+from loftq_cli.checkpoint.side_files import left_behind
 from loftq_cli.errors import LoftqError
 from loftq_cli.modules.reasons import Reason, Why
 from loftq_cli.modules.roles import ModuleMap, TensorRole, map_modules
 from loftq_cli.recipe.model import Recipe
 
+_SHOWN = 5  # files named in a note
 _PACKED = (".qweight", ".weight_packed", ".SCB", ".absmax", ".W_q")  # names that only quantized weights have
 
 
@@ -61,8 +64,28 @@ def read_source(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap | Non
         modules=modules,
         fingerprint=_fingerprint(checkpoint, modules),
         side_files=checkpoint.side_files(),
-        notes=(*modules.notes, *missing),
+        notes=(*modules.notes, *missing, *_directory_notes(checkpoint)),
     )
+
+
+def _directory_notes(checkpoint: Checkpoint) -> list[str]:
+    """Return notes on files in the source's directory that transformers treats in another way, or that stay behind."""
+    path, notes = checkpoint.path, []
+    files = {info.file for info in checkpoint.tensors.values()}
+    if adapter_base(path) is not None:
+        notes.append(
+            f"{ADAPTER_CONFIG} in {path} is a PEFT adapter, which transformers loads along: only the base model is "
+            "converted; merge the adapter first to convert both."
+        )
+    for single in (safetensors.SINGLE, pickled.SINGLE):
+        index = f"{single}.index.json"
+        if single in files and (path / index).exists():
+            notes.append(f"{index} is ignored, as transformers does, because {single} is there.")
+    behind = left_behind(path, files)
+    if behind:
+        more = f" and {len(behind) - _SHOWN} more" if len(behind) > _SHOWN else ""
+        notes.append(f"not copied, because no class of transformers reads them: {', '.join(behind[:_SHOWN])}{more}.")
+    return notes
 
 
 def find_modules(checkpoint: Checkpoint) -> ModuleMap:

@@ -13,6 +13,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, container_in, container_of
 from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
+from loftq_cli.machine.pretrained import open_pretrained
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.paths import find_path
 
@@ -119,7 +120,8 @@ def _check_request(folder: Path, adapter: bool) -> None:
 def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, **source, **_picked(options, ("trust_remote_code",)))
+    config: PretrainedConfig = open_pretrained(AutoConfig, name, **source, **_picked(options, ("trust_remote_code",)))
+    return config
 
 
 def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
@@ -130,7 +132,7 @@ def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     options = {**options, "output_loading_info": True}
-    model, info = model_class.from_pretrained(name, **options)
+    model, info = open_pretrained(model_class, name, **options)
     lost = _lost_matrices(model, info["missing_keys"], info["unexpected_keys"])
     if lost:
         raise LoftqError(
