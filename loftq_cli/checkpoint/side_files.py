@@ -61,7 +61,7 @@ def companions(directory: Path, names: Iterable[str]) -> list[str]:
         names: relative to the model, in any order.
 
     Raises:
-        LoftqError: modules.json names a folder that lies elsewhere, or that loftq writes itself.
+        LoftqError: modules.json names a folder that loftq writes itself.
     """
     folders = {*module_folders(directory), _CHAT_TEMPLATES}
     in_code, code = names_in_code(directory), code_is_named(directory)
@@ -135,7 +135,7 @@ def module_folders(directory: Path) -> list[str]:
     """Return the folders that modules.json names; SentenceTransformer cannot open the model without them.
 
     Raises:
-        LoftqError: a folder lies elsewhere, or has a name that loftq needs in the output.
+        LoftqError: a folder has a name that loftq needs in the output.
     """
     path = directory / "modules.json"
     try:
@@ -147,9 +147,10 @@ def module_folders(directory: Path) -> list[str]:
         return []
     found = []
     for name in names:
-        if not isinstance(name, str) or not name:
-            continue  # the model itself
-        first = check_name(name.rstrip("/"), path)[0]
+        try:
+            first = check_name(str(name).rstrip("/"), path)[0]
+        except LoftqError:
+            continue  # the model itself, or a place outside of it
         if first.startswith(".") or first.lower() == ADAPTER_FOLDER:
             raise LoftqError(f"{path} names the folder {first!r:.120}, which loftq needs itself: rename it there.")
         found.append(first)
