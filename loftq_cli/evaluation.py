@@ -14,7 +14,7 @@ from torch import Tensor
 from loftq_cli.artifacts.manifest import read_manifest
 from loftq_cli.artifacts.origin import opened_source
 from loftq_cli.errors import UsageError
-from loftq_cli.forward.objectives import Questions, ask
+from loftq_cli.forward.objectives import Objective, choose_objective
 from loftq_cli.forward.opening import open_model
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
@@ -143,26 +143,26 @@ def evaluate(
             max_tokens=max_tokens,
             window=window,
         )
-        questions = ask(model.model, tokenizer, windows)
+        objective = choose_objective(model.model, tokenizer, windows)
         variants: dict[str, Weights] = {
             "source": SourceWeights(checkpoint),
             "plain": PlainWeights(checkpoint, path, manifest),
             "backbone": BackboneWeights(path, manifest),
             "start": BackboneWeights(path, manifest, adapter=True),
         }
-        tallies = _measure(model, variants, questions, reporter or EvalReporter())
+        tallies = _measure(model, variants, objective, reporter or EvalReporter())
     return Evaluation(
         directory=str(path),
         source=str(source or manifest.source),
         text=str(text),
         text_sha256=read.sha256,
-        metric=questions.metric,
-        tokens=questions.scored,
+        metric=objective.metric,
+        tokens=objective.scored,
         windows=len(windows.ids),
         window=windows.length,
         device=str(chosen),
         blocks=len(model.blocks),
-        scores=_scores(tallies, questions.metric),
+        scores=_scores(tallies, objective.metric),
         seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(chosen) if chosen.type == "cuda" else 0,
@@ -179,17 +179,17 @@ class _Tally:
 
 
 def _measure(
-    model: StreamedModel, variants: Mapping[str, Weights], questions: Questions, reporter: EvalReporter
+    model: StreamedModel, variants: Mapping[str, Weights], objective: Objective, reporter: EvalReporter
 ) -> dict[str, _Tally]:
     """Run all variants on every group of windows; only one variant has its weights in memory at a time."""
     tallies = {name: _Tally() for name in variants}
-    windows, tokens = questions.batch["input_ids"].shape
+    windows, tokens = objective.batch["input_ids"].shape
     size = model.group(windows, tokens)
     starts = range(0, windows, size)
     reporter.start(len(starts) * len(variants))
     try:
         for start in starts:
-            group, reference = questions.rows(slice(start, start + size)), None
+            group, reference = objective.rows(slice(start, start + size)), None
             for name, weights in variants.items():
                 tally, began = tallies[name], time.perf_counter()
                 model.load(weights)

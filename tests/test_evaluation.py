@@ -180,7 +180,7 @@ def test_integer_containers(form: str, small_llama: Path, text_file: Path, tmp_p
 def test_masked_loss_is_that_of_transformers(tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 
-    from loftq_cli.forward.objectives import ask
+    from loftq_cli.forward.objectives import choose_objective
 
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{(i * i + 3 * i) % 91}" for i in range(200)))
@@ -189,8 +189,8 @@ def test_masked_loss_is_that_of_transformers(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(tmp_path)
     windows = make_windows(read_text(text, "--text"), tokenizer, positions=64, max_tokens=None, window=20)
     assert (windows.ids[:, 0] == 1).all() and (windows.ids[:, -1] == 2).all()
-    questions = ask(model, tokenizer, windows)
-    ids, labels = questions.batch["input_ids"], questions.labels
+    objective = choose_objective(model, tokenizer, windows)
+    ids, labels = objective.batch["input_ids"], objective.labels
     assert labels is not None
     scored = labels != -100
     assert (ids[scored] == tokenizer.mask_token_id).all() and torch.equal(ids[~scored], windows.ids[~scored])
@@ -201,7 +201,7 @@ def test_masked_loss_is_that_of_transformers(tmp_path: Path) -> None:
     streamed.load(SourceWeights(checkpoint))
     with torch.no_grad():
         expected = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    assert streamed.loss(questions.batch, labels) == pytest.approx(float(expected), rel=1e-5)
+    assert streamed.loss(objective.batch, labels) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_records_of_every_kind_of_file(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Bits and ranks matrix by matrix under one budget: measure the choices, then allocate."""
+"""Choose bits and ranks per matrix under one budget: measure the options, then allocate."""

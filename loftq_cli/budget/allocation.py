@@ -1,8 +1,8 @@
-"""Who gets how many bits, and how much rank, under one budget. Pure arithmetic on measured errors.
+"""Allocate bits and ranks to matrices under one budget. Pure arithmetic on measured errors.
 
 Widths: a multiple-choice knapsack, minimise Σ cost[i, c(i)] subject to Σ size[i, c(i)] ≤ budget, solved exactly. The
-Lagrangian relaxation (Everett 1963) gives a feasible start and a lower bound for everything not decided yet; a dynamic
-programme over Pareto-optimal partial sums keeps only those whose bound beats the best known answer (the scheme of
+Lagrangian relaxation (Everett 1963) yields a feasible start and a lower bound for the undecided items; dynamic
+programming over Pareto-optimal partial sums keeps only those whose bound beats the best known answer (the scheme of
 Dyer, Riha and Walker 1995). Ranks: each further singular value is worth its square, so taking the best value per
 parameter first is optimal up to the last one taken.
 """
@@ -29,7 +29,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The option taken of every item, with the sums."""
+    """The option chosen for every item, with total size and cost."""
 
     taken: tuple[int, ...]
     size: int
@@ -38,7 +38,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Step:
-    """From one option on an item's lower convex hull to the next."""
+    """The step from one option on an item's lower convex hull to the next."""
 
     item: int
     option: int
@@ -51,9 +51,9 @@ class _Step:
 
 
 def allocate(items: Sequence[Choices], budget: int) -> Allocation | None:
-    """The cheapest choice of one option for each item whose sizes sum to at most `budget`; None where none fits.
+    """Choose one option per item at the least cost with sizes that sum to at most `budget`; None if nothing fits.
 
-    Exact. Equal costs are told apart by order alone, so that the same numbers always give the same answer.
+    The result is exact. Ties are broken by order, so that the same numbers always give the same answer.
     """
     smallest = [_hull(item)[0] for item in items]
     if sum(item.sizes[option] for item, option in zip(items, smallest)) > budget:
@@ -64,11 +64,11 @@ def allocate(items: Sequence[Choices], budget: int) -> Allocation | None:
 
 
 def _search(items: Sequence[Choices], budget: int, best: Allocation, price: float) -> Allocation:
-    """Better answers than `best` among partial sums whose Lagrangian bound at `price` leaves room for one."""
+    """Search the partial sums whose Lagrangian bound at `price` allows a better answer than `best`."""
     relaxed = [np.array(item.costs) + price * np.array(item.sizes, dtype=float) for item in items]
     least = np.array([float(values.min()) for values in relaxed])
     regret = [float(np.partition(values, 1)[1] - values.min()) if len(values) > 1 else np.inf for values in relaxed]
-    # Clear cases first: their other options are ruled out at once, and few sums are left when the close ones come.
+    # Clear cases first: their other options are ruled out at once, so that few sums are left for the close cases.
     order = sorted(range(len(items)), key=lambda i: -regret[i])
     rest = float(least.sum()) - price * budget
     rest_size = sum(min(item.sizes) for item in items)
@@ -92,7 +92,7 @@ def _search(items: Sequence[Choices], budget: int, best: Allocation, price: floa
 
 
 def _pareto(sizes: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Positions of the sums that no other one beats in both size and cost, by size."""
+    """Return the positions of sums that no other sum beats in both size and cost, ordered by size."""
     order = np.lexsort((costs, sizes))
     lowest = np.minimum.accumulate(costs[order])
     keep = np.ones(len(order), dtype=bool)
@@ -109,7 +109,8 @@ def _walk_back(trail: list[tuple[np.ndarray, np.ndarray]], order: list[int], at:
 
 
 def _relaxed(items: Sequence[Choices], budget: int) -> tuple[list[int], float]:
-    """A feasible answer by steepest steps first, and the price of one unit of size where the budget ran out."""
+    """Return a feasible answer, taking the steepest steps first, and the price per unit of size at which the budget is
+    exhausted."""
     hulls = [_hull(item) for item in items]
     taken = [hull[0] for hull in hulls]
     size = sum(item.sizes[option] for item, option in zip(items, taken))
@@ -122,14 +123,14 @@ def _relaxed(items: Sequence[Choices], budget: int) -> tuple[list[int], float]:
             continue
         if size + step.size > budget:
             price = price or step.slope
-            stuck.add(step.item)  # the hull's later steps build on this one
+            stuck.add(step.item)  # later steps of the hull start from this one
             continue
         size, taken[step.item] = size + step.size, step.option
     return taken, price
 
 
 def _hull(item: Choices) -> list[int]:
-    """Options on the lower convex hull of cost over size, from the smallest on; costs fall strictly along it."""
+    """Return the options on the lower convex hull of cost over size, smallest first; costs fall strictly along it."""
     hull: list[int] = []
     for option in sorted(range(len(item.sizes)), key=lambda c: (item.sizes[c], item.costs[c])):
         if hull and item.costs[option] >= item.costs[hull[-1]]:
@@ -141,7 +142,7 @@ def _hull(item: Choices) -> list[int]:
 
 
 def _slope(item: Choices, a: int, b: int) -> float:
-    """Cost saved for each unit of size from option `a` to the larger `b`."""
+    """Return the cost saved per unit of size between option `a` and the larger option `b`."""
     return (item.costs[a] - item.costs[b]) / (item.sizes[b] - item.sizes[a])
 
 
@@ -157,17 +158,19 @@ def _sum(items: Sequence[Choices], taken: Sequence[int]) -> Allocation:
 
 @dataclass(frozen=True)
 class RankChoice:
-    """One matrix's adapter: what each further rank is worth (descending) and how many parameters it takes."""
+    """One matrix's adapter: the gain of each further rank (descending) and its number of parameters."""
 
     gains: tuple[float, ...]
     size: int
 
 
 def allocate_ranks(items: Sequence[RankChoice], budget: int) -> tuple[int, ...]:
-    """Ranks of at least 1 whose parameters sum to at most `budget` beyond that first rank, best gain a parameter first.
+    """Return ranks of at least 1 with parameters that sum to at most `budget`, unless the first ranks alone exceed it.
+
+    The best gain per parameter comes first.
 
     Args:
-        budget: parameters of all adapters together.
+        budget: number of parameters of all adapters together.
     """
     ranks = [1] * len(items)
     left = budget - sum(item.size for item in items)

@@ -1,7 +1,7 @@
-"""The pre-pass of mixed precision: what every width leaves of every matrix, and how the rest's energy is spread.
+"""The pre-pass of mixed precision: measure the residual of every matrix at every width, and its spectrum.
 
-Matrices are read one at a time and nothing of them is kept but a few numbers. Those stay in the user's cache folder
-under the state of the source's files, so that `quantize` after `plan` measures nothing again.
+Matrices are read one at a time, and only a few numbers are kept. They are stored in the user's cache folder, keyed by
+the state of the source's files, so that `quantize` after `plan` does not measure again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from loftq_cli.machine.cache import cache_folder, keep, read_cached
 from loftq_cli.machine.usage import versions
 from loftq_cli.numerics.lowrank.truncate import frobenius, krylov_low_rank
 
-_DEPTH = 2  # of the Krylov space: ranks are compared by it, and its small error is alike in all matrices
-_FIGURES = 7  # significant digits kept: fewer than float32 sums vouch for on any device
+_DEPTH = 2  # of the Krylov space: it is used to compare ranks, and its small error is similar in all matrices
+_FIGURES = 7  # significant digits kept: fewer than float32 sums guarantee on any device
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One matrix to measure: where it is, and how it would look at each width."""
+    """One matrix to measure: its place in the source, and its quantized form at each width."""
 
     source: TensorInfo
     widths: Mapping[int, QuantizedMatrix]
@@ -38,7 +38,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Curve:
-    """What plain quantization leaves of one matrix.
+    """The residuals of plain quantization of one matrix.
 
     Attributes:
         norm: ‖W‖_F.
@@ -50,11 +50,11 @@ class Curve:
 
 
 class Measurements:
-    """Measured numbers of one source, kept between runs.
+    """Measurements of one source, cached between runs.
 
     Args:
-        origin: what tells this source from another: a directory, or a repository with its commit.
-        progress: called with how many matrices are done, of how many.
+        origin: identifies the source: a directory, or a repository with its commit.
+        progress: called with the number of finished matrices and the total.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Measurements:
         self._states: dict[str, object] = {}
 
     def curves(self, probes: Sequence[Probe]) -> list[Curve]:
-        """One plain quantization for each width of each matrix; what was measured before is not read again."""
+        """Quantize each matrix once at each width; matrices with cached results are not read."""
         return [self._curve(probe, i, len(probes)) for i, probe in enumerate(probes)]
 
     def spectra(self, probes: Sequence[Probe], rank: int) -> list[tuple[float, ...]]:
-        """Of each matrix at its one width: the leading `rank` singular values of W - q(W), over ‖W‖_F, descending."""
+        """Return the leading `rank` singular values of W - q(W) over ‖W‖_F, descending, for matrices of one width."""
         return [self._spectrum(probe, rank, i, len(probes)) for i, probe in enumerate(probes)]
 
     def save(self) -> None:
-        """Keep the numbers."""
+        """Store the measurements in the cache."""
         keep(self._path, self._known)
 
     def _curve(self, probe: Probe, done: int, total: int) -> Curve:
@@ -90,7 +90,7 @@ class Measurements:
             weight = self._weight(probe)
             norm = frobenius(weight)
             for width in missing:
-                residual = self._left(probe.widths[width], weight)
+                residual = self._residual(probe.widths[width], weight)
                 self._known[keys[width]] = [_rounded(norm), _rounded(frobenius(residual) / norm if norm else 0.0)]
                 del residual
         return Curve(
@@ -106,7 +106,7 @@ class Measurements:
             weight = self._weight(probe)
             norm = frobenius(weight)
             found = krylov_low_rank(
-                self._left(matrix, weight),
+                self._residual(matrix, weight),
                 min(rank, *matrix.shape),
                 depth=_DEPTH,
                 generator=torch.Generator().manual_seed(0),
@@ -124,8 +124,8 @@ class Measurements:
         matrix = next(iter(probe.widths.values()))
         return matrix.orientation.turn(weight).contiguous()
 
-    def _left(self, matrix: QuantizedMatrix, weight: Tensor) -> Tensor:
-        """W - q(W)."""
+    def _residual(self, matrix: QuantizedMatrix, weight: Tensor) -> Tensor:
+        """Return W - q(W)."""
         return block_quantizer(matrix.grid, weight.device).quantize_residual(weight, weight).residual
 
     def _key(self, probe: Probe, what: str, width: int) -> str:
@@ -133,7 +133,7 @@ class Measurements:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:24]
 
     def _state(self, file: str) -> object:
-        """Size and time of the file; a file on the Hub is told by the commit alone."""
+        """Return size and time of the file; for a file on the Hub the commit is enough."""
         if file not in self._states:
             try:
                 found = os.stat(self._checkpoint.path / file)

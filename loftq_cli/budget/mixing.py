@@ -1,7 +1,7 @@
-"""From a budget to widths and ranks matrix by matrix: a recipe in, the same recipe with one exact rule a matrix out.
+"""Turn a budget into widths and ranks: return the recipe with one exact rule per matrix.
 
-The rules are what makes a mixed conversion repeatable: `loftq.yaml` holds them, and a recipe that gives every matrix
-its width already is left as it is, so nothing is measured again.
+The rules make a mixed conversion repeatable: `loftq.yaml` holds them, and a recipe that already sets the width of every
+matrix is not changed and needs no measurements.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from loftq_cli.planning.resolve import with_container
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import BITS, PAPER_WIDTHS, Recipe, exact_rule, parse_size
 
-_TOLERANCE = 0.005  # of the budget: how far the result may stay from it without a word
-_RANK_REACH = 4  # times the mean rank is the most one matrix gets
+_TOLERANCE = 0.005  # relative deviation from the budget that needs no note
+_RANK_REACH = 4  # the largest rank of a matrix, as a multiple of the mean rank
 _LAYER = re.compile(r"(.*?)(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """The recipe with its rules, and what the user should hear about it."""
+    """The recipe with its rules, and notes for the user."""
 
     recipe: Recipe
     notes: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix to quantize: the unit of work it would be at each width that its container holds and its rule allows."""
+    """A matrix to quantize: its unit of work at each width that the container can hold and the matrix's rule allows."""
 
     widths: Mapping[int, Unit]
     rank_given: bool
@@ -62,14 +62,14 @@ class Candidate:
     def probe(self) -> Probe:
         return Probe(self.unit.source, {width: unit.matrix for width, unit in self.widths.items() if unit.matrix})
 
-    def at(self, width: int) -> Candidate:
-        """The same with its width settled."""
+    def with_width(self, width: int) -> Candidate:
+        """Return the candidate with a fixed width."""
         return Candidate({width: self.widths[width]}, self.rank_given)
 
 
 @dataclass(frozen=True)
-class Field:
-    """All candidates, and the bytes of the backbone that do not depend on their widths."""
+class Candidates:
+    """All candidates, and the size of the rest of the backbone, which does not depend on their widths."""
 
     candidates: tuple[Candidate, ...]
     other_bytes: int
@@ -79,17 +79,17 @@ class Field:
         return sum(candidate.weights for candidate in self.candidates)
 
     @property
-    def settled(self) -> bool:
+    def widths_known(self) -> bool:
         return all(len(candidate.widths) == 1 for candidate in self.candidates)
 
     def mean(self) -> float:
-        """Bits a weight, once every width is settled."""
+        """Return the bits per weight, once every width is fixed."""
         bits = sum(next(iter(candidate.widths)) * candidate.weights for candidate in self.candidates)
         return bits / self.weights
 
-    def settle(self, widths: Sequence[int]) -> Field:
-        taken = tuple(candidate.at(width) for candidate, width in zip(self.candidates, widths))
-        return Field(taken, self.other_bytes)
+    def with_widths(self, widths: Sequence[int]) -> Candidates:
+        taken = tuple(candidate.with_width(width) for candidate, width in zip(self.candidates, widths))
+        return Candidates(taken, self.other_bytes)
 
 
 @full_precision()
@@ -101,7 +101,7 @@ def mix(
     progress: Callable[[int, int], None] = lambda done, total: None,
     nonfinite: Mapping[str, str] | None = None,
 ) -> Mixed:
-    """Allocate what the recipe leaves to a budget. Reads weights, one matrix at a time, only where it has to.
+    """Allocate the widths and ranks that the recipe leaves to a budget. Reads weights only if needed.
 
     Raises:
         UsageError: the budget cannot be met.
@@ -109,22 +109,26 @@ def mix(
     """
     if not recipe.allocates:
         return Mixed(recipe)
-    field = _field(recipe, checkpoint, modules, nonfinite)
-    ranks_open = recipe.rank_budget is not None and not all(c.rank_given for c in field.candidates)
-    if field.settled and not ranks_open:
-        return Mixed(recipe, _notes(recipe, field))
+    options = _find_candidates(recipe, checkpoint, modules, nonfinite)
+    ranks_open = recipe.rank_budget is not None and not all(c.rank_given for c in options.candidates)
+    if options.widths_known and not ranks_open:
+        return Mixed(recipe, _notes(recipe, options))
     origin = f"{recipe.model}@{recipe.revision}" if recipe.revision else str(checkpoint.path)
     measured = Measurements(checkpoint, origin, device, progress)
-    if not field.settled:
-        field = field.settle(_paper(recipe, field) if recipe.mix == "paper" else _optimal(recipe, field, measured))
-    ranks = _ranks(recipe, field, measured) if ranks_open else None
+    if not options.widths_known:
+        options = options.with_widths(
+            _paper(recipe, options) if recipe.mix == "paper" else _optimal(recipe, options, measured)
+        )
+    ranks = _ranks(recipe, options, measured) if ranks_open else None
     measured.save()
     free_memory(device)
-    return Mixed(_with_rules(recipe, field, ranks), _notes(recipe, field))
+    return Mixed(_with_rules(recipe, options, ranks), _notes(recipe, options))
 
 
-def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite: Mapping[str, str] | None) -> Field:
-    """Plan the model once at every width; what the container refuses at a width is no choice.
+def _find_candidates(
+    recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite: Mapping[str, str] | None
+) -> Candidates:
+    """Plan the model once at every width; widths that the container refuses are not options.
 
     Raises:
         UsageError: the container refuses every width.
@@ -153,28 +157,28 @@ def _field(recipe: Recipe, checkpoint: Checkpoint, modules: ModuleMap, nonfinite
     widest = plans[max(plans)]  # its headers are the longest
     other = sum(unit.backbone_bytes for unit in widest.units if unit.tensor not in widths)
     headers = sum(len(file.header) for file in widest.files if file.name != WEIGHTS)
-    return Field(candidates, other + headers)
+    return Candidates(candidates, other + headers)
 
 
 def _refuse_experts(candidates: Sequence[Candidate], recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: experts that share a parameter, and with it a grid and a rank, would have to be told apart.
+        UsageError: experts that share a parameter, and thus a grid and a rank, would need different ones.
     """
     for candidate in candidates:
         open_rank = recipe.rank_budget is not None and not candidate.rank_given
         if candidate.unit.kind == "expert" and (len(candidate.widths) > 1 or open_rank):
             raise UsageError(
-                f"the experts of {candidate.unit.module} share a width and a rank, which a budget cannot spread: give "
-                "them both with --rule, such as --rule 'experts=2:16', and the budget goes to the rest."
+                f"the experts of {candidate.unit.module} share one width and one rank, which a budget cannot allocate: "
+                "set both with --rule, such as --rule 'experts=2:16', and the budget applies to the rest."
             )
 
 
 def _refuse_mixture(recipe: Recipe, plans: Mapping[int, Plan], checkpoint: Checkpoint, modules: ModuleMap) -> None:
-    """Ask the container about two widths at once before anything is measured.
+    """Check that the container can hold two widths at once before anything is measured.
 
     Raises:
-        UsageError: it holds one width only.
+        UsageError: it can hold only one width.
     """
     if len(plans) > 1:
         both = [plan.matrices[0].matrix for plan in (plans[min(plans)], plans[max(plans)])]
@@ -188,108 +192,108 @@ def _rank_given(recipe: Recipe, widths: Mapping[int, Unit]) -> bool:
     return unit.target is None or (rule is not None and rule.rank is not None)
 
 
-def _optimal(recipe: Recipe, field: Field, measured: Measurements) -> list[int]:
-    """The widths with the least summed squared error under the budget."""
-    curves = measured.curves([candidate.probe for candidate in field.candidates])
+def _optimal(recipe: Recipe, options: Candidates, measured: Measurements) -> list[int]:
+    """Return the widths with the least total squared error under the budget."""
+    curves = measured.curves([candidate.probe for candidate in options.candidates])
     measured.save()
-    items = [_choices(recipe, candidate, curve) for candidate, curve in zip(field.candidates, curves)]
-    found = allocate(items, _budget(recipe, field))
+    items = [_choices(recipe, candidate, curve) for candidate, curve in zip(options.candidates, curves)]
+    found = allocate(items, _budget(recipe, options))
     if found is None:
-        raise UsageError(_too_small(recipe, field))
-    return [list(candidate.widths)[option] for candidate, option in zip(field.candidates, found.taken)]
+        raise UsageError(_too_small(recipe, options))
+    return [list(candidate.widths)[option] for candidate, option in zip(options.candidates, found.taken)]
 
 
 def _choices(recipe: Recipe, candidate: Candidate, curve: Curve) -> Choices:
-    """Squared error of every width, relative to the matrix and weighted by its size, or as it is."""
+    """Return the squared error of every width, either absolute, or relative to the matrix and weighted by its size."""
     scale = _scale(recipe, candidate, curve.norm)
     costs = tuple(scale * curve.residuals[width] ** 2 for width in candidate.widths)
     return Choices(tuple(_size(recipe, candidate, width) for width in candidate.widths), costs)
 
 
 def _size(recipe: Recipe, candidate: Candidate, width: int) -> int:
-    """What a width takes of the budget: bytes in the file, or bits of code."""
+    """Return the cost of a width in units of the budget: bytes in the file, or bits of the codes."""
     return candidate.weights * width if recipe.target_size is None else candidate.widths[width].backbone_bytes
 
 
-def _budget(recipe: Recipe, field: Field) -> int:
+def _budget(recipe: Recipe, options: Candidates) -> int:
     if recipe.target_size is None:
-        return int(recipe.bits * field.weights + 1e-6)
-    return parse_size(recipe.target_size) - field.other_bytes
+        return int(recipe.bits * options.weights + 1e-6)
+    return parse_size(recipe.target_size) - options.other_bytes
 
 
-def _too_small(recipe: Recipe, field: Field) -> str:
-    least = sum(min(_size(recipe, c, width) for width in c.widths) for c in field.candidates)
+def _too_small(recipe: Recipe, options: Candidates) -> str:
+    least = sum(min(_size(recipe, c, width) for width in c.widths) for c in options.candidates)
     if recipe.target_size is None:
         return (
-            f"--bits {recipe.bits:g} is below the least mean there can be, {least / field.weights:.2f}: raise it, or "
+            f"--bits {recipe.bits:g} is below the lowest possible mean, {least / options.weights:.2f}: raise it, or "
             "drop rules with more bits."
         )
-    need = (least + field.other_bytes) / 1e9
+    need = (least + options.other_bytes) / 1e9
     return (
         f"--target-size {recipe.target_size} is too small: the backbone takes at least {need:.3f}GB "
-        f"({field.other_bytes / 1e9:.3f}GB of it stays in full precision); raise it, or drop rules with more bits."
+        f"({options.other_bytes / 1e9:.3f}GB of it stays in full precision); raise it, or drop rules with more bits."
     )
 
 
-def _paper(recipe: Recipe, field: Field) -> list[int]:
-    """The first layers at 4 bits, the rest at 2 (LoftQ section 4; with 32 layers, 2.25 bits are the first four).
+def _paper(recipe: Recipe, options: Candidates) -> list[int]:
+    """Assign 4 bits to the first layers and 2 to the rest (LoftQ section 4; 2.25 bits of 32 layers: the first 4).
 
-    A layer is an entry of a numbered list of modules; of several lists (encoder and decoder) each gives its share.
+    A layer is an entry of a numbered list of modules; several lists (encoder and decoder) have the same share each.
     """
     high, low = PAPER_WIDTHS
-    layers = [_layer(candidate.unit.module or "") for candidate in field.candidates]
+    layers = [_layer(candidate.unit.module or "") for candidate in options.candidates]
     counts: dict[str, int] = {}
     for layer in layers:
         if layer is not None:
             counts[layer[0]] = max(counts.get(layer[0], 0), layer[1] + 1)
     if not counts:
-        raise UsageError("--mix paper needs numbered layers, which this model has not: use --mix optimal.")
+        raise UsageError("--mix paper needs numbered layers, which this model does not have: use --mix optimal.")
 
     def widths(share: float) -> list[int]:
         # A tie goes to the smaller model.
         first = {stack: -int(-(share * count - 0.5) // 1) for stack, count in counts.items()}
         wanted = [high if layer is not None and layer[1] < first[layer[0]] else low for layer in layers]
-        return [w if w in c.widths else next(iter(c.widths)) for w, c in zip(wanted, field.candidates)]
+        return [w if w in c.widths else next(iter(c.widths)) for w, c in zip(wanted, options.candidates)]
 
     if recipe.target_size is None:
         return widths((recipe.bits - low) / (high - low))
-    budget, most = _budget(recipe, field), max(counts.values())
+    budget, most = _budget(recipe, options), max(counts.values())
     for count in range(most, -1, -1):
         taken = widths(count / most)
-        if sum(_size(recipe, c, width) for c, width in zip(field.candidates, taken)) <= budget:
+        if sum(_size(recipe, c, width) for c, width in zip(options.candidates, taken)) <= budget:
             return taken
-    raise UsageError(_too_small(recipe, field))
+    raise UsageError(_too_small(recipe, options))
 
 
 def _layer(module: str) -> tuple[str, int] | None:
-    """`model.layers.3.mlp.up_proj` → (`model.layers`, 3); None outside numbered lists."""
+    """Split `model.layers.3.mlp.up_proj` into (`model.layers`, 3); None outside numbered lists."""
     match = _LAYER.match(module)
     return (match[1], int(match[2])) if match else None
 
 
-def _ranks(recipe: Recipe, field: Field, measured: Measurements) -> list[int]:
-    """Ranks by what each further one takes off the error, so that the adapters are as large as at the mean rank."""
+def _ranks(recipe: Recipe, options: Candidates, measured: Measurements) -> list[int]:
+    """Choose ranks by the error that each further one removes; adapters take as much space as at the mean rank."""
     assert recipe.rank_budget is not None
     reach = max(1, round(_RANK_REACH * recipe.rank_budget))
-    open_ones = [candidate for candidate in field.candidates if not candidate.rank_given]
-    probes = [candidate.probe for candidate in open_ones]
+    without_rank = [candidate for candidate in options.candidates if not candidate.rank_given]
+    probes = [candidate.probe for candidate in without_rank]
     norms = [curve.norm for curve in measured.curves(probes)]
     spectra = measured.spectra(probes, reach)
     items = [
         RankChoice(tuple(_scale(recipe, candidate, norm) * value**2 for value in spectrum), _adapter_size(candidate))
-        for candidate, norm, spectrum in zip(open_ones, norms, spectra)
+        for candidate, norm, spectrum in zip(without_rank, norms, spectra)
     ]
     found = iter(allocate_ranks(items, int(recipe.rank_budget * sum(item.size for item in items))))
-    return [_rank(candidate) if candidate.rank_given else next(found) for candidate in field.candidates]
+    return [_rank(candidate) if candidate.rank_given else next(found) for candidate in options.candidates]
 
 
 def _scale(recipe: Recipe, candidate: Candidate, norm: float) -> float:
-    """What a relative squared error counts."""
+    """Return the weight of a relative squared error."""
     return float(candidate.weights) if recipe.weigh == "relative" else norm**2
 
 
 def _adapter_size(candidate: Candidate) -> int:
-    """Parameters of one rank."""
+    """Return the number of adapter parameters per rank."""
     assert candidate.unit.matrix is not None
     return sum(candidate.unit.matrix.shape)
 
@@ -298,10 +302,10 @@ def _rank(candidate: Candidate) -> int:
     return candidate.unit.target.rank if candidate.unit.target else 0
 
 
-def _with_rules(recipe: Recipe, field: Field, ranks: Sequence[int] | None) -> Recipe:
-    """Exact rules first, so that they win; what rules were there goes on saying what is skipped or kept dense."""
+def _with_rules(recipe: Recipe, options: Candidates, ranks: Sequence[int] | None) -> Recipe:
+    """Put exact rules first, so that they win; the recipe's own rules still decide what is skipped or kept dense."""
     rules = []
-    for i, candidate in enumerate(field.candidates):
+    for i, candidate in enumerate(options.candidates):
         given = _rank(candidate) if candidate.rank_given else None
         rank = given if ranks is None else ranks[i]
         # An embedding without an adapter has no rank to give.
@@ -311,21 +315,21 @@ def _with_rules(recipe: Recipe, field: Field, ranks: Sequence[int] | None) -> Re
 
 
 def _container(recipe: Recipe) -> str:
-    """The recipe's, or one that holds every width where widths are mixed and the choice is left to us."""
+    """Return the recipe's container or, if it is `auto` and widths are mixed, one that can hold every width."""
     return with_container(recipe, BITS).format if recipe.mix else recipe.format
 
 
-def _notes(recipe: Recipe, field: Field) -> tuple[str, ...]:
-    """A mean that is not the one asked for is said."""
+def _notes(recipe: Recipe, options: Candidates) -> tuple[str, ...]:
+    """Return a note if the mean deviates from the requested one."""
     if not recipe.mix or recipe.target_size is not None:
         return ()
-    mean = field.mean()
+    mean = options.mean()
     if abs(mean - recipe.bits) <= _TOLERANCE * recipe.bits:
         return ()
-    return (f"the mean is {mean:.3f} bits, not {recipe.bits:g}: {_why_off(recipe)}.",)
+    return (f"the mean is {mean:.3f} bits, not {recipe.bits:g}: {_reason_for_deviation(recipe)}.",)
 
 
-def _why_off(recipe: Recipe) -> str:
+def _reason_for_deviation(recipe: Recipe) -> str:
     if recipe.mix == "paper":
-        return "whole layers at 4 bits give no nearer one"
-    return "rules give matrices their widths, or matrices are too few to come nearer"
+        return "whole layers at 4 bits cannot come closer"
+    return "rules fix widths, or there are too few matrices to come closer"

@@ -1,1 +1,1 @@
-"""`--calibrate`: second moments of what every linear layer is given, from a text."""
+"""`--calibrate`: second moments of the inputs of every linear layer, measured on a text."""

@@ -1,10 +1,11 @@
-"""`--calibrate`: from a text to the second moments of every linear layer's inputs, kept for the next time."""
+"""`--calibrate`: compute the second moments of every linear layer's inputs on a text, and cache them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,15 +30,15 @@ _WHOLE = (
 
 
 def is_moments_file(path: str | Path) -> bool:
-    """Whether `--calibrate` names second moments and not a text."""
+    """True if `--calibrate` names a file of second moments and not a text."""
     return Path(path).suffix == ".safetensors"
 
 
 def pin_calibration(recipe: Recipe) -> Recipe:
-    """The recipe with the hash of its calibration text, or of the file of second moments, in it.
+    """Return the recipe with the hash of its calibration text, or of the file of second moments.
 
     Raises:
-        UsageError, LoftqError: the file cannot be read, or it is not the one the recipe was made with.
+        UsageError, LoftqError: the file cannot be read, or is not the one that the recipe was made with.
     """
     if recipe.calibrate is None:
         return recipe
@@ -62,7 +63,7 @@ def _hash_of_moments(path: Path, recipe: Recipe) -> str:
     from loftq_cli.tensorfile.hashing import hash_file
 
     if not path.is_file():
-        raise UsageError(f"--calibrate {path}: there is no such file or directory.")
+        raise UsageError(f"--calibrate {path}: there is no such file or directory: check the path.")
     about = open_moments(path).about
     if recipe.calibrate_kind == "full" and about["kind"] == "diagonal":
         raise UsageError(f"--calibrate-kind full: {path} holds only diagonals; collect it again with that flag.")
@@ -70,7 +71,7 @@ def _hash_of_moments(path: Path, recipe: Recipe) -> str:
 
 
 def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporter: Reporter) -> Plan:
-    """The plan with its file of second moments, which is collected unless it is known.
+    """Return the plan with its file of second moments, which is collected if it is not cached.
 
     Raises:
         LoftqError: the model does not run on text, or the text is too short.
@@ -93,10 +94,10 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
 
 
 def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    """The plan with its file of second moments, which another process has collected.
+    """Return the plan with its file of second moments, which another process has collected.
 
     Raises:
-        LoftqError: the file is not there.
+        LoftqError: the file does not exist.
     """
     recipe = plan.recipe
     if recipe.calibrate is None:
@@ -111,7 +112,7 @@ def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
 
 
 def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """Where the second moments of a source on a text are kept: in the user's cache folder."""
+    """Return the path in the user's cache folder for the second moments of a source on a text."""
     from loftq_cli._version import __version__
 
     if recipe.revision is not None:
@@ -134,9 +135,9 @@ def moments_file(recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
 @full_precision()
 def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, file: Path, reporter: Reporter) -> None:
-    """Run the source on the text and write the second moments of what its linear layers are given."""
+    """Run the source on the text and write the second moments of its linear layers' inputs."""
     from loftq_cli.calibration.collector import MomentCollector, write_moments
-    from loftq_cli.forward.objectives import inputs_of
+    from loftq_cli.forward.objectives import model_inputs
     from loftq_cli.forward.opening import open_model
     from loftq_cli.forward.text import make_windows, position_limit, read_text
     from loftq_cli.forward.weights import SourceWeights
@@ -150,7 +151,7 @@ def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, fi
         reporter.note(_WHOLE.format(plan.modules.architecture, 4 * weights / 1e9))
     limit = position_limit(model.model.config)
     windows = make_windows(text, tokenizer, positions=limit, max_tokens=recipe.calibration_tokens, window=None)
-    batch = inputs_of(model.model, windows)
+    batch = model_inputs(model.model, windows)
     layers = _layers(plan)
     head = any(not path.startswith(f"{model.model.base_model_prefix}.") for path in layers)
     with tempfile.TemporaryDirectory(prefix="loftq-moments-") as folder:
@@ -169,7 +170,7 @@ def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, fi
 
 
 def _layers(plan: Plan) -> Sequence[str]:
-    """Every layer that some recipe for this source could quantize; the output head only where this one does."""
+    """Return every layer that some recipe for this source could quantize; the output head only if this recipe does."""
     quantized = {unit.module for unit in plan.matrices}
     return [
         role.module
@@ -181,10 +182,10 @@ def _layers(plan: Plan) -> Sequence[str]:
 
 
 def _check(plan: Plan, file: Path) -> None:
-    """The moments are those of this model's layers.
+    """Check that the moments belong to this model's layers.
 
     Raises:
-        LoftqError: a layer has another width, or none is known.
+        LoftqError: a layer has another number of inputs, or the file covers no layer.
     """
     from safetensors import safe_open
 
@@ -204,16 +205,17 @@ def _check(plan: Plan, file: Path) -> None:
                     )
                 known += 1
     if not known:
-        raise LoftqError(f"{file} knows none of this model's matrices: calibrate on a text instead.")
+        raise LoftqError(f"{file} covers none of this model's matrices: calibrate on a text instead.")
 
 
 def source_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer that travels with a source, wherever the source is."""
+    """Open the tokenizer of a source, local or on the Hub."""
     from loftq_cli.forward.text import open_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="loftq-tokenizer-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(checkpoint.config))
         for side in checkpoint.side_files():
-            if side.name.count("/") == 0:
-                (Path(folder) / side.name).write_bytes(side.read())
+            if "/" not in side.name and not side.name.endswith(".py"):
+                with side.open() as source, open(Path(folder) / side.name, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
         return open_tokenizer(Path(folder), named=str(checkpoint.path))

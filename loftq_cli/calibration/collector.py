@@ -1,4 +1,4 @@
-"""Collect second moments of what linear layers are given while a model runs block by block."""
+"""Collect second moments of the inputs of linear layers while a model runs block by block."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loftq_cli.tensorfile.writer import ShardWriter
 
 
 class MomentCollector:
-    """Sums x² or x xᵀ of the inputs of some modules; what a block has summed up goes to the disk when it is done.
+    """Sums x² or x xᵀ over the inputs of some modules; the sums of a block are written to disk when it is done.
 
-    Modules that are given the very same tensor, such as the projections of one attention, share one sum.
+    Modules that receive the same tensor, such as the projections of one attention layer, share one sum.
 
     Args:
-        folder: for the sums of finished blocks.
+        folder: holds the sums of finished blocks.
     """
 
     def __init__(self, model: StreamedModel, modules: Sequence[str], kind: str, folder: Path) -> None:
@@ -42,29 +42,29 @@ class MomentCollector:
         model.on_block_done = self._store
 
     def collect(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments, float32 on the CPU, by the module that stands for all that share it.
+        """Yield the second moments, float32 on the CPU, with the module that represents all that share them.
 
         Raises:
-            LoftqError: a layer was given NaN or infinity.
+            LoftqError: a layer received NaN or infinity.
         """
         for path in sorted(self.counts):
             total = self._take(path)
             if not bool(total.isfinite().all()):
                 raise LoftqError(
-                    f"running the model on the text gives NaN or infinity before {path}, so errors cannot be weighed: "
+                    f"running the model on the text gives NaN or infinity before {path}, so errors cannot be weighted: "
                     "repair the checkpoint, or leave --calibrate out."
                 )
             yield path, (total / self.counts[path]).float()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what `collect` will give."""
+        """Return the shapes of the tensors that `collect` yields."""
         files = {path: safe_open(self._file(path), "pt") for path in self._stored}
         shapes = {path: tuple(file.get_slice("sum").get_shape()) for path, file in files.items()}
         return shapes | {path: tuple(total.shape) for path, total in self._sums.items()}
 
     def _add(self, path: str, inputs: Tensor) -> None:
         if not inputs.numel():
-            return  # an expert that no token was sent to
+            return  # an expert that received no token
         if any(path == other for other, _ in self._seen):
             self._seen.clear()  # the block's next piece has begun
         same = next((other for other, tensor in self._seen if tensor is inputs), path)
@@ -81,7 +81,7 @@ class MomentCollector:
         self.counts[path] = self.counts.get(path, 0) + len(rows)
 
     def _store(self, block: str) -> None:
-        """A block is done for this group of windows: its sums join those of earlier groups."""
+        """Add the sums of a finished block to those of earlier groups of windows."""
         self._seen.clear()
         for path in [path for path in self._sums if path.startswith(f"{block}.")]:
             total = self._take(path)
@@ -89,7 +89,7 @@ class MomentCollector:
             self._stored.add(path)
 
     def _take(self, path: str) -> Tensor:
-        """All that was summed for a module; it is no longer held."""
+        """Return the sum for a module and stop holding it."""
         total = self._sums.pop(path).cpu() if path in self._sums else None
         if path in self._stored:
             before = load_file(self._file(path))["sum"]
@@ -102,10 +102,10 @@ class MomentCollector:
 
 
 def write_moments(file: Path, collector: MomentCollector, about: Mapping[str, str]) -> None:
-    """One safetensors file, written tensor by tensor under another name and renamed when it is on the disk.
+    """Write one safetensors file, tensor by tensor under a temporary name, and rename it when it is complete.
 
     Args:
-        about: more for its metadata.
+        about: further metadata.
     """
     shapes = collector.shapes()
     metadata = {"format": _FORMAT, "shared": json.dumps(collector.shared), **about}

@@ -1,4 +1,4 @@
-"""Second moments of what linear layers are given, collected while a model runs block by block."""
+"""Second moments of the inputs of linear layers, collected while a model runs block by block."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FORMAT = "loftq second moments 1"
 
 @dataclass(frozen=True)
 class Moments:
-    """A file that `write_moments` wrote; tensors are read when they are asked for.
+    """A file written by `write_moments`; tensors are read on demand.
 
     Attributes:
         about: its metadata: kind, tokens, text_sha256 and more.
-        shared: module -> the one whose tensor it shares.
+        shared: module -> the module whose tensor it shares.
     """
 
     file: Path
@@ -30,7 +30,7 @@ class Moments:
     shared: Mapping[str, str]
 
     def of(self, module: str, kind: str) -> Tensor | None:
-        """The second moment of a module's inputs: its diagonal [in], or all of it [in, in]; None if there is none."""
+        """Return the second moment of a module's inputs, the diagonal [in] or the matrix [in, in]; None if unknown."""
         if module not in self.shared:
             return None
         with safe_open(self.file, framework="pt") as opened:
@@ -42,13 +42,13 @@ def open_moments(file: Path) -> Moments:
     """Read the header of a file of second moments.
 
     Raises:
-        LoftqError: it is no such file.
+        LoftqError: it is not such a file.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             about = opened.metadata() or {}
         if about.get("format") == _FORMAT:
             return Moments(file, about, json.loads(about["shared"]))
-    except Exception as error:  # safetensors has its own kinds
+    except Exception as error:  # safetensors raises its own types
         raise LoftqError(f"{file} cannot be read as second moments ({error}): collect them again.") from error
-    raise LoftqError(f"{file} holds no second moments: give a text, or a file that --calibrate has written.")
+    raise LoftqError(f"{file} holds no second moments: give a text, or a file that --calibrate wrote.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint.local import adapter_base
 from loftq_cli.checkpoint.meta.checkpoint import MetaCheckpoint, find_meta, open_meta
 from loftq_cli.checkpoint.pickled import has_pickles, open_pickled
 from loftq_cli.checkpoint.remote.model import open_hub, parse_model
@@ -94,6 +95,11 @@ def _open(path: Path, meta_version: str) -> Checkpoint:
         return open_safetensors(path)
     if has_pickles(path):
         return open_pickled(path)
+    base = adapter_base(path)
+    if base is not None:
+        raise LoftqError(
+            f"{path} is a PEFT adapter of {base:.200}: give that model, or merge the adapter into it first."
+        )
     foreign = sorted(found.name for pattern in _FOREIGN for found in path.glob(pattern))
     only = f", only {foreign[0]}, which loftq does not read" if foreign else ""
     raise LoftqError(

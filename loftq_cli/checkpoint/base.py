@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from loftq_cli.errors import LoftqError
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 from loftq_cli.tensorfile.entry_names import entry_name, parse_entries
 
 _NAMES_OF_SOURCE = frozenset({"_name_or_path", "transformers_version"})  # the origin of a copy, and its writer
+_MOST_READ = 1 << 29  # bytes of a side file that may be held in memory
 QUANTIZABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -42,11 +44,23 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file that accompanies the weights. `nbytes` is known up front; `read` fetches or generates the content."""
+    """A file that accompanies the weights: `nbytes` is known up front; `open` reads or generates the content."""
 
     name: str
     nbytes: int
-    read: Callable[[], bytes]
+    open: Callable[[], BinaryIO]
+
+    def read(self) -> bytes:
+        """Return the whole content of a small file.
+
+        Raises:
+            LoftqError: it is too large to be held in memory.
+        """
+        with self.open() as handle:
+            content = handle.read(_MOST_READ + 1)
+        if len(content) > _MOST_READ:
+            raise LoftqError(f"{self.name} has more than {_MOST_READ} bytes, too many for such a file: replace it.")
+        return content
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:

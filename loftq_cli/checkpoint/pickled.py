@@ -216,7 +216,8 @@ def open_pickled(directory: Path) -> PickledCheckpoint:
     Raises:
         LoftqError: a file is missing, damaged or tries to run code, or the index and the shards contradict each other.
     """
-    index = read_index(directory / INDEX, ".bin") if (directory / INDEX).exists() else None
+    sharded = not (directory / SINGLE).exists() and (directory / INDEX).exists()  # transformers prefers the single file
+    index = read_index(directory / INDEX, ".bin") if sharded else None
     files = find_files(directory, SINGLE, SHARDS) if index is None else sorted(set(index.values()))
     return read_lists(directory, files, index, local_pickles(directory, files))
 

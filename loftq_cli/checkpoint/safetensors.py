@@ -85,7 +85,7 @@ def open_safetensors(directory: Path) -> SafetensorsCheckpoint:
 
 def _find_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """Return the shards in order, and the index's map of tensors to shards if there is an index."""
-    if (directory / INDEX).exists():
+    if not (directory / SINGLE).exists() and (directory / INDEX).exists():  # transformers prefers the single file
         index = read_index(directory / INDEX, ".safetensors")
         return sorted(set(index.values())), index
     files = find_files(directory, SINGLE, SHARDS)

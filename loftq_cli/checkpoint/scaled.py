@@ -1,8 +1,9 @@
-"""Weights stored as FP8 or MXFP4 with scales, shown as the bfloat16 weights they stand for.
+"""Weights stored as FP8, MXFP4 or packed integers with scales, presented as the weights that they encode.
 
 FP8: `X` (F8_E4M3 or F8_E5M2) with `X_scale_inv` (DeepSeek-V3: one scale per 128 × 128 block) or `X_scale`
 (compressed-tensors, fbgemm, modelopt: one per tensor, row or block); both multiply. MXFP4 (gpt-oss): `X_blocks`
 [experts, out, groups, 16] uint8, two 4-bit floats a byte, and `X_scales` [experts, out, groups], exponents of two.
+Integers: see `checkpoint.int_packed`.
 """
 
 from __future__ import annotations
@@ -18,26 +19,38 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
+from loftq_cli.checkpoint.int_packed import (
+    PACKED,
+    IntPacked,
+    dequantize_int,
+    find_int_packed,
+    int_scheme,
+    unpacked_info,
+)
 from loftq_cli.errors import LoftqError
 
 METHODS = frozenset({"fp8", "fbgemm_fp8", "mxfp8", "mxfp4", "compressed-tensors", "modelopt"})
 _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _SCALES = ("_scale_inv", "_scale")
-# Scales of activations and caches: they say how a runtime computes, nothing about a weight.
+# Scales of activations and caches: they configure a runtime and are not part of a weight.
 _RUNTIME = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 # OCP Microscaling Formats 1.0, E2M1: the sign is the highest of the four bits.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_CHUNK = 1 << 24  # elements that are in float32 at one time
+_CHUNK = 1 << 24  # elements held in float32 at a time
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """The two stored tensors of one weight; `block` is the FP8 block [rows, columns] the config names, if any."""
+    """The two stored tensors of one weight; `block` is the FP8 block [rows, columns] from the config, if any."""
 
     values: str
     scales: str
     mxfp4: bool
     block: tuple[int, int] | None = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return self.values, self.scales
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class ScaledCheckpoint:
     inner: Checkpoint
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
-    scaled: Mapping[str, Scaled]
+    scaled: Mapping[str, Scaled | IntPacked]
 
     @property
     def path(self) -> Path:
@@ -62,6 +75,13 @@ class ScaledCheckpoint:
             return self.inner.read(name)
         scaled = self.scaled[name]
         values, scales = self.inner.read(scaled.values), self.inner.read(scaled.scales)
+        if isinstance(scaled, IntPacked):
+            self._check_shape(name, scaled)
+            others = (self.inner.read(other) if other else None for other in (scaled.zeros, scaled.groups))
+            try:
+                return dequantize_int(values, scales, scaled.scheme, *others)
+            except ValueError as error:
+                raise _damaged(self.inner.tensors[scaled.values], error) from error
         if scaled.mxfp4:
             return dequantize_mxfp4(values, scales)
         return dequantize_fp8(values, scales, scaled.block)
@@ -70,6 +90,8 @@ class ScaledCheckpoint:
         if name not in self.scaled:
             return self.inner.read_piece(name, index)
         scaled = self.scaled[name]
+        if isinstance(scaled, IntPacked):
+            return self.read(name)[index].clone()
         values = self.inner.read_piece(scaled.values, index)[None]
         if scaled.mxfp4:
             return dequantize_mxfp4(values, self.inner.read_piece(scaled.scales, index)[None])[0]
@@ -77,6 +99,19 @@ class ScaledCheckpoint:
         shared = prod(shape) == 1 or shape[0] == 1
         scales = self.inner.read(scaled.scales) if shared else self.inner.read_piece(scaled.scales, index)[None]
         return dequantize_fp8(values, scales, scaled.block)[0]
+
+    def _check_shape(self, name: str, weight: IntPacked) -> None:
+        """
+        Raises:
+            LoftqError: the stored shape is not the one that words and scales add up to.
+        """
+        if weight.shape is not None:
+            stored = tuple(self.inner.read(weight.shape).tolist())
+            if stored != self.tensors[name].shape:
+                raise LoftqError(
+                    f"{weight.shape} in {self.tensors[name].file} is {list(stored)}, but {weight.values} has the size "
+                    f"of {list(self.tensors[name].shape)}: download it again."
+                )
 
     def side_files(self) -> tuple[SideFile, ...]:
         return self.inner.side_files()
@@ -89,7 +124,8 @@ class ScaledCheckpoint:
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How the checkpoint says it is quantized; multimodal configs may say it of a part. {} where it is no mapping."""
+    """Return the quantization settings in config.json or, for multimodal models, in one of its parts; None if there are
+    none, {} if they are not a mapping."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for name in ("quantization_config", "compression_config"):
             if part.get(name) is not None:
@@ -98,10 +134,10 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def with_scales(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` itself, or a view of it without scales where every quantized weight can be computed exactly.
+    """Return `checkpoint` itself, or a view of it without scales if every quantized weight can be computed exactly.
 
     Raises:
-        LoftqError: a weight and its scales contradict each other.
+        LoftqError: a weight and its scales do not fit together.
     """
     quantization = quantization_of(checkpoint.config)
     if quantization is not None and quantization.get("quant_method") not in METHODS:
@@ -109,15 +145,16 @@ def with_scales(checkpoint: Checkpoint) -> Checkpoint:
     quantization = quantization or {}
     if quantization.get("transform_config"):  # weights were rotated before they were quantized
         return checkpoint
-    scaled = _find_scaled(checkpoint.tensors, _block(quantization))
-    used = {name for pair in scaled.values() for name in (pair.values, pair.scales)}
+    scaled: dict[str, Scaled | IntPacked] = dict(_find_scaled(checkpoint.tensors, _block(quantization)))
+    scaled |= find_int_packed(checkpoint.tensors, int_scheme(quantization))
+    used = {name for pair in scaled.values() for name in pair.stored}
     rest = {
         name: info
         for name, info in checkpoint.tensors.items()
         if name not in used and not name.endswith(tuple(f".{suffix}" for suffix in _RUNTIME))
     }
     if not scaled or any(_is_packed(info, rest) for info in rest.values()):
-        return checkpoint  # another kind of quantization, which the plan refuses by its name
+        return checkpoint  # another kind of quantization, which the plan refuses by name
     computed = {name: _computed(name, pair, checkpoint.tensors) for name, pair in scaled.items()}
     place = {pair.values: name for name, pair in scaled.items()}
     tensors: dict[str, TensorInfo] = {}
@@ -130,13 +167,13 @@ def with_scales(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """[..., out, in] × scales, computed in float32 and rounded once to bfloat16.
+    """Return values [..., out, in] × scales, computed in float32 and rounded once to bfloat16.
 
     Args:
-        scales: one, or a grid whose cells are `block` large (the last ones may be cut); see `cells_of`.
+        scales: a single one, or a grid with cells of size `block` (the last ones may be smaller); see `cells_of`.
 
     Raises:
-        ValueError: the grid does not fit.
+        ValueError: the grid does not fit the values.
     """
     cells = cells_of(tuple(values.shape), tuple(scales.shape), block)
     rows, columns = values.shape[-2:]
@@ -157,8 +194,8 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Cells:
-    """How scales lie over a weight: `grid` is their shape with as many dimensions as the weight, of which the last two
-    count cells of `rows` × `columns` weights."""
+    """Layout of scales over a weight: `grid` is their shape with as many dimensions as the weight, and its last two
+    dimensions count cells of `rows` × `columns` weights."""
 
     grid: tuple[int, ...]
     rows: int
@@ -166,7 +203,8 @@ class Cells:
 
 
 def cells_of(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> Cells:
-    """The config's block where it fits, else what divides evenly; missing last dimensions of `scales` are 1.
+    """Return the cells given by the config's block if it fits, or else by even division; missing last dimensions of
+    `scales` are 1.
 
     Raises:
         ValueError: the scales do not fit the weight.
@@ -187,7 +225,7 @@ def cells_of(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, 
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """[experts, out, groups, 16], [experts, out, groups] → bfloat16 [experts, in, out], as transformers keeps it."""
+    """[experts, out, groups, 16], [experts, out, groups] → bfloat16 [experts, in, out], the layout in transformers."""
     experts, rows, groups, width = blocks.shape
     table = torch.tensor(_E2M1)
     result = torch.empty(experts, groups * width * 2, rows, dtype=torch.bfloat16)
@@ -199,7 +237,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None) -> dict[str, Scaled]:
-    """Quantized weights by the names they have in the model."""
+    """Return the quantized weights by their names in the model."""
     found = {}
     for name, info in tensors.items():
         base = name.removesuffix("_blocks")
@@ -213,15 +251,17 @@ def _find_scaled(tensors: Mapping[str, TensorInfo], block: tuple[int, int] | Non
 
 
 def _is_packed(info: TensorInfo, rest: Mapping[str, TensorInfo]) -> bool:
-    """A tensor that is quantized in some other way: it has scales, or is FP8 without any."""
+    """True for a tensor that is quantized in some other way: it has scales, or is FP8 without scales."""
     has_scales = any(info.name + suffix in rest for suffix in (*_SCALES, "_scales"))
-    return info.dtype in _FP8 or has_scales or info.name.endswith(("weight_packed", "qweight", "zero_point"))
+    return info.dtype in _FP8 or has_scales or info.name.endswith((PACKED, "qweight", "zero_point"))
 
 
-def _computed(name: str, pair: Scaled, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+def _computed(name: str, pair: Scaled | IntPacked, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
     values, scales = tensors[pair.values], tensors[pair.scales]
     shape = values.shape
     try:
+        if isinstance(pair, IntPacked):
+            return unpacked_info(name, pair, tensors)
         if pair.mxfp4:
             if len(shape) != 4 or scales.shape != shape[:3] or scales.dtype is not torch.uint8:
                 raise ValueError(f"scales {list(scales.shape)} do not fit blocks {list(shape)}")
@@ -229,10 +269,12 @@ def _computed(name: str, pair: Scaled, tensors: Mapping[str, TensorInfo]) -> Ten
         else:
             cells_of(shape, scales.shape, pair.block)
     except ValueError as error:
-        raise LoftqError(
-            f"{values.name} in {values.file} cannot be dequantized ({error}): download it again."
-        ) from error
+        raise _damaged(values, error) from error
     return dataclasses.replace(values, name=name, dtype=torch.bfloat16, shape=shape)
+
+
+def _damaged(stored: TensorInfo, error: ValueError) -> LoftqError:
+    return LoftqError(f"{stored.name} in {stored.file} cannot be dequantized ({error}): download it again.")
 
 
 def _block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PIECE_TOKENS = 2048  # what goes through a block at once: its inner activations take a few times the hidden states
+PIECE_TOKENS = (
+    2048  # run through a block at once; its inner activations take several times the memory of the hidden states
+)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of every outermost `nn.ModuleList` that holds parameters, by path: a decoder's layers, both stacks
-    of an encoder-decoder. No names are asked for."""
+    """Return the members of every outermost `nn.ModuleList` that have parameters, by path: a decoder's layers, or both
+    stacks of an encoder-decoder. Module names do not matter."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     blocks = {
@@ -25,9 +27,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def run_in_pieces(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], rows: int, piece: int
 ) -> Any:
-    """`forward` on `piece` of `rows` windows at a time; the outputs are put together again.
+    """Call `forward` on `piece` of `rows` windows at a time and concatenate the outputs.
 
-    Tensors of at least two dimensions whose first one is `rows` are cut, everything else goes to every piece whole.
+    Tensors of at least two dimensions, the first of size `rows`, are split; every call receives all other arguments
+    whole.
     """
     if rows <= piece:
         return forward(*args, **kwargs)
@@ -41,7 +44,7 @@ def run_in_pieces(
 
 
 def take(value: Any, rows: slice, count: int) -> Any:
-    """The windows `rows` of `count` in a tensor, or in a tuple, list or dictionary of tensors."""
+    """Select the windows `rows` of `count` from a tensor, or from a tuple, list or dictionary of tensors."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim > 1 and value.shape[0] == count else value
     if isinstance(value, (tuple, list)):
@@ -51,9 +54,9 @@ def take(value: Any, rows: slice, count: int) -> Any:
     return value
 
 
-def piece_of(rows: int, tokens_per_row: int) -> int:
-    """Windows that go through a block at once. Never one alone of several, so that what all windows share, such as
-    relative positions, can be told from what each one has."""
+def windows_per_piece(rows: int, tokens_per_row: int) -> int:
+    """Return how many windows to run through a block at once. Never one of several, so that tensors that all windows
+    share, such as relative positions, can be told from tensors with one entry per window."""
     return min(rows, max(2, PIECE_TOKENS // max(1, tokens_per_row)))
 
 

@@ -1,15 +1,18 @@
-"""Decide how a model can be run: block by block, or whole; its head apart, or not. A trial with zeros tells."""
+"""Find out by a trial run with zeros how a model can be run: block by block or whole, its head separately or not."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from loftq_cli.checkpoint import Checkpoint
+from loftq_cli.checkpoint.local import ADAPTER_CONFIG
 from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
 from loftq_cli.forward.parameters import Parameters, Share
@@ -22,15 +25,15 @@ from loftq_cli.modules.view import ModelView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WINDOWS, _TOKENS, _PIECE = 3, 4, 2  # windows and positions differ in number, and not all windows go at once
+_WINDOWS, _TOKENS, _PIECE = 3, 4, 2  # different numbers of windows and positions, and more than one piece
 _CPU = torch.device("cpu")
 
 
 def open_model(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
-    """The model of a checkpoint, without weights until `load`.
+    """Build the model of a checkpoint, without weights until `load`.
 
-    Where a block is not called as a module, or takes what cannot be cut into windows, or where transformers rearranges
-    the checkpoint's tensors, the model is held whole (`blocks` is empty).
+    The model is held whole (`blocks` is empty) if a block is not called as a module, if its arguments cannot be split
+    into windows, or if transformers rearranges the checkpoint's tensors.
 
     Raises:
         LoftqError: transformers cannot build the model, or it does not run on tokens alone.
@@ -50,14 +53,25 @@ def open_model(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
             ) from failure
     splits = empty.base_model is not empty
     splits = splits and trial.failure(_run_split, streams=blocks, splits=True) is None
-    model = load_whole(type(empty), checkpoint.path) if rearranged else empty
+    model = _load_base(type(empty), checkpoint.path) if rearranged else empty
     return _streamed(model, Parameters(model, names, experts, device), device, streams=blocks, splits=splits)
+
+
+def _load_base(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:
+    """Load the model without the PEFT adapter that may lie beside it, which transformers would load as well."""
+    if not (path / ADAPTER_CONFIG).exists():
+        return load_whole(model_class, path)
+    with tempfile.TemporaryDirectory(prefix="loftq-base-") as folder:
+        for file in path.iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        return load_whole(model_class, Path(folder))
 
 
 def _rearranged_experts(
     model: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, RuntimeName]
 ) -> dict[str, Share]:
-    """How experts' tensors come together in the model, where it has them otherwise than the disk."""
+    """Return each expert tensor's part in a parameter of the model, if the model lays experts out unlike the disk."""
     if not any(name.merged for name in names.values()):
         return {}
     view, found = ModelView.of(model), {}
@@ -67,8 +81,8 @@ def _rearranged_experts(
             shape = tuple(checkpoint.tensors[tensor].shape)
             expert = find_expert(view, name, path, shape)
             if expert is not None:
-                turned = expert.transposed != bool(getattr(view.modules[path], "is_transposed", False))
-                found[tensor] = Share(expert, turned)
+                transposed = expert.transposed != bool(getattr(view.modules[path], "is_transposed", False))
+                found[tensor] = Share(expert, transposed)
     return found
 
 
@@ -84,14 +98,14 @@ def _streamed(
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if config is not None:
-            config.use_cache = False  # parts of a model may have copies of their own
+            config.use_cache = False  # submodules may have their own copies of the config
     blocks: Mapping[str, nn.Module] = find_blocks(model) if streams else {}
     return StreamedModel(model, parameters, blocks, device, splits=splits, piece=piece)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Runs of the model with zeros for weights, which take no memory."""
+    """Trial runs of the model with zeros as weights, which take no memory."""
 
     checkpoint: Checkpoint
     names: Mapping[str, RuntimeName]
@@ -100,7 +114,7 @@ class _Trial:
     def failure(
         self, run: Callable[[StreamedModel, Batch], None], *, streams: bool, splits: bool = False
     ) -> Exception | None:
-        """What goes wrong, if anything does."""
+        """Return the exception that a run raises, or None."""
         empty = build_empty(self.checkpoint.config)
         parameters = Parameters(empty, self.names, self.experts, _CPU)
         model = _streamed(empty, parameters, _CPU, streams=streams, splits=splits, piece=_PIECE)
@@ -109,9 +123,9 @@ class _Trial:
         if model.model.config.is_encoder_decoder:
             batch["decoder_input_ids"] = ids
         try:
-            model.load(model.parameters.nothing())
+            model.load(model.parameters.zeros())
             run(model, batch)
-        except Exception as error:  # whatever a model's own code may raise
+        except Exception as error:  # a model's own code may raise anything
             return error
         return None
 
@@ -121,6 +135,6 @@ def _run_all(model: StreamedModel, batch: Batch) -> None:
 
 
 def _run_split(model: StreamedModel, batch: Batch) -> None:
-    """The head on what the base model gave: as many logits as positions."""
+    """Run the head on the base model's output; there must be as many logits as positions."""
     found = sum(len(logits) for _, logits in model.logits(batch))
     assert found == _WINDOWS * _TOKENS, "one row of logits for every position"

@@ -1,4 +1,4 @@
-"""A model's parameters and buffers by their names on disk: put in, taken out, ties kept."""
+"""Set and clear a model's parameters and buffers by their names on disk, keeping ties."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """A tensor's part in a parameter of experts: whose it is, and whether inputs and outputs change places."""
+    """A tensor's part in a parameter of experts: the expert, and whether the two have opposite orientations."""
 
     expert: Expert
-    turned: bool
+    transposed: bool
 
 
 class Parameters:
-    """The places of a checkpoint's tensors in a model without weights.
+    """Maps a checkpoint's tensors to the parameters of a model without weights.
 
     Args:
-        experts: the tensors that transformers stacks, joins or transposes to a parameter of experts.
+        experts: the tensors that transformers stacks, joins or transposes into a parameter of experts.
 
     Attributes:
         keys: name on disk -> parameter name, for every tensor that is one parameter (or buffer) of the model, or an
-            expert's share of one.
+            expert's part of one.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class Parameters:
         self._aliases = {key: same[id(entries[key])] for key in self.keys.values()}
         known = {alias for aliases in self._aliases.values() for alias in aliases}
         for key, value in entries.items():
-            if value.is_meta and key not in known:  # a layer that the checkpoint has no weights for
+            if value.is_meta and key not in known:  # a layer without weights in the checkpoint
                 self._put_one(key, _zeros(value.shape).to(device))
             elif not value.is_meta:
                 self._put_one(key, value.to(device))
 
     def within(self, path: str) -> list[str]:
-        """Names of the tensors that belong to the module at `path` alone."""
+        """Return the names of the tensors that belong only to the module at `path`."""
         inside = f"{path}."
         return [name for name, key in self.keys.items() if all(k.startswith(inside) for k in self._aliases[key])]
 
-    def nothing(self) -> Weights:
-        """Zeros for every tensor, in no memory."""
-        return _Nothing({name: self._shape(name) for name in self.keys})
+    def zeros(self) -> Weights:
+        """Return zeros for every tensor, which take no memory."""
+        return _Zeros({name: self._shape(name) for name in self.keys})
 
     def fill(self, names: Iterable[str], weights: Weights) -> None:
-        """Read tensors and put them in: float32 whatever the checkpoint has, integers as they are."""
+        """Read tensors into the model: floating-point ones as float32, integers unchanged."""
         stacks: dict[str, Tensor] = {}
         for name in names:
             value, key = weights.read(name), self.keys[name]
@@ -79,7 +79,7 @@ class Parameters:
             if share is None:
                 self._put(key, value)
             elif share.expert.stacked:
-                self._put(key, value.mT.contiguous() if share.turned else value)
+                self._put(key, value.mT.contiguous() if share.transposed else value)
             else:
                 if key not in stacks:
                     stacks[key] = torch.zeros(self._empty[key].shape, device=self._device)
@@ -89,17 +89,17 @@ class Parameters:
             self._put(key, stack)
 
     def clear(self, names: Iterable[str]) -> None:
-        """Take tensors out again."""
+        """Remove tensors from the model."""
         for name in names:
             self._put(self.keys[name], self._empty[self.keys[name]])
 
     def _shape(self, name: str) -> torch.Size:
-        """Of a tensor on disk."""
+        """Return the shape of a tensor on disk."""
         whole, share = self._empty[self.keys[name]].shape, self._experts.get(name)
         if share is None:
             return whole
         if share.expert.stacked:
-            return torch.Size((whole[0], whole[2], whole[1])) if share.turned else whole
+            return torch.Size((whole[0], whole[2], whole[1])) if share.transposed else whole
         return torch.Size((whole[1] // share.expert.parts, *whole[2:]))
 
     def _put(self, key: str, value: Tensor) -> None:
@@ -116,7 +116,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class _Nothing:
+class _Zeros:
     """Implements `Weights`."""
 
     shapes: Mapping[str, torch.Size]
@@ -130,12 +130,12 @@ class _Nothing:
 
 
 def _zeros(shape: torch.Size) -> Tensor:
-    """float32 zeros; pages that are never written take no memory."""
+    """Return float32 zeros; pages that are never written take no memory."""
     return torch.from_numpy(np.zeros(tuple(shape), np.float32))
 
 
 def _entries(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under every name they have."""
+    """Return parameters and buffers under all of their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

@@ -1,9 +1,9 @@
 """A transformers model that holds the weights of one block at a time.
 
-The class is built without weights. Its repeated blocks are told to fetch their own weights when they are called, to run
-all windows in small pieces, and to let go: what stays in memory is the embeddings, the head, one block and the hidden
-states of a group of windows. The model's own forward does the rest, so masks, positions and cross-attention are its
-own. `forward.opening.open_model` finds out whether a model can be run so.
+The class is built without weights. When a repeated block is called, it loads its weights, runs all windows in small
+pieces, and frees the weights again. Only the embeddings, the head, one block and the hidden states of a group of
+windows stay in memory. The rest is the model's own forward method, which computes masks, positions and
+cross-attention. `forward.opening.open_model` finds out if a model can be run this way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loftq_cli.forward.blocks import PIECE_TOKENS, piece_of, run_in_pieces
+from loftq_cli.forward.blocks import PIECE_TOKENS, run_in_pieces, windows_per_piece
 from loftq_cli.forward.parameters import Parameters
 from loftq_cli.forward.weights import Weights
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Tensor]  # input_ids [windows, tokens], and decoder_input_ids for an encoder-decoder
 
-IGNORED = -100  # label of a position that is not scored
+IGNORED = -100  # label of positions that are not scored
 _HIDDEN_BYTES = 256 << 20  # hidden states of one group of windows
 _LOGIT_BYTES = 128 << 20
 
 
 class StreamedModel:
-    """A model run with the weights that `load` was given last.
+    """A model that runs with the weights of the last call to `load`.
 
     Attributes:
-        model: the transformers model; its parameters come and go.
-        blocks: the modules that hold their weights only while they run, by path; none where the model is held whole.
-        splits: the output layers can run apart from the base model, on a few positions at a time.
-        piece: windows that go through a block at once; None follows from their length.
-        on_block_done: called with the path of a block after all windows of a call went through it.
+        model: the transformers model; its parameters are set and cleared.
+        blocks: the modules that hold their weights only while they run, by path; empty if the model is held whole.
+        splits: the output layers can run separately from the base model, on a few positions at a time.
+        piece: windows run through a block at once; None derives it from their length.
+        on_block_done: called with the path of a block after all windows of a call have passed through it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class StreamedModel:
         self.splits, self.piece = splits, piece
         self.on_block_done: Callable[[str], None] = lambda path: None
         self._weights: Weights | None = None
-        self._there: frozenset[str] = frozenset()
+        self._available: frozenset[str] = frozenset()
         self._shape = (1, 1)
         self._inside: set[str] = set()
         for path, block in blocks.items():
@@ -65,26 +65,26 @@ class StreamedModel:
             block.forward = functools.partial(self._run_block, path, names, block.forward)
 
     def load(self, weights: Weights) -> None:
-        """Take all weights from here on from `weights`; what lies outside the blocks is read now."""
-        self._weights, self._there = weights, frozenset(weights.names)
+        """Use `weights` from now on; tensors outside the blocks are read at once."""
+        self._weights, self._available = weights, frozenset(weights.names)
         self.parameters.fill([name for name in self._known(self.parameters.keys) if name not in self._inside], weights)
 
     def group(self, windows: int, tokens: int) -> int:
-        """How many of `windows` windows of `tokens` tokens one call may take."""
+        """Return how many of `windows` windows of `tokens` tokens to run in one call."""
         if not self.blocks:
             return max(1, min(windows, PIECE_TOKENS // tokens))
         rows = _HIDDEN_BYTES // (4 * self._width * tokens)
         if not self.splits:
             rows = min(rows, _LOGIT_BYTES // (4 * self._vocabulary * tokens))
         rows = max(1, min(windows, rows))
-        return rows - 1 if rows == tokens > 1 else rows  # windows and positions are told apart by their number
+        return rows - 1 if rows == tokens > 1 else rows  # the numbers of windows and positions must differ
 
     def features(self, batch: Batch) -> Tensor:
-        """The last hidden states [windows, tokens, width], without any head."""
+        """Return the last hidden states [windows, tokens, width], without a head."""
         return self._call(self.model.base_model, batch).last_hidden_state
 
     def run(self, batch: Batch, *, head: bool) -> None:
-        """Run and keep nothing, for what hooks see. `head`: whether the output layers must run too."""
+        """Run the model for its hooks and discard the output. With `head`, the output layers run too."""
         if not self.splits:
             self._call(self.model, batch)
         elif head:
@@ -94,8 +94,8 @@ class StreamedModel:
             self._call(self.model.base_model, batch)
 
     def loss(self, batch: Batch, labels: Tensor) -> float:
-        """Summed negative log-likelihood in nats of `labels` [windows, tokens]: what each position is to predict,
-        IGNORED where nothing is scored."""
+        """Return the summed negative log-likelihood in nats of `labels` [windows, tokens]: the token that each position
+        is to predict, or IGNORED."""
         total, flat = 0.0, labels.reshape(-1)
         for positions, logits in self.logits(batch):
             wanted = flat[positions].to(self.device)
@@ -104,19 +104,19 @@ class StreamedModel:
         return total
 
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-        """Logits [positions, vocabulary] piece by piece; the slices run over windows × tokens, flattened."""
+        """Yield logits [positions, vocabulary] piece by piece, with their slice of the flattened windows × tokens."""
         if not self.splits:
             found = self._call(self.model, batch).logits
             yield slice(0, found.shape[0] * found.shape[1]), found.flatten(0, 1)
             return
-        trunk = self._call(self.model.base_model, batch)
-        hidden = trunk.last_hidden_state
+        base_output = self._call(self.model.base_model, batch)
+        hidden = base_output.last_hidden_state
         count = hidden.shape[0] * hidden.shape[1]
         step = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
         flat = {name: ids.reshape(1, -1) for name, ids in batch.items() if ids.numel() == count}
         for start in range(0, count, step):
             cut = slice(start, min(start + step, count))
-            with self._trunk_gives(type(trunk)(last_hidden_state=hidden.reshape(1, count, -1)[:, cut])):
+            with self._base_returns(type(base_output)(last_hidden_state=hidden.reshape(1, count, -1)[:, cut])):
                 output = self._call(self.model, {name: ids[:, cut] for name, ids in flat.items()})
             yield cut, output.logits[0]
 
@@ -139,31 +139,31 @@ class StreamedModel:
             return module(**{name: ids.to(self.device) for name, ids in batch.items()}, return_dict=True)
 
     @contextmanager
-    def _trunk_gives(self, output: Any) -> Iterator[None]:
-        """Within, the base model gives `output` whatever it is asked."""
-        base, asked = self.model.base_model, []
-        own = base.forward
+    def _base_returns(self, output: Any) -> Iterator[None]:
+        """Within this context the base model returns `output` for any input."""
+        base, calls = self.model.base_model, []
+        original = base.forward
 
-        def given(*args: Any, **kwargs: Any) -> Any:
-            asked.append(True)
+        def fixed(*args: Any, **kwargs: Any) -> Any:
+            calls.append(True)
             return output
 
-        base.forward = given
+        base.forward = fixed
         try:
             yield
         finally:
-            base.forward = own
-        assert asked, "the head does not call its base model"
+            base.forward = original
+        assert calls, "the head does not call its base model"
 
     def _run_block(self, path: str, own: Sequence[str], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self._weights is not None, "load comes first"
+        assert self._weights is not None, "call load first"
         names, (rows, tokens) = self._known(own), self._shape
         self.parameters.fill(names, self._weights)
         try:
-            return run_in_pieces(forward, args, kwargs, rows, self.piece or piece_of(rows, tokens))
+            return run_in_pieces(forward, args, kwargs, rows, self.piece or windows_per_piece(rows, tokens))
         finally:
             self.parameters.clear(names)
             self.on_block_done(path)
 
     def _known(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self._there]
+        return [name for name in names if name in self._available]

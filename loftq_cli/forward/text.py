@@ -1,4 +1,4 @@
-"""Text files to windows of tokens."""
+"""Read text files and split them into windows of tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from torch import Tensor
 
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.panics import catch_panics
+from loftq_cli.machine.pretrained import open_pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LONGEST_WINDOW = 2048
 _SHORTEST_WINDOW = 4
-_READ_AHEAD = 24  # characters read for every token that is wanted: more than any tokenizer joins on average
-_UNBOUNDED = 10**9  # tokenizers without a limit say 10**30
+_READ_AHEAD = 24  # characters read per requested token: more than any tokenizer merges on average
+_UNBOUNDED = 10**9  # tokenizers without a limit report 10**30
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class Text:
-    """What was read of a file, or of all the files in a directory; `path` as it was given.
+    """The text of a file, or of all files in a directory; `path` as the user gave it.
 
     Attributes:
-        sha256: of the whole content, so that the same text under another name is the same.
-        records: pieces that belong together: the file itself, or one for each line of a jsonl or row of a parquet file.
+        sha256: of the whole content, so that the name does not matter.
+        records: the whole file, or one record per line of a jsonl file or row of a parquet file.
     """
 
     path: Path
@@ -41,20 +42,23 @@ class Text:
 
 
 def read_text(path: str | Path, flag: str) -> Text:
-    """Text from .txt, .md, .jsonl, .json or .parquet, or from all such files of a directory by their names' order.
+    """Read text from a .txt, .md, .jsonl, .json or .parquet file, or from all such files of a directory in the order of
+    their names.
 
-    What is no path here but may be a dataset on the Hub, ORG/NAME or a folder or file in one, is fetched from there:
-    one file, of the training split if there is one. A record's text is its field `text`, or else all its strings, a
-    line each.
+    If no such path exists but it may name a dataset on the Hub (ORG/NAME, or a folder or file in one), one file is
+    downloaded, from the training split if there is one. A record's text is its field `text`, or else all its strings,
+    one per line.
 
     Raises:
-        UsageError: there is no such file, or none of these kinds.
+        UsageError: there is no such file, or none of these types.
         LoftqError: it cannot be read, or holds no text.
     """
     name, path = Path(path), _find(path, flag)
     files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise UsageError(f"{flag} {path}: there is no {', '.join(_SUFFIXES)} file in it.")
+        raise UsageError(
+            f"{flag} {path}: this directory has no {', '.join(_SUFFIXES)} file: add one, or give another path."
+        )
     hashed = hashlib.sha256()
     records: list[str] = []
     for file in files:
@@ -66,14 +70,14 @@ def read_text(path: str | Path, flag: str) -> Text:
                 f"{file} cannot be read ({error.strerror}): check the file and its permissions."
             ) from error
         except (ValueError, RecursionError) as error:
-            raise LoftqError(f"{file} is no text that can be read ({error}): give UTF-8.") from error
+            raise LoftqError(f"{file} is not readable text ({error}): give UTF-8.") from error
     if not any(record.strip() for record in records):
-        raise LoftqError(f"{path} holds no text.")
+        raise LoftqError(f"{path} holds no text: give another file.")
     return Text(name, hashed.hexdigest(), tuple(records))
 
 
 def _find(path: str | Path, flag: str) -> Path:
-    """The file or directory, fetched from the Hub where it is a dataset's name."""
+    """Return the file or directory; a dataset on the Hub is downloaded first."""
     local = Path(path).expanduser()
     if local.exists():
         return local
@@ -123,8 +127,8 @@ class Windows:
     """Equal windows of a text.
 
     Attributes:
-        ids: int64 [windows, tokens]; every window starts and ends as the tokenizer starts and ends a text.
-        before, after: how many of a window's tokens are the tokenizer's own.
+        ids: int64 [windows, tokens]; every window starts and ends with the special tokens of a text.
+        before, after: number of special tokens that the tokenizer adds to each end of a window.
     """
 
     ids: Tensor
@@ -139,12 +143,12 @@ class Windows:
 def make_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, positions: int | None, max_tokens: int | None, window: int | None
 ) -> Windows:
-    """Cut a text into windows that do not overlap; what is left at the end and fills none is dropped.
+    """Split a text into windows that do not overlap; a rest shorter than a window is dropped.
 
     Args:
-        positions: how many the model has; None for any number.
-        max_tokens: of the text to take; None takes all of it.
-        window: tokens of a window; by default as many as model and tokenizer take, at most LONGEST_WINDOW.
+        positions: the model's limit; None if it has none.
+        max_tokens: the number of tokens of the text to use; None uses all of it.
+        window: tokens per window; by default as many as model and tokenizer allow, at most LONGEST_WINDOW.
 
     Raises:
         LoftqError: the text is too short, or the window too long for the model.
@@ -165,7 +169,7 @@ def make_windows(
 
 
 def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[int]:
-    """Token ids of the records, one after the other with an empty line between them."""
+    """Return the token ids of the records, with an empty line between them."""
     ids: list[int] = []
     for part in _parts(text.records, None if max_tokens is None else _READ_AHEAD * max_tokens):
         with tokenizer_errors(tokenizer.name_or_path):
@@ -176,7 +180,7 @@ def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | 
 
 
 def _parts(records: tuple[str, ...], characters: int | None) -> Iterator[str]:
-    """All records as one text; where only `characters` of it are wanted first, cut after them."""
+    """Yield all records as one text, split after about `characters` characters if given."""
     whole = "\n\n".join(records)
     if characters is None or characters >= len(whole):
         yield whole
@@ -187,7 +191,7 @@ def _parts(records: tuple[str, ...], characters: int | None) -> Iterator[str]:
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids a tokenizer puts before and after every text."""
+    """Return the ids that a tokenizer adds before and after every text."""
     with tokenizer_errors(tokenizer.name_or_path):
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         full = tokenizer("a")["input_ids"]
@@ -198,25 +202,25 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """How many positions a model has; None for any number."""
+    """Return the number of positions of a model; None if there is no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def open_tokenizer(path: Path, named: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint; errors call its place `named`.
+    """Open the tokenizer beside a checkpoint; error messages call the folder `named`.
 
     Raises:
-        LoftqError: there is none.
+        LoftqError: there is none that transformers can load.
     """
     from transformers import AutoTokenizer
 
     try:
         with catch_panics():
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask on a terminal
+            tokenizer: PreTrainedTokenizerBase = open_pretrained(AutoTokenizer, path)
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:160]
         raise LoftqError(
-            f"{named or path} holds no tokenizer that transformers can load ({cause}): text cannot be read."
+            f"{named or path} holds no tokenizer that transformers can load ({cause}): put its files there."
         ) from error
     tokenizer.name_or_path = named or str(path)
     return tokenizer

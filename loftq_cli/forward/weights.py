@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: the source, its plain quantization, the backbone, the backbone with adapter."""
+"""Weights for a forward run: the source, its plain quantization, the backbone, or the backbone with adapter."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from loftq_cli.tensorfile.entry_names import parse_entries
 
 
 class Weights(Protocol):
-    """Tensors by their names in the full-precision checkpoint, in its orientation."""
+    """Tensors by their names in the full-precision checkpoint, in the orientation on disk."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Every tensor there is."""
+        """The names of all tensors."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own on the CPU."""
+        """Return one tensor on the CPU, in memory of its own."""
 
 
 @dataclass(frozen=True)
 class SourceWeights:
-    """The checkpoint as it is."""
+    """The unchanged checkpoint."""
 
     checkpoint: Checkpoint
 
@@ -50,8 +50,8 @@ class SourceWeights:
 
 
 class _Converted(ABC):
-    """The tensors of a conversion by their names in the checkpoint; of a tensor that stacks experts, whose entries the
-    manifest lists one by one, all of them."""
+    """The tensors of a conversion by their names in the checkpoint. The manifest lists stacked experts one by one;
+    `read` returns the whole stack."""
 
     manifest: Manifest
 
@@ -67,7 +67,7 @@ class _Converted(ABC):
 
     @abstractmethod
     def _one(self, record: MatrixRecord | KeptRecord) -> Tensor:
-        """The tensor of one record, as the checkpoint orients it."""
+        """Return the tensor of one record in the orientation on disk."""
 
     @cached_property
     def _entries(self) -> dict[str, list[MatrixRecord | KeptRecord]]:
@@ -82,7 +82,7 @@ class _Converted(ABC):
 
 @dataclass(frozen=True)
 class BackboneWeights(_Converted):
-    """Q of every quantized matrix, decoded from the container's own bytes, and the tensors that were kept.
+    """Q of every quantized matrix, decoded from the container's bytes, and the tensors that were kept.
 
     Attributes:
         path: the output directory.
@@ -104,9 +104,9 @@ class BackboneWeights(_Converted):
 
 @dataclass(frozen=True)
 class PlainWeights(_Converted):
-    """q(W): every matrix of the manifest quantized once on its own grid, no adapter; else what the backbone keeps.
+    """q(W): every matrix of the manifest quantized once on its own grid, no adapter, and the tensors that were kept.
 
-    Levels that were chosen along with the scales (`--levels`) are not those of plain quantization: there `nf` is.
+    Levels chosen together with the scales (`--levels`) are not those of plain quantization, which uses `nf` instead.
     """
 
     source: Checkpoint
@@ -123,7 +123,7 @@ class PlainWeights(_Converted):
 
 
 def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:
-    """The grid that plain quantization at the same bits takes."""
+    """Return the grid for plain quantization at the same bits."""
     grid = quantized_matrix(record).grid
     if not isinstance(grid, BlockGrid) or record.data_type != manifest.recipe.get("levels"):
         return grid
@@ -131,5 +131,5 @@ def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:
 
 
 def _as_stored(weight: Tensor, record: MatrixRecord) -> Tensor:
-    """[out, in] <-> the orientation on disk."""
+    """Convert between [out, in] and the orientation on disk."""
     return record.orientation.turn(weight)

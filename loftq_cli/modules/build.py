@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.pretrained import open_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -124,7 +125,8 @@ def load_whole(model_class: type[PreTrainedModel], path: Path) -> PreTrainedMode
     import torch
 
     with _quiet(), _no_bars():
-        return model_class.from_pretrained(path, dtype=torch.float32).eval()
+        model: PreTrainedModel = open_pretrained(model_class, path, dtype=torch.float32)
+        return model.eval()
 
 
 def _refuse_huge_counts(config: Mapping[str, Any], most: int) -> None:

@@ -14,10 +14,10 @@ from loftq_cli.recipe.model import Recipe
 
 
 def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
-    """Ask the container about the output as a whole: the model (no matrices yet), or these matrices in one file.
+    """Let the container check the output as a whole: the model (no matrices yet), or these matrices in one file.
 
     Raises:
-        UsageError: it cannot hold them; the sentence names a format that can.
+        UsageError: it cannot hold them; the message names a format that can.
     """
     reason = get_format(recipe.format).refuse(matrices, request)
     if reason is not None:
@@ -27,7 +27,7 @@ def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request
 def refuse_nothing(units: Sequence[Unit], recipe: Recipe) -> None:
     """
     Raises:
-        UsageError: the container holds none of the matrices that were asked for.
+        UsageError: the container can hold none of the selected matrices.
     """
     if not any(unit.matrix is not None for unit in units):
         reasons = {str(unit.reason) for unit in units if unit.target is not None}
@@ -38,7 +38,7 @@ def refuse_nothing(units: Sequence[Unit], recipe: Recipe) -> None:
 
 
 def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
-    """What the container does with experts."""
+    """Return a note on how the container treats experts."""
     quantized = [unit for unit in units if unit.kind == "expert" and unit.matrix is not None]
     if quantized and (text := get_container(recipe.format).loaded_experts):
         return [f"{len(quantized)} matrices of experts are {text}"]
@@ -52,7 +52,7 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
 
 
 def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
-    """The quantized matrices that calibration does not reach."""
+    """Return a note on the quantized matrices that calibration does not cover."""
     aside = [unit for unit in units if unit.kind in UNWEIGHTED and unit.matrix is not None]
     if recipe.calibrate is None or not aside:
         return []
@@ -61,7 +61,7 @@ def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
 
 
 def dense_experts(units: Sequence[Unit]) -> tuple[str, ...]:
-    """Tensors of single experts that stay in full precision."""
+    """Return the tensors of single experts that stay in full precision."""
     return tuple(
         unit.tensor
         for unit in units
@@ -70,7 +70,7 @@ def dense_experts(units: Sequence[Unit]) -> tuple[str, ...]:
 
 
 def level_notes(recipe: Recipe, decisions: Mapping[str, Decision]) -> list[str]:
-    """Levels that some matrices cannot have. `recipe` is the settled one."""
+    """Return a note on levels that some matrices cannot have. `recipe` has all its defaults resolved."""
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):
         return [f"'{recipe.codebook_type}' has no 8-bit codebook: 8-bit matrices take 'uniform' levels."]
     return []

@@ -13,6 +13,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, container_in, container_of
 from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
 from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
+from loftq_cli.machine.pretrained import open_pretrained
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
 from loftq_cli.runtime.other_class import other_dense_layers
 from loftq_cli.runtime.paths import find_path
@@ -126,7 +127,8 @@ def _check_request(folder: Path, adapter: bool) -> None:
 def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, **source, **_select(options, ("trust_remote_code",)))
+    config: PretrainedConfig = open_pretrained(AutoConfig, name, **source, **_select(options, ("trust_remote_code",)))
+    return config
 
 
 def _loading_of(folder: Path, config: PretrainedConfig) -> Loading:
@@ -156,7 +158,7 @@ def _with_class_config(
     own = config
     dense: tuple[str, ...] = ()
     if quantization and own_class is not None and not isinstance(config, own_class):
-        own = own_class.from_pretrained(name, **source)
+        own = open_pretrained(own_class, name, **source)
     if skip_list:
         listed = list(quantization.get(skip_list) or ())
         dense = other_dense_layers(model_class, config, own, listed)
@@ -173,7 +175,7 @@ def _with_class_config(
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     options = {**options, "output_loading_info": True}
-    model, info = model_class.from_pretrained(name, **options)
+    model, info = open_pretrained(model_class, name, **options)
     lost = _lost_matrices(model, info["missing_keys"], info["unexpected_keys"])
     if lost:
         raise LoftqError(

@@ -103,14 +103,14 @@ def test_damaged_headers_end_in_one_sentence(content: bytes, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ({"weight_map": {"a.weight": "../model.safetensors"}}, "no shard of this directory"),
-        ({"weight_map": {"a.weight": "/etc/passwd"}}, "no shard of this directory"),
+        ({"weight_map": {"a.weight": "../model.safetensors"}}, "not a shard of this directory"),
+        ({"weight_map": {"a.weight": "/etc/passwd"}}, "not a shard of this directory"),
         ({"weight_map": {"a.weight": "model-00009-of-00009.safetensors"}}, "is missing"),
         ({"weight_map": {"nowhere": "model-00001-of-00002.safetensors"}}, "does not hold it"),
         ({"weight_map": {"c.weight": "model-00001-of-00002.safetensors"}}, "does not hold it"),
         ({"weight_map": []}, "weight_map"),
         ({}, "weight_map"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_bad_indexes_end_in_one_sentence(sharded: Path, index: object, sentence: str) -> None:
@@ -129,7 +129,7 @@ def test_missing_files_are_named(tmp_path: Path, sharded: Path) -> None:
     with pytest.raises(LoftqError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path / "copy")
     (tmp_path / "copy" / "config.json").write_text("{")
-    with pytest.raises(LoftqError, match="no valid JSON"):
+    with pytest.raises(LoftqError, match="not valid JSON"):
         open_checkpoint(tmp_path / "copy")
     empty = tmp_path / "no weights"
     empty.mkdir()

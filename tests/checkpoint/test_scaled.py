@@ -198,7 +198,7 @@ REFUSED = {
     "awq": {"quant_method": "awq"},
     "torchao": {"quant_method": "torchao"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "some method": {},
+    "unknown method": {},
 }
 
 
@@ -239,4 +239,78 @@ def test_packed_names_give_away_a_quantized_source(random_llama: Path, tmp_path:
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((random_llama / "config.json").read_bytes())
     with pytest.raises(LoftqError, match="already quantized"):
+        loftq_cli.plan(tmp_path)
+
+
+def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [out, in] -> int32 [out, words], the first code in the lowest bits; written by hand, not with loftq."""
+    per_word = 32 // bits
+    padded = torch.nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -codes.shape[1] % per_word))
+    shifts = torch.arange(per_word) * bits
+    words = (padded.unflatten(1, (-1, per_word)) << shifts).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["group", "channel", "asymmetric", "actorder", "padded"])
+def test_packed_integers_are_dequantized(bits: int, kind: str, random_llama: Path, tmp_path: Path) -> None:
+    """compressed-tensors' pack-quantized: every weight is (code - zero) times its group's scale."""
+    torch.manual_seed(0)
+    name, rows, columns = "model.layers.0.mlp.up_proj", 6, 44 if kind == "padded" else 64
+    size = columns if kind == "channel" else 22 if kind == "padded" else 32
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
+    scales = torch.rand(rows, columns // size).bfloat16()
+    zeros = torch.randint(-half, half, (rows, columns // size), dtype=torch.int8)
+    group = torch.arange(columns) // size
+    stored = {f"{name}.weight_packed": pack_words(codes, bits), f"{name}.weight_scale": scales}
+    stored[f"{name}.weight_shape"] = torch.tensor([rows, columns])
+    if kind == "asymmetric":
+        stored[f"{name}.weight_zero_point"] = pack_words(zeros.T.contiguous(), bits).T.contiguous()
+    if kind == "actorder":
+        group = group[torch.randperm(columns)]
+        stored[f"{name}.weight_g_idx"] = group.int()
+    weights = {"num_bits": bits, "type": "int", "symmetric": kind != "asymmetric", "strategy": "group"}
+    weights |= {"strategy": "channel"} if kind == "channel" else {"group_size": size}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    quantization["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"quantization_config": quantization}}))
+    save_file(stored, tmp_path / "model.safetensors")
+    opened = open_checkpoint(tmp_path)
+    shift = zeros.float() if kind == "asymmetric" else torch.zeros_like(zeros, dtype=torch.float32)
+    expected = ((codes.float() - shift[:, group]) * scales.float()[:, group]).bfloat16()
+    info = opened.tensors[f"{name}.weight"]
+    assert set(opened.tensors) == {info.name} and (info.shape, info.dtype) == ((rows, columns), torch.bfloat16)
+    assert torch.equal(opened.read(info.name), expected)
+    assert torch.equal(opened.read_piece(info.name, 3), expected[3])
+    stored[f"{name}.weight_shape"] = torch.tensor([rows, columns + 1])
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(LoftqError, match=rf"{name}\.weight_shape in model\.safetensors is .*: download it again"):
+        open_checkpoint(tmp_path).read(info.name)
+    stored[f"{name}.weight_scale"] = torch.rand(rows + 1, 3).bfloat16()
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(LoftqError, match=rf"{name}\.weight_packed in model\.safetensors cannot be dequantized"):
+        open_checkpoint(tmp_path)
+
+
+def test_mlx_and_modelopt_are_named(random_llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    stored = load_file(random_llama / "model.safetensors")
+    config = json.loads((random_llama / "config.json").read_text())
+    settings = {"group_size": 64, "bits": 4}
+    for extra in ({"quantization": settings}, {"quantization": settings, "quantization_config": settings}):
+        (tmp_path / "config.json").write_text(json.dumps(config | extra))
+        save_file({**stored, f"{name}.scales": torch.ones(160, 1)}, tmp_path / "model.safetensors")
+        with pytest.raises(LoftqError, match=r"already quantized \(MLX, 4 bits\): give the full-precision model"):
+            loftq_cli.plan(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    halved = torch.zeros(160, 32, dtype=torch.uint8)
+    scales = {
+        f"{name}.weight": halved,
+        f"{name}.weight_scale": torch.ones(160, 4),
+        f"{name}.weight_scale_2": torch.ones(1),
+    }
+    save_file({**stored, **scales}, tmp_path / "model.safetensors")
+    with pytest.raises(LoftqError, match=r"already quantized \(modelopt, NVFP4\): give the full-precision model"):
         loftq_cli.plan(tmp_path)

@@ -141,15 +141,15 @@ def sharded(random_llama: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("../outside.safetensors", "no shard of this directory"),
-        ("/etc/passwd", "no shard of this directory"),
-        ("{tmp}/outside.safetensors", "no shard of this directory"),
-        ("sub/../model-00001-of-00002.safetensors", "no shard of this directory"),
-        ("..", "no shard of this directory"),
-        ("", "no shard of this directory"),
-        ("x\n.safetensors", "no shard of this directory"),
-        ("a\x00.safetensors", "no shard of this directory"),
-        ("config.json", "no shard of this directory"),
+        ("../outside.safetensors", "not a shard of this directory"),
+        ("/etc/passwd", "not a shard of this directory"),
+        ("{tmp}/outside.safetensors", "not a shard of this directory"),
+        ("sub/../model-00001-of-00002.safetensors", "not a shard of this directory"),
+        ("..", "not a shard of this directory"),
+        ("", "not a shard of this directory"),
+        ("x\n.safetensors", "not a shard of this directory"),
+        ("a\x00.safetensors", "not a shard of this directory"),
+        ("config.json", "not a shard of this directory"),
         ("model-00003-of-00003.safetensors", "shard model-00003-of-00003.safetensors"),
         ("model-00002-of-00002.safetensors", "which does not hold it"),
         ("link.safetensors", "outside of the model"),
@@ -246,15 +246,15 @@ def test_endless_layers_in_other_words(random_llama: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "no valid JSON"),
-        (b"{", "no valid JSON"),
-        (b"[" * 200_000, "no valid JSON"),
-        (b'{"a":' * 100_000, "no valid JSON"),
-        (b'{"hidden_size": ' + b"9" * 9_000 + b"}", "no valid JSON"),
-        (b"\xff\xfe\x00", "no valid JSON"),
-        (b'{"a": "\\ud800"}', "no valid JSON"),
-        (b"[]", "no JSON object"),
-        (b"null", "no JSON object"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b'{"a":' * 100_000, "not valid JSON"),
+        (b'{"hidden_size": ' + b"9" * 9_000 + b"}", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b'{"a": "\\ud800"}', "not valid JSON"),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
         (b'{"hidden_size": 64, "hidden_size": NaN, "model_type": "llama"}', "cannot build"),
     ],
 )
@@ -266,7 +266,7 @@ def test_configs_that_are_no_config(content: bytes, said: str, source: Path) -> 
 def test_a_config_of_gigabytes(source: Path) -> None:
     with open(source / "config.json", "r+b") as handle:
         handle.truncate(5 << 30)
-    assert "bytes, which no such file has" in refused(source)
+    assert "bytes, too many for such a file" in refused(source)
 
 
 def test_broken_tokenizer(source: Path) -> None:
@@ -277,7 +277,7 @@ def test_broken_tokenizer(source: Path) -> None:
         b"<html></html>",
     ):
         (source / "tokenizer.json").write_bytes(content)
-        assert "tokenizer.json is cut off or no JSON" in refused(source)
+        assert "tokenizer.json is truncated or not JSON" in refused(source)
 
 
 def test_integer_weights(source: Path) -> None:

@@ -20,17 +20,18 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from loftq_cli.checkpoint import pickled, safetensors
 from loftq_cli.checkpoint.archives import is_zip
 from loftq_cli.checkpoint.base import Checkpoint
-from loftq_cli.checkpoint.local import pick_files, read_index
+from loftq_cli.checkpoint.local import ADAPTER_CONFIG, pick_files, read_index
 from loftq_cli.checkpoint.meta.checkpoint import read_ranks
+from loftq_cli.checkpoint.quantized import MODELOPT
 from loftq_cli.checkpoint.remote.pickled import remote_pickles
 from loftq_cli.checkpoint.remote.ranges import open_remote
 from loftq_cli.checkpoint.scaled import with_scales
-from loftq_cli.checkpoint.side_files import sentence_transformers_folders, travels
+from loftq_cli.checkpoint.side_files import companions, travels
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.read_errors import hub_errors
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, is_transient, with_retries
 
-_BESIDE = ("config.json", "README.md")  # the card names the licence
+_BESIDE = ("config.json", "README.md", ADAPTER_CONFIG, MODELOPT)  # the card names the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
 _FOREIGN = re.compile(r".*\.(gguf|ggml|h5|msgpack|onnx|ckpt|npz|pth|pt|bin|safetensors)")
 
@@ -141,7 +142,7 @@ def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
         ("pickled", pickled.INDEX, pickled.SINGLE, pickled.SHARDS),
     )
     for kind, index, single, shards in known if "config.json" in top else ():
-        if index in top:
+        if index in top and single not in top:
             return Weights(kind, (), index)
         files = [single] if single in top else pick_files(PurePosixPath(model.repo), top, single, shards)
         if files:
@@ -187,8 +188,7 @@ def _fetch_small(model: HubModel, commit: str, names: Sequence[str], chosen: Wei
         raise LoftqError(
             f"{model} is being changed on the Hub: run the same command again.", exit_code=ExitCode.INCOMPLETE
         )
-    folders = sentence_transformers_folders(folder)
-    nested = [name for name in names if name.endswith(".json") and name.rpartition("/")[0] in folders]
+    nested = [name for name in companions(folder, names) if name not in wanted]
     return _snapshot(dataclasses.replace(model, revision=commit), nested) if nested else folder
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.checkpoint import SideFile
@@ -32,6 +34,7 @@ _PUBLISHING = f"{STATE}/publishing"  # exists once files are being moved to thei
 _STATE_NAME = re.compile(
     r"journal(\..*)?|partial|publishing|run-.+|draft-.+|worker\.\d+\.log|merge(\.draft)?|push\.json"
 )
+_PIECE = 1 << 20  # bytes of a side file that are in memory at a time
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
@@ -185,21 +188,29 @@ def write_files(output: Path, texts: Mapping[str, bytes], side_files: Iterable[S
         OSError: a file does not read back as it was written.
     """
     records = {name: write_file(output, name, content) for name, content in texts.items()}
-    return records | {side.name: write_file(output, side.name, side.read()) for side in side_files}
+    for side in side_files:
+        with side.open() as content:
+            records[side.name] = write_file(output, side.name, content)
+    return records
 
 
-def write_file(output: Path, name: str, content: bytes) -> FileRecord:
+def write_file(output: Path, name: str, content: bytes | BinaryIO) -> FileRecord:
     """Write one small file to `.loftq/partial`, flush it and read it back.
 
     Raises:
         OSError: it does not read back as it was written.
     """
     folder = ConfinedFolder(output)
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    digest, size = hashlib.sha256(), 0
     with folder.write(f"{_PARTIAL}/{name}") as handle:
-        handle.write(content)
+        while piece := source.read(_PIECE):
+            handle.write(piece)
+            digest.update(piece)
+            size += len(piece)
         handle.flush()
         os.fsync(handle.fileno())
-    record = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    record = FileRecord(size, digest.hexdigest())
     path = folder.path(f"{_PARTIAL}/{name}")
     if hash_file(path) != record:
         raise OSError(errno.EIO, "it does not read back as it was written", str(path))

@@ -342,10 +342,10 @@ def test_access_is_refused_in_a_sentence(
         ({"config.json": b"{}"}, "contains no"),
         ({"config.json": b"{}", "model.safetensors": b"x" * 20}, f"{REPO}/model.safetensors is not a complete"),
         ({"config.json": b"{}", "model.safetensors": b""}, f"{REPO}/model.safetensors is not a complete"),
-        ({"config.json": b"[]", "model.safetensors": b"x"}, "no JSON object"),
+        ({"config.json": b"[]", "model.safetensors": b"x"}, "not a JSON object"),
         (
             {"config.json": b"{}", "model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'},
-            "no shard of this directory",
+            "not a shard of this directory",
         ),
     ],
 )
