@@ -81,15 +81,32 @@ class CompiledAffineQuantizer:
         if start is not None and start.zeros is not None:
             zeros = start.zeros.clone()
         sums = np.zeros(n_out)
-        numbers = [tensor.contiguous().numpy() for tensor in (weight, product, codes, scales)]
-        offsets = np.empty((0, 0), np.float32) if zeros is None else zeros.numpy()
-        arrays = (*numbers, offsets, residual.numpy(), sums, np.array(shares(grid), np.float32))
-        kinds = tuple(_KINDS[dtype] for dtype in (grid.scale_dtype, grid.zero_dtype, grid.product_dtype))
-        top, least = np.float32(grid.top), np.float32(grid.least_zero)
-        settings = (grid.width(n_in), top, _ZEROS[grid.zero], least, rule, REFITS, (*kinds, _KINDS[grid.value_dtype]))
+        arrays = kernel.Arrays(
+            weight=weight.contiguous().numpy(),
+            product=product.contiguous().numpy(),
+            codes=codes.contiguous().numpy(),
+            scales=scales.contiguous().numpy(),
+            zeros=np.empty((0, 0), np.float32) if zeros is None else zeros.numpy(),
+            residual=residual.numpy(),
+            sums=sums,
+            shares=np.array(shares(grid), np.float32),
+        )
+        settings = kernel.Settings(
+            width=grid.width(n_in),
+            top=np.float32(grid.top),
+            zero=_ZEROS[grid.zero],
+            least_zero=np.float32(grid.least_zero),
+            rule=rule,
+            refits=REFITS,
+            scale_kind=_KINDS[grid.scale_dtype],
+            offset_kind=_KINDS[grid.zero_dtype],
+            product_kind=_KINDS[grid.product_dtype],
+            value_kind=_KINDS[grid.value_dtype],
+            corrects=corrects,
+        )
 
         def work(first: int, last: int) -> None:
-            kernel.quantize_rows(*arrays, *settings, corrects, first * _ROWS, min(last * _ROWS, n_out))
+            kernel.quantize_rows(arrays, settings, first * _ROWS, min(last * _ROWS, n_out))
 
         _share(work, -(-n_out // _ROWS))
         return QuantizeStep(QuantizedGroups(codes, scales, zeros), residual, math.sqrt(sums.sum()))

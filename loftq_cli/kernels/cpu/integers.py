@@ -6,7 +6,7 @@ the same order, the same eight lanes in every sum. Finite input only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,24 +101,62 @@ def _rounded_point(value: Any, least_zero: Any, top: Any) -> Any:
     return min(max(np.rint(value), least_zero), top)
 
 
-@_kernel
-def quantize_rows(
-    weight: Any, product: Any, codes: Any, scales: Any, zeros: Any, residual: Any, sums: Any, shares: Any,
-    width: int, top: Any, zero: int, least_zero: Any, rule: int, refits: int, kinds: Any, corrects: bool,
-    first: int, last: int,
-) -> None:  # fmt: skip
-    """Quantize rows `first`..`last` of the target: `product`, or weight - product with `corrects`.
+class Arrays(NamedTuple):
+    """The arrays of one call, float32 unless said otherwise.
 
-    Args:
-        weight, product, residual: float32 [out, in]; `product` may share memory with `residual`, the output.
+    Attributes:
+        weight, product, residual: [out, in]; `product` may share memory with `residual`, which is an output.
         codes: uint8 [out, in], output.
-        scales, zeros: float32 [out, groups], output, and with RULE_REFINE also the start. `zeros` is empty if the grid
-            has none.
+        scales, zeros: [out, groups], output, and with RULE_REFINE also the start. `zeros` is empty for ZERO_NONE.
         sums: float64 [out], output: the residual's squared norm by row.
         shares: factors of a group's range that RULE_MSE tries.
-        kinds: the dtypes to which scale, offset, product and value are rounded.
     """
-    scale_kind, offset_kind, product_kind, value_kind = kinds
+
+    weight: Any
+    product: Any
+    codes: Any
+    scales: Any
+    zeros: Any
+    residual: Any
+    sums: Any
+    shares: Any
+
+
+class Settings(NamedTuple):
+    """The grid and the rule of one call.
+
+    Attributes:
+        width: number of elements in a full group.
+        top: the largest code, float32.
+        zero: one of ZERO_NONE, ZERO_INTEGER, ZERO_FLOAT.
+        least_zero: the smallest zero point, float32.
+        rule: one of RULE_ABSMAX, RULE_MINMAX, RULE_MSE, RULE_REFINE.
+        refits: number of least-squares fits after the search.
+        scale_kind, offset_kind, product_kind, value_kind: the dtypes to which these numbers are rounded.
+        corrects: True if the target is weight - product, False if it is `product`.
+    """
+
+    width: int
+    top: Any
+    zero: int
+    least_zero: Any
+    rule: int
+    refits: int
+    scale_kind: int
+    offset_kind: int
+    product_kind: int
+    value_kind: int
+    corrects: bool
+
+
+@_kernel
+def quantize_rows(arrays: Any, settings: Any, first: int, last: int) -> None:
+    """Quantize rows `first`..`last` of `arrays` (`Arrays`) as `settings` (`Settings`) say.
+
+    One long function on purpose: cutting its body into functions, inlined by numba or by LLVM, costs 8 to 127 %.
+    """
+    weight, product, codes, scales, zeros, residual, sums, shares = arrays
+    width, top, zero, least_zero, rule, refits, scale_kind, offset_kind, product_kind, value_kind, corrects = settings
     middle = _F32((top + _ONE) / _F32(2))
     n_in = weight.shape[1]
     x, code, value = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
