@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -72,6 +73,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.active = False
+        self.folder = threading.local()  # the folder that a relative name is opened in
         self.seen: list[str] = []
         self.allowed: tuple[str, ...] = ()
         sys.addaudithook(self._hook)
@@ -86,10 +88,18 @@ class Watch:
         """Forbidden events while the block runs; files may be written below `allowed`."""
         self.seen, self.active = [], True
         self.allowed = (*(str(path) for path in allowed), "/dev/", "/proc/")
+        real = os.open
+
+        def opened(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+            # The event does not say which folder a name is relative to.
+            self.folder.path = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+            return real(path, flags, mode, dir_fd=dir_fd)
+
+        os.open = opened
         try:
             yield self.seen
         finally:
-            self.active = False
+            os.open, self.active = real, False
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.active:
@@ -100,7 +110,8 @@ class Watch:
         if started or imported or connected:
             self.seen.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], str) and self._writes(arguments):
-            path = os.path.abspath(arguments[0])
+            base = getattr(self.folder, "path", None) if arguments[1] is None else None  # os.open has no mode
+            path = os.path.normpath(os.path.join(base or os.getcwd(), arguments[0]))
             if not path.startswith(self.allowed) and "__pycache__" not in path:
                 self.seen.append(f"writes {path}")
 

@@ -81,7 +81,8 @@ def _directory_notes(checkpoint: Checkpoint) -> list[str]:
         index = f"{single}.index.json"
         if single in files and (path / index).exists():
             notes.append(f"{index} is ignored, as transformers does, because {single} is there.")
-    behind = left_behind(path, files)
+    metas = any(file.endswith(".pth") for file in files)  # whose config and tokenizer are converted, not copied
+    behind = [] if metas else left_behind(path, files)
     if behind:
         more = f" and {len(behind) - _SHOWN} more" if len(behind) > _SHOWN else ""
         notes.append(f"not copied, because no class of transformers reads them: {', '.join(behind[:_SHOWN])}{more}.")

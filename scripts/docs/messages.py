@@ -23,7 +23,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "What fits the container": ("formats", "planning", "numerics"),
     "Mixed precision and rank budgets": ("budget",),
     "Calibration and text": ("calibration", "forward", "evaluation"),
-    "Output, resuming and workers": ("engine", "api"),
+    "Output, resuming and workers": ("engine", "api", "tensorfile"),
     "Reading a converted directory": ("artifacts", "verification"),
     "Loading and training": ("runtime", "kernels"),
     "Merging": ("merging",),

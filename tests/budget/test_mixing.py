@@ -184,7 +184,7 @@ def test_only_widths_that_the_container_holds(llama: Path) -> None:
     ("recipe", "said"),
     [
         ({"bits": 2.5, "rule": ("proj=4",)}, None),
-        ({"bits": 2.5, "rule": ("mlp=8",)}, "below the least mean"),
+        ({"bits": 2.5, "rule": ("mlp=8",)}, "below the lowest possible mean"),
         ({"target_size": "1KB"}, "--target-size 1KB is too small"),
         ({"bits": 5}, "--bits cannot be 5"),
         ({"bits": 1.5}, "--bits cannot be 1.5"),
@@ -193,7 +193,7 @@ def test_only_widths_that_the_container_holds(llama: Path) -> None:
         ({"bits": 5, "mix": "paper"}, "4 and 2 bits"),
         ({"rank_budget": 0.5}, "--rank-budget"),
         ({"weigh": "both", "bits": 2.5}, "--weigh"),
-        ({"target_size": "large"}, "no size"),
+        ({"target_size": "large"}, "invalid size"),
         ({"bits": 2.5, "format": "bnb", "data_type": "uniform"}, "use --format packed"),
         ({"bits": 2.5, "format": "gptq", "group_size": 32}, "one bit width"),
     ],

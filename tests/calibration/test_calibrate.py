@@ -287,9 +287,9 @@ def test_flags_reach_the_recipe(text: Path, tmp_path: Path) -> None:
         ({"calibrate": "nowhere.safetensors"}, "there is no such file"),
         ({"calibrate_kind": "some"}, "--calibrate-kind cannot be 'some'"),
         ({"calibration_tokens": 0}, "--calibration-tokens cannot be 0"),
-        ({"method": "qlora"}, "--calibrate weighs the fit of the adapter"),
-        ({"method": "qa-lora"}, "--calibrate has no weights for qa-lora"),
-        ({"iters": 0}, "--calibrate weighs the fit of the adapter"),
+        ({"method": "qlora"}, "--calibrate weights the fit of the adapter"),
+        ({"method": "qa-lora"}, "--calibrate does not support qa-lora"),
+        ({"iters": 0}, "--calibrate weights the fit of the adapter"),
     ],
 )
 def test_what_cannot_be_meant(change: dict, said: str, text: Path, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_large_side_files_are_copied_in_pieces(model: Path, tmp_path: Path) -> N
         file.truncate(9 << 20)
     side = next(side for side in find_side_files(model) if side.name == "notes.txt")
     asked: list[int] = []
+    (tmp_path / "out").mkdir()
 
     class Watched:
         def __init__(self) -> None:

@@ -294,7 +294,7 @@ def test_tables_show_the_experts_of_a_layer_on_one_line(tmp_path: Path) -> None:
     assert short.count("experts.gate_up_proj") == 2 and "8 × 64 × 64" in short
     assert full.count("experts.gate_up_proj[") == 16
     card = (out / "README.md").read_text()
-    assert "The experts are packed on disk and become dense" in card
+    assert "The experts are packed on disk and dequantized when the model is loaded" in card
     refusal = loftq("plan", source, "--bits", 4, "--format", "bnb", "--experts", "require", code=2)
     assert "as --experts require asks" in sentence(refusal)
     assert "choose one of quantize, require, keep" in sentence(loftq("plan", source, "--experts", "stop", code=2))

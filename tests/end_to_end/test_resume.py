@@ -246,7 +246,7 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == ExitCode.INTERRUPTED, done.stderr
-    assert "run the same command again to go on" in done.stderr and "Traceback" not in done.stderr
+    assert "run the same command again to resume" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in out.iterdir()] == [".loftq"]
     assert Journal(out / ".loftq" / "journal").entries()
     loftq_cli.quantize(random_llama, output=out, bits=2)

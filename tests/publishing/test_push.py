@@ -385,8 +385,6 @@ def test_no_token_is_ever_shown(
     hub: WriteHub, out: Path, path: str, debug: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Even if a careless proxy sends the Authorization header back."""
-    import traceback
-
     caplog.set_level(logging.INFO)  # below it lies the wire itself, which httpcore shows to those who ask for it
     for name in ("loftq_cli", "huggingface_hub"):
         caplog.set_level(logging.DEBUG, name)
@@ -397,9 +395,7 @@ def test_no_token_is_ever_shown(
     hub.fail(path, status=403, headers=message, times=10**6, **where)
     result = runner.invoke(app, ["push", str(out), REPO, "--create-pr", *debug])
     shown = result.output + result.stderr
-    if debug:
-        assert isinstance(result.exception, LoftqError) and result.exception.__cause__ is not None
-        shown += "".join(traceback.format_exception(result.exception))
+    assert ("Traceback" in result.stderr and "LoftqError" in result.stderr) == bool(debug)
     assert result.exit_code == 1 and TOKEN not in shown + caplog.text and "Signature=secret" not in shown, shown
     assert all(TOKEN not in path.read_text(errors="replace") for path in out.rglob("*") if path.is_file())
 

@@ -1,7 +1,7 @@
 """The Triton quantizer against its plain-torch twin, bit for bit; the twin is the expectation everywhere.
 
 Run as a program it works through Triton's interpreter, which has to be asked for before Triton is imported:
-TRITON_INTERPRET=1 python tests/support/triton_cases.py gives {"cases": n, "failures": [names]}.
+In tests/, `TRITON_INTERPRET=1 python -m support.triton_cases` prints {"cases": n, "failures": [names]}.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import triton_cases, triton_group_cases
+from support.paths import TESTS
 
 from loftq_cli import kernels
 from loftq_cli.kernels import block_quantizer
@@ -28,9 +29,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 
 @needs_triton
 def test_interpreted_kernels_are_the_plain_twin_bit_for_bit() -> None:
-    program = [sys.executable, str(Path(triton_cases.__file__))]
     done = subprocess.run(
-        program, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "support.triton_cases"],
+        cwd=TESTS,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -162,10 +168,11 @@ def test_nested_scales_use_plain_torch() -> None:
 
 def test_triton_is_imported_only_for_a_gpu() -> None:
     code = (
-        "import sys, loftq_cli.kernels as k, triton_cases; k.block_quantizer(triton_cases.grid(), 'cpu')\n"
+        "import sys, loftq_cli.kernels as k; from support import triton_cases\n"
+        "k.block_quantizer(triton_cases.grid(), 'cpu')\n"
         "sys.exit('triton' in sys.modules)"
     )
-    path = os.pathsep.join([str(Path(triton_cases.__file__).parent), *sys.path])
+    path = os.pathsep.join([str(TESTS), *sys.path])
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
