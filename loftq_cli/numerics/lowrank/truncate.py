@@ -124,10 +124,14 @@ def krylov_low_rank(
     tries_float32 = previous is None or _narrow(previous.s)
     if space is None:
         found = gram_low_rank(residual, rank, careful=False) if tries_float32 else None
-        return found if found is not None and _precise_enough(found, norm) else gram_low_rank(residual, rank)
+        return found if found is not None and _precise_enough(found, residual, norm) else gram_low_rank(residual, rank)
     start = space.start(residual, previous, generator)
     found = space.search(residual, start, careful=False) if tries_float32 else None
-    return found if found is not None and _precise_enough(found, norm) else space.search(residual, start, careful=True)
+    return (
+        found
+        if found is not None and _precise_enough(found, residual, norm)
+        else space.search(residual, start, careful=True)
+    )
 
 
 def half_low_rank(
@@ -255,9 +259,10 @@ def _power_of_two(norm: float) -> float:
     return 2.0 ** -max(-126, min(126, math.frexp(norm)[1]))
 
 
-def _precise_enough(found: LowRank, norm: float) -> bool:
-    """True if float32 squares were precise enough for the directions found and for the rest."""
-    return _narrow(found.s) and norm**2 - found.energy > _LEAST_LEFT * norm**2
+def _precise_enough(found: LowRank, residual: Tensor, norm: float) -> bool:
+    """True if float32 squares were precise enough for the directions found and for the rest, if there is any."""
+    complete = len(found.s) == min(residual.shape)
+    return _narrow(found.s) and (complete or norm**2 - found.energy > _LEAST_LEFT * norm**2)
 
 
 def _narrow(s: Tensor, spread: float = SPREAD) -> bool:
