@@ -166,7 +166,7 @@ def test_interrupt_ends_all_workers_with_130(slow_llama: Path, tmp_path: Path) -
     pids = [status["pid"] for status in statuses(out).values()]
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == ExitCode.INTERRUPTED and "run the same command again to go on" in said
+    assert process.returncode == ExitCode.INTERRUPTED and "run the same command again to resume" in said
     assert not any(psutil.pid_exists(pid) for pid in pids) and not list((out / ".loftq").glob("lock.*"))
 
 
