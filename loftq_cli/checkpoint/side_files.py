@@ -39,6 +39,7 @@ _WEIGHTS = (
 _CHAT_TEMPLATES = "additional_chat_templates"  # transformers keeps all but the default template there
 _LISTED = 10_000  # files in the folders of a model
 _MODULES_BYTES = 1 << 20
+_LONGEST_NAME = 255  # bytes, on the common file systems
 
 
 def find_side_files(directory: Path) -> tuple[SideFile, ...]:
@@ -135,7 +136,7 @@ def module_folders(directory: Path) -> list[str]:
     """Return the folders that modules.json names; SentenceTransformer cannot open the model without them.
 
     Raises:
-        LoftqError: a folder has a name that loftq needs in the output.
+        LoftqError: a folder has a name that loftq needs in the output, or one that no folder can have.
     """
     path = directory / "modules.json"
     try:
@@ -153,6 +154,8 @@ def module_folders(directory: Path) -> list[str]:
             continue  # the model itself, or a place outside of it
         if first.startswith(".") or first.lower() == ADAPTER_FOLDER:
             raise LoftqError(f"{path} names the folder {first!r:.120}, which loftq needs itself: rename it there.")
+        if len(first.encode("utf-8", "replace")) > _LONGEST_NAME:
+            raise LoftqError(f"{path} names a folder of {len(first)} characters, which is too long: correct it there.")
         found.append(first)
     return found
 

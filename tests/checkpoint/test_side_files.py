@@ -150,3 +150,9 @@ def test_adapters_are_named(model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(LoftqError, match=r"is a PEFT adapter of org/base: give that model"):
         loftq_cli.plan(model)
+
+
+def test_a_module_folder_whose_name_is_too_long(model: Path) -> None:
+    (model / "modules.json").write_text(json.dumps([{"path": "x" * 5000}]))
+    with pytest.raises(LoftqError, match=r"modules\.json names a folder of 5000 characters, which is too long"):
+        find_side_files(model)
