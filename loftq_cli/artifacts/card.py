@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.local import check_file
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
-from loftq_cli.machine.printable import printable
+from loftq_cli.machine.printable import json_text, markdown_cell, printable
 from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
@@ -19,13 +19,14 @@ from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
 _WORST = 5
 _LONGEST_CARD = 10_000_000
 _LONGEST_FRONT = 50_000
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LICENCE = ("license", "license_name", "license_link")
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
     """Render README.md of an output directory. Measured numbers have fixed widths, so its length can be planned."""
     totals = manifest.totals
-    name = printable(plan.output.name)
+    name = markdown_cell(plan.output.name)
     mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
         ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
@@ -70,7 +71,7 @@ or, byte for byte, `loftq quantize --config loftq.yaml`, with {_versions(manifes
 
 def snippet(manifest: Manifest, plan: Plan) -> str:
     """Return Python that loads backbone and adapter with transformers and PEFT, ready to train."""
-    path = json.dumps(str(plan.output), ensure_ascii=False)
+    path = json_text(str(plan.output))
     if _pooled_by_us(manifest):
         return f"import loftq_cli\n\npath = {path}\nmodel = loftq_cli.load(path, trainable=True)"
     auto_class, adapted = _auto_class(manifest), manifest.totals.adapter_bytes > 0
@@ -144,10 +145,10 @@ def _description(manifest: Manifest) -> str:
 
 
 def _source(manifest: Manifest) -> str:
-    model = _cell(manifest.architecture or "a checkpoint")
+    model = markdown_cell(manifest.architecture or "a checkpoint")
     if manifest.source_revision is None:
         return model
-    return f"{_cell(manifest.source)} ({model}, commit `{manifest.source_revision}`)"
+    return f"{markdown_cell(manifest.source)} ({model}, commit `{manifest.source_revision}`)"
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
@@ -162,7 +163,7 @@ pip install transformers {shlex.quote(needs) if "[" in needs else needs}
 {snippet(manifest, plan)}
 ```
 
-Or in one call, for any format: `loftq_cli.load({json.dumps(str(plan.output), ensure_ascii=False)}, trainable=True)`."""
+Or in one call, for any format: `loftq_cli.load({json_text(str(plan.output))}, trainable=True)`."""
 
 
 def _auto_class(manifest: Manifest) -> str:
@@ -180,7 +181,7 @@ def _front_matter(manifest: Manifest, plan: Plan) -> str:
     if tag := get_container(manifest.format).tag:
         lines.append(f"- {tag}")
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
-    if base:
+    if base and _HUB_ID.fullmatch(base):  # a directory may have any name
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
     lines += _licence(plan.source)
     return "---\n" + "\n".join(lines) + "\n---"
@@ -208,7 +209,7 @@ def _licence(source: Path) -> list[str]:
         with open(path, "rb") as file:
             text = file.read(_LONGEST_CARD).decode(errors="ignore")
         front = yaml.safe_load(text.split("---")[1][:_LONGEST_FRONT]) if text.startswith("---") else {}
-        found = {name: front[name] for name in _LICENCE if isinstance(front.get(name), str)}
+        found = {name: printable(front[name]) for name in _LICENCE if isinstance(front.get(name), str)}
         return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []
     except (OSError, ValueError, LoftqError, yaml.YAMLError, AttributeError, IndexError, TypeError, RecursionError):
         return []  # the licence is a courtesy: an odd card must not end a conversion
@@ -216,9 +217,9 @@ def _licence(source: Path) -> list[str]:
 
 def _worst(manifest: Manifest) -> str:
     ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
-    width = max(len(_cell(record.module)) for record in manifest.matrices)
+    width = max(len(markdown_cell(record.module)) for record in manifest.matrices)
     rows = [
-        f"| {_cell(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
+        f"| {markdown_cell(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
         for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
@@ -227,13 +228,8 @@ def _worst(manifest: Manifest) -> str:
 def _nonfinite(plan: Plan) -> str:
     """Return a list of the matrices kept because they contain NaN or infinity (--allow-nonfinite)."""
     kept = [unit for unit in plan.kept if unit.reason and unit.reason.why is Why.NONFINITE]
-    rows = "\n".join(f"- `{_cell(unit.module or unit.tensor)}` {unit.reason}" for unit in kept)
+    rows = "\n".join(f"- `{markdown_cell(unit.module or unit.tensor)}` {unit.reason}" for unit in kept)
     return f"Kept in full precision, because they contain NaN or infinity:\n\n{rows}\n\n" if kept else ""
-
-
-def _cell(text: str) -> str:
-    """Return a name without characters that end a table cell or a code span, or that do not print."""
-    return "".join(letter if letter.isprintable() and letter not in "|`<>" else "?" for letter in text)
 
 
 def _command(plan: Plan) -> str:
@@ -251,7 +247,7 @@ def _command(plan: Plan) -> str:
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]
-    return shlex.join(words)
+    return printable(shlex.join(words))  # on one line, so that it cannot end its block
 
 
 def _versions(manifest: Manifest) -> str:

@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.errors import ExitCode, UsageError
-from loftq_cli.machine.printable import printable, without_secrets
+from loftq_cli.hub.secrets import redact
+from loftq_cli.machine.printable import printable
 
 DONE = ("done", "finished", "planned")
 STATUSES = (*DONE, "incomplete", "failed", "interrupted")
@@ -157,7 +158,7 @@ def markdown(report: BatchReport) -> str:
 
 def _clean(text: str) -> str:
     """Return text that XML and Markdown can hold, and a terminal may show."""
-    return printable(without_secrets(text))
+    return printable(redact(text))
 
 
 def _markdown_text(text: str) -> str:

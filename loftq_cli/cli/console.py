@@ -11,7 +11,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from loftq_cli.machine.printable import encodable, printable, without_secrets
+from loftq_cli.hub.secrets import users_token
+from loftq_cli.machine.printable import encodable, printable
+from loftq_cli.machine.secrets import without_secrets
 from loftq_cli.machine.streams import discard, reader_may_leave
 
 
@@ -24,6 +26,7 @@ class SafeConsole(Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
         super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+        self._token = users_token()  # read once: a table has many cells
 
     def render_str(self, text: str, **options: Any) -> Text:
         options.update(markup=False, emoji=False)
@@ -44,7 +47,5 @@ class SafeConsole(Console):
         discard(self.file)
 
     def _shown(self, text: str, keep: str = "") -> str:
-        if text.isascii() and text.isprintable() and "_" not in text and "http" not in text and "earer" not in text:
-            return text
         encoding = getattr(self.file, "encoding", None) or sys.getdefaultencoding()
-        return encodable(printable(without_secrets(text), keep), encoding)
+        return encodable(printable(without_secrets(text, self._token), keep), encoding)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.hub.secrets import redact
 from loftq_cli.machine.panics import is_panic
-from loftq_cli.machine.printable import json_text, printable, without_secrets
+from loftq_cli.machine.printable import json_text, printable
 from loftq_cli.machine.streams import reader_may_leave
 
 if TYPE_CHECKING:
@@ -122,4 +123,4 @@ def _fail(sentence: str, code: ExitCode, mute: bool, shown: BaseException | None
 
 
 def _clean(text: str) -> str:
-    return printable(without_secrets(text))
+    return printable(redact(text))

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, reason, with_retries
-from loftq_cli.hub.secrets import redact, scrub
+from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")
 _TRAINING = re.compile(r"(^|[-_./])train")
@@ -31,6 +31,7 @@ def may_be_dataset(name: str, suffixes: tuple[str, ...]) -> bool:
     return match is not None and not match["repo"].endswith(suffixes)
 
 
+@scrubbed_errors()
 def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
     """Return the path of a dataset's text file in the Hub's cache.
 
@@ -56,6 +57,8 @@ def fetch_text(name: str, flag: str, suffixes: tuple[str, ...]) -> Path:
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, CutShort) as error:
         scrub(error)
         raise _sentence(error, name, repo, flag) from error
+    except OSError as error:  # a full disk, or a cache that cannot be written
+        raise LoftqError(f"{flag} {name}: {reason(error)}: make room for the Hub's cache, or give a file.") from error
 
 
 def _choose(names: Iterable[str], place: str, suffixes: tuple[str, ...]) -> str | None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.retry import CutShort, HubModel, is_transient, reason
-from loftq_cli.hub.secrets import redact, scrub
+from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -32,17 +32,12 @@ def hub_errors(model: HubModel, *, stream: bool = False) -> Iterator[None]:
 
     Errors and their causes are left without tokens and signatures of links, because `--debug` prints them.
     """
-    try:
-        yield
-    except LoftqError as error:
-        scrub(error)
-        raise
-    except (HTTPError, EntryNotFoundError, CutShort, OSError) as error:
-        scrub(error)
-        raise _sentence(error, model, stream) from error
-    except Exception as error:
-        scrub(error)
-        raise
+    with scrubbed_errors():
+        try:
+            yield
+        except (HTTPError, EntryNotFoundError, CutShort, OSError) as error:
+            scrub(error)  # before its text becomes part of the sentence
+            raise _sentence(error, model, stream) from error
 
 
 def _sentence(error: Exception, model: HubModel, stream: bool) -> LoftqError:

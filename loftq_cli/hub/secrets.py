@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from huggingface_hub import get_token
-
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}")
-_USER = re.compile(r"(?i)\b(https?://)[^\s/?#'\"@]+@")
-_SIGNATURE = re.compile(r"(?i)(https?://[^\s?#'\"<>]+)[?#][^\s'\"<>]+")
-_PARAMETER = re.compile(
-    r"(?i)\b((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|key-pair-id|policy)=[^\s&'\"<>]+"
-)
+from loftq_cli.machine.secrets import without_secrets
 
 
 def redact(text: str) -> str:
     """Return the text without the user's token, anything that looks like one, passwords and signatures of links."""
-    token = get_token()
-    text = text.replace(token, "***") if token else text
-    text = _SIGNATURE.sub(r"\1?***", _USER.sub(r"\1***@", text))
-    return _PARAMETER.sub(r"\1=***", _BEARER.sub(r"\1 ***", _TOKEN.sub("***", text)))
+    return without_secrets(text, users_token())
+
+
+def users_token() -> str | None:
+    """Return the token that requests to the Hub are sent with; None while nothing could have sent it."""
+    if "huggingface_hub" not in sys.modules:  # importing it takes as long as `loftq --help`
+        return None
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+@contextmanager
+def scrubbed_errors() -> Iterator[None]:
+    """Redact every error that passes, of whatever class, because `--debug` and callers in Python print tracebacks."""
+    try:
+        yield
+    except BaseException as error:
+        scrub(error)
+        raise
 
 
 def scrub(error: BaseException) -> None:
@@ -42,4 +52,5 @@ def scrub(error: BaseException) -> None:
                     setattr(one, name, redact(value))
         if notes := getattr(one, "__notes__", None):
             one.__notes__ = [redact(str(note)) for note in notes]
-        rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        inside = [item for item in one.args if isinstance(item, BaseException)]  # as urllib3's errors have
+        rest += [one.__cause__, one.__context__, *inside, *getattr(one, "exceptions", ())]

@@ -18,8 +18,7 @@ from loftq_cli.errors import LoftqError
 _LONGEST = 10_000  # characters of an expression
 _FEW_REPEATS = 2  # with so many, the time of a search grows at most with the third power of the text
 _SHORT = 500  # characters of a text
-_SECONDS = 5.0  # for all searches with one expression
-_SECONDS_OF_A_MATCH = 1.0  # a sound expression takes microseconds
+_SECONDS = 2.0  # for all searches with one expression; one of a sound expression takes microseconds
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
@@ -42,7 +41,7 @@ class BoundedPattern:
                 self._timed: Any = None if self._cheap else _compile_timed(text)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        except (re.error, OverflowError) as error:
+        except (re.error, OverflowError, MemoryError) as error:
             raise ValueError(str(error)) from None
         self.text, self._left = text, _SECONDS
 
@@ -52,22 +51,35 @@ class BoundedPattern:
         Raises:
             LoftqError: the search takes too long.
         """
-        if self._cheap and len(text) <= _SHORT:
-            return self._fast.search(text) is not None
-        return self._search_timed(text)
-
-    def _search_timed(self, text: str) -> bool:
-        self._timed = self._timed or _compile_timed(self.text)
-        started = time.monotonic()
         try:
-            if self._left <= 0:
-                raise TimeoutError
-            return self._timed.search(text, timeout=self._left) is not None
+            return self._run("search", text)
         except TimeoutError:
             raise LoftqError(
                 f"the regular expression '{self.text:.80}' takes too long on '{text:.80}': write it without repeats "
                 "inside of repeats, such as (a+)+, and with fewer of them."
             ) from None
+
+    def full_match(self, text: str) -> bool:
+        """Return True if the expression matches the whole of the text.
+
+        Raises:
+            TimeoutError: the search takes too long.
+        """
+        return self._run("fullmatch", text)
+
+    def _run(self, method: str, text: str) -> bool:
+        """
+        Raises:
+            TimeoutError: the searches with this expression take too long in all.
+        """
+        if self._cheap and len(text) <= _SHORT:
+            return getattr(self._fast, method)(text) is not None
+        self._timed = self._timed or _compile_timed(self.text)
+        if self._left <= 0:
+            raise TimeoutError
+        started = time.monotonic()
+        try:
+            return getattr(self._timed, method)(text, timeout=self._left) is not None
         finally:
             self._left -= time.monotonic() - started
 
@@ -89,18 +101,14 @@ def full_match(pattern: str, text: str, where: object) -> bool:
         where: the file and field of the pattern, for messages.
 
     Raises:
-        LoftqError: the pattern is invalid or too long, or matching takes too long.
+        LoftqError: the pattern is invalid or too long, or the searches with it take too long.
     """
-    import regex
-
-    if len(pattern) > _LONGEST:
-        raise LoftqError(f"{where} has a pattern of {len(pattern)} characters: shorten it to at most {_LONGEST}.")
     try:
-        return regex.fullmatch(pattern, text, timeout=_SECONDS_OF_A_MATCH) is not None
+        return bounded_pattern(pattern).full_match(text)
+    except ValueError as error:
+        raise LoftqError(f"{where}: {pattern!r:.80} is not a valid regular expression ({error}): correct it.") from None
     except TimeoutError:
         raise LoftqError(f"{where}: matching {pattern!r:.80} takes too long: remove its nested repeats.") from None
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise LoftqError(f"{where}: {pattern!r:.80} is not a valid regular expression ({error}): correct it.") from None
 
 
 def _compile_timed(text: str) -> Any:
@@ -108,7 +116,7 @@ def _compile_timed(text: str) -> Any:
 
     try:
         return regex.compile(text, regex.VERSION0)
-    except regex.error as error:
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(str(error)) from None
 
 

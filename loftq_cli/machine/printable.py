@@ -1,7 +1,7 @@
-"""Text that is safe to print: no control or bidirectional characters, no tokens, no signatures of links.
+"""Text that is safe to print: no control or bidirectional characters, nothing that a table or code span reads as markup.
 
 Names of tensors, files and models come from checkpoints that other people made. Everything that goes to a terminal, a
-log, a report or a card passes through here.
+log, a report or a card passes through here. Tokens and signatures of links are removed by `machine.secrets`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
-_BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
-_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
-_LOGIN = re.compile(r"(https?://)[^\s/@\"'<>]+@")
+_MARKUP = str.maketrans(dict.fromkeys("|`<>[]*~", "?"))  # underscores are in most names, and harmless
 _UNUSUAL = re.compile(r"[^\n -~]")
 # Replacements of our own characters for terminals that are not in UTF-8.
 _ASCII: Mapping[str, str] = {"→": "->", "×": "x", "…": "...", "–": "-", "−": "-", "‖": "||", "·": "*", "≈": "~"}
@@ -34,11 +31,12 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
-def without_secrets(text: str) -> str:
-    """Return the text without access tokens, passwords in links, and queries of links, which may be signatures."""
-    if "http" in text:
-        text = _LOGIN.sub(r"\1***@", _QUERY.sub(r"\1?***", text))
-    return _BEARER.sub(r"\1***", _TOKEN.sub("***", text))
+def markdown_cell(text: str) -> str:
+    """Return text that cannot end a table cell, a code span or a heading, start a tag, or become a link or an image.
+
+    Names of tensors and models stay as they are; characters that have a meaning in Markdown become question marks.
+    """
+    return printable(text).translate(_MARKUP)
 
 
 def encodable(text: str, encoding: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from loftq_cli.artifacts.manifest import Manifest, render, seal
 from loftq_cli.formats import get_container
+from loftq_cli.machine.printable import json_text, markdown_cell
 from loftq_cli.tensorfile.hashing import FileRecord
 
 RECORD = "loftq_merge.json"
@@ -116,7 +117,7 @@ library_name: transformers
 tags:
 - loftq
 ---
-# {Path(report.output).name}
+# {markdown_cell(Path(report.output).name)}
 
 {name if name.isidentifier() else "A model"} with its adapter merged by loftq (`{report.format}`). {how}
 
@@ -126,6 +127,6 @@ Relative error against backbone + adapter, {len(report.errors)} matrices: mean {
 ```python
 {runtime}from transformers import {loader}
 
-model = {loader}.from_pretrained({json.dumps(report.output, ensure_ascii=False)}{option})
+model = {loader}.from_pretrained({json_text(report.output)}{option})
 ```
 """.encode()

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.retry import CutShort, is_transient, reason
-from loftq_cli.hub.secrets import redact, scrub
+from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _XET_REFUSAL = re.compile(r"HTTP status client error \((\d{3})")
 _CONFLICTS = frozenset({409, 412})
@@ -26,13 +26,12 @@ _CONFLICTS = frozenset({409, 412})
 @contextmanager
 def push_errors(repo: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into one sentence with the next step; no token appears in it or its causes."""
-    try:
-        yield
-    except LoftqError:
-        raise
-    except (HTTPError, CutShort, OfflineModeIsEnabled, OSError, ValueError) as error:
-        scrub(error)
-        raise _sentence(error, repo) from error
+    with scrubbed_errors():
+        try:
+            yield
+        except (HTTPError, CutShort, OfflineModeIsEnabled, OSError, ValueError) as error:
+            scrub(error)  # before its text becomes part of the sentence
+            raise _sentence(error, repo) from error
 
 
 def nobody_logged_in() -> LoftqError:

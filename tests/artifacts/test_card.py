@@ -120,7 +120,19 @@ def test_an_odd_card_of_the_source_is_ignored(card: str, random_llama: Path, tmp
     assert all(line.startswith("license: ") for line in _licence(tmp_path))
 
 
-def test_names_cannot_break_out_of_the_card() -> None:
-    from loftq_cli.artifacts.card import _cell
+def test_the_licence_of_the_source_cannot_reorder_the_card(tmp_path: Path) -> None:
+    from loftq_cli.artifacts.card import _licence
 
-    assert _cell("a|b`c\x1b[2J\n<script>\u202e") == "a?b?c?[2J??script??"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\u202ezzz\nlicense_name: \"a\\nb: c\"\n---\n")
+    lines = "\n".join(_licence(tmp_path))
+    assert "\u202e" not in lines and set(yaml.safe_load(lines)) == {"license", "license_name"}
+
+
+def test_names_cannot_break_out_of_the_card(random_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a`b|c\n# <script> [x](y)\u202e```"
+    loftq_cli.quantize(random_llama, output=output, bits=2, rank=4, iters=1)
+    card = (output / "README.md").read_text()
+    heading = next(line for line in card.splitlines() if line.startswith("# "))
+    assert heading == "# a?b?c\\n# ?script? ?x?(y)\\u202e???"
+    assert "\u202e" not in card and not any(line.startswith("# <") for line in card.splitlines())
+    assert sum(line.strip() == "```" for line in card.splitlines()) == 3 == card.count("\n```") - 3

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 import pytest
 
+from loftq_cli.errors import LoftqError
+from loftq_cli.hub.read_errors import hub_errors
+from loftq_cli.hub.retry import HubModel
 from loftq_cli.hub.secrets import redact, scrub
+from loftq_cli.publishing.errors import push_errors
 
 HIDDEN = {
     "with hf_AbCdEfGhIjKlMnOp in it": "with *** in it",
@@ -43,3 +48,12 @@ def test_causes_attributes_and_notes_are_scrubbed() -> None:
     except RuntimeError as caught:
         scrub(caught)
         assert "SECRET" not in "".join(traceback.format_exception(caught)) + str(vars(caught))
+
+
+@pytest.mark.parametrize("context", [lambda: push_errors("org/name"), lambda: hub_errors(HubModel("org/name"))])
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, LoftqError, KeyboardInterrupt])
+def test_every_error_of_a_request_is_scrubbed(context: Any, kind: type[BaseException]) -> None:
+    link = "https://host/f?Signature=SECRET"
+    with pytest.raises(kind) as caught, context():
+        raise kind(link) from OSError(5, ConnectionError(f"inside {link}"))
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))

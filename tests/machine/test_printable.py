@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from loftq_cli.machine.printable import encodable, json_text, printable, without_secrets
+from loftq_cli.machine.printable import encodable, json_text, markdown_cell, printable
 
 
 @pytest.mark.parametrize(
@@ -29,18 +29,10 @@ def test_line_feeds_can_be_kept() -> None:
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("token hf_abcdefgh12345678 ended", "token *** ended"),
-        ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
-        ("https://cdn.x/f?X-Amz-Signature=ab&c=d, x", "https://cdn.x/f?*** x"),
-        ("https://me:secret@host/f", "https://***@host/f"),
-        ("hf_short and https://host/f", "hf_short and https://host/f"),
-    ],
-)
-def test_secrets_are_removed(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+def test_names_cannot_become_markdown() -> None:
+    assert markdown_cell("a|b`c\x1b[2J\n<script>\u202e") == "a?b?c\\x1b?2J\\n?script?\\u202e"
+    assert markdown_cell("![x](https://host/f) **b** ~~c~~") == "!?x?(https://host/f) ??b?? ??c??"
+    assert markdown_cell("model.layers.0.q_proj") == "model.layers.0.q_proj"
 
 
 def test_other_encodings_get_replacements() -> None:
