@@ -18,6 +18,9 @@ class Reporter:
     def checking(self, plan: Plan) -> None:
         """Every matrix is about to be read once, to find those with NaN or infinity."""
 
+    def comparing(self, done: int, total: int) -> None:
+        """Of `total` converted matrices, `done` have been compared with the source, whose files look changed."""
+
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         """Work begins; an earlier run finished the tensors in `finished`, which maps them to their records."""
 

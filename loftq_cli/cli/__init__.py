@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any
@@ -20,8 +21,10 @@ from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.verify import verify_command
+from loftq_cli.cli.terminal import guarded
+from loftq_cli.errors import LoftqError
 from loftq_cli.machine.openmp import openmp_spin_env
-from loftq_cli.machine.streams import prepare_streams
+from loftq_cli.machine.streams import discard, prepare_streams
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -112,4 +115,9 @@ def main() -> None:
     """Entry point of the console script."""
     prepare_streams()
     os.environ.update(openmp_spin_env(os.environ))
-    app()
+    try:
+        app()
+    except OSError as error:  # of the help or the version; commands handle their own
+        discard(sys.stdout)
+        with guarded(debug=False):
+            raise LoftqError(f"standard output cannot be written ({error.strerror}): make room there.") from None

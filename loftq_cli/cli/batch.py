@@ -113,7 +113,7 @@ def batch_command(
             _print(report)
         if report.interrupted:
             raise KeyboardInterrupt
-    raise typer.Exit(int(report.exit_code))
+        raise typer.Exit(int(report.exit_code))
 
 
 @contextmanager

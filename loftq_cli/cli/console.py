@@ -14,7 +14,7 @@ from rich.text import Text
 from loftq_cli.hub.secrets import users_token
 from loftq_cli.machine.printable import encodable, printable
 from loftq_cli.machine.secrets import without_secrets
-from loftq_cli.machine.streams import discard, reader_may_leave
+from loftq_cli.machine.streams import discard, writing_results
 
 
 class SafeConsole(Console):
@@ -38,8 +38,8 @@ class SafeConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as `rich.console.Console` does; see the class for errors of the stream."""
-        ignored = (OSError, ValueError) if self.stderr else ()
-        with contextlib.suppress(*ignored), reader_may_leave(self.file):  # type: ignore[arg-type]
+        quiet = contextlib.suppress(OSError, ValueError) if self.stderr else writing_results(self.file)
+        with quiet:
             super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:

@@ -40,10 +40,16 @@ class _Counting(Reporter):
         self._said = float("-inf")
 
     def measuring(self, done: int, total: int) -> None:
+        self._say_sometimes(f"measuring matrix {done + 1} of {total} for the budget")
+
+    def comparing(self, done: int, total: int) -> None:
+        self._say_sometimes(f"comparing tensor {done + 1} of {total} with the source, whose files look changed")
+
+    def _say_sometimes(self, text: str) -> None:
         now = time.monotonic()
         if now - self._said >= _LINE_EVERY:
             self._said = now
-            self.console.print(f"measuring matrix {done + 1} of {total} for the budget")
+            self.console.print(text)
 
     def checking(self, plan: Plan) -> None:
         count = len(plan.matrices)

@@ -14,7 +14,7 @@ from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.secrets import redact
 from loftq_cli.machine.panics import is_panic
 from loftq_cli.machine.printable import json_text, printable
-from loftq_cli.machine.streams import reader_may_leave
+from loftq_cli.machine.streams import lost_results, writing_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ def styled(*parts: str | tuple[str, str]) -> Text:
 
 def print_json(content: Any) -> None:
     """Print one JSON object to stdout."""
-    with reader_may_leave(sys.stdout):
+    with writing_results(sys.stdout):
         typer.echo(json_text(content, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
@@ -62,7 +62,8 @@ def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) ->
         mute: set the exit code only.
     """
     try:
-        yield
+        with _results_must_arrive(mute):
+            yield
     except LoftqError as error:
         _fail(str(error), error.exit_code, mute, error if debug else None)
     except KeyboardInterrupt:
@@ -73,6 +74,21 @@ def guarded(debug: bool, resumable: str | None = None, *, mute: bool = False) ->
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         _unexpected(error, debug, mute)
+
+
+@contextmanager
+def _results_must_arrive(mute: bool) -> Iterator[None]:
+    """Say so if results could not be written; the exit code of a failed command stays as it is."""
+    lost_results()  # of an earlier command in this process
+    try:
+        yield
+    except typer.Exit as done:
+        if done.exit_code and (sentence := lost_results()):
+            _say(sentence, mute)
+        if done.exit_code:
+            raise
+    if sentence := lost_results():
+        raise LoftqError(sentence)
 
 
 def _unexpected(error: BaseException, debug: bool, mute: bool) -> None:
@@ -113,13 +129,18 @@ def duration(seconds: float) -> str:
 
 
 def _fail(sentence: str, code: ExitCode, mute: bool, shown: BaseException | None = None) -> None:
-    if not mute:
-        console = messages()
-        if shown is not None:
-            for line in "".join(traceback.format_exception(shown)).splitlines():
-                console.print(line, soft_wrap=True)
-        console.print(styled(("loftq:", "bold red"), f" {sentence}"), soft_wrap=True)
+    _say(sentence, mute, shown)
     raise typer.Exit(int(code))
+
+
+def _say(sentence: str, mute: bool, shown: BaseException | None = None) -> None:
+    if mute:
+        return
+    console = messages()
+    if shown is not None:
+        for line in "".join(traceback.format_exception(shown)).splitlines():
+            console.print(line, soft_wrap=True)
+    console.print(styled(("loftq:", "bold red"), f" {sentence}"), soft_wrap=True)
 
 
 def _clean(text: str) -> str:

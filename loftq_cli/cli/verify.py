@@ -61,8 +61,8 @@ def verify_command(
             print_json({**dataclasses.asdict(found), "ok": found.ok})
         else:
             _print(found, quiet)
-    if not found.ok:
-        raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
+        if not found.ok:
+            raise typer.Exit(int(ExitCode.VERIFICATION_FAILED))
 
 
 def _print(found: Verification, quiet: bool) -> None:

@@ -79,9 +79,8 @@ def run_plan(
     started = time.perf_counter()
     run = Run(plan, checkpoint, device, reporter, choose_schedule(plan, device, max_memory))
     needed = planned_bytes(plan)
-    claimed = claim(
-        plan.output, {"the model": plan.source}, partial(resume_or_start, plan, checkpoint, overwrite, needed=needed)
-    )
+    prepare = partial(resume_or_start, plan, checkpoint, overwrite, reporter, needed)
+    claimed = claim(plan.output, {"the model": plan.source}, prepare)
     with on_file_error(), on_full_disk(plan.output), team or nullcontext(), claimed as lock:
         try:
             small = write_files(plan.output, plan.texts, plan.side_files)  # fails now rather than after the work
@@ -137,7 +136,7 @@ def _check_source(run: Run, states: Mapping[str, str]) -> None:
     plan = run.plan
     if file_states(run.checkpoint) == states:
         return
-    replaced = replaced_unit(plan.units, journal_of(plan.output).entries(), run.checkpoint)
+    replaced = replaced_unit(plan.units, journal_of(plan.output).entries(), run.checkpoint, run.reporter)
     if replaced is not None:
         raise LoftqError(
             f"{plan.source / replaced.source.file} was changed while it was converted ({replaced.tensor} differs): "

@@ -28,13 +28,34 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+_lost: list[OSError] = []
+
+
 @contextlib.contextmanager
-def reader_may_leave(stream: IO[str]) -> Iterator[None]:
-    """Ignore that the reader of a pipe has closed it, now and from then on: the result does not depend on it."""
+def writing_results(stream: IO[str]) -> Iterator[None]:
+    """Go on if a stream cannot be written to, now and from then on: the work does not depend on it.
+
+    A reader of a pipe may leave. Any other error, such as a full disk, is kept for `lost_results`.
+    """
     try:
         yield
     except BrokenPipeError:
         discard(stream)
+    except OSError as error:
+        discard(stream)
+        _lost.append(error)
+
+
+def lost_results() -> str | None:
+    """Return the sentence for results that could not be written since the last call; None if there are none."""
+    if not _lost:
+        return None
+    reason = _lost[0].strerror or str(_lost[0])
+    _lost.clear()
+    return (
+        f"the results cannot be written to standard output ({reason}), but all else is done: make room there, or send "
+        "them to another place."
+    )
 
 
 def discard(stream: IO[str]) -> None:

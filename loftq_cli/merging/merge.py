@@ -88,7 +88,7 @@ def merge(
     try:
         with _opened(manifest, source, trained, to, dtype) as job:
             plan = _make_plan(job, parse_size(max_shard_size))
-            start = partial(start_merge, target, _names(job, plan), overwrite)
+            start = partial(start_merge, target, _names(job, plan), overwrite, plan.side_files)
             with on_full_disk(target), claim(target, inputs, start) as lock:
                 errors, hashes = _write_weights(job, plan, target, lock, progress)
                 report = _report(job, plan, target, errors)
@@ -221,14 +221,15 @@ def _architecture(job: Merge, plan: MergePlan) -> str | None:
 def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, str], lock: Lock) -> None:
     """Read the weights back, write every other file, and publish all of them."""
     output, index = Path(report.output), plan.weights.index
+    files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
+    copied = write_files(output, {}, plan.side_files)
     texts = {
         "config.json": merged.config_of(plan.config, report),
-        merged.RECORD: merged.record_of(report),
+        merged.RECORD: merged.record_of(report, copied),
         merged.CARD: merged.card_of(job.manifest, report, _architecture(job, plan)),
         **({INDEX: index_text(report.backbone_bytes, index)} if index else {}),
     }
-    files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
-    files |= write_files(output, texts, plan.side_files)
+    files |= write_files(output, texts) | copied
     if job.way in ("zeros", "requantize"):
         files |= write_files(output, {MANIFEST: merged.manifest_of(job.manifest, report, files)})
     lock.check()

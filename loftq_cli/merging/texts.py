@@ -17,6 +17,7 @@ from loftq_cli.tensorfile.hashing import FileRecord
 
 RECORD = "loftq_merge.json"
 CARD = "README.md"
+SIDE_FILES = "side_files"  # field of the record: sha256 of the model's files that a merge has copied, by name
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -
     return hashlib.sha256(json.dumps([manifest.fingerprint, adapter_sha256, way, dtype]).encode()).hexdigest()
 
 
-def record_of(report: MergeReport) -> bytes:
-    """Render `loftq_merge.json`."""
-    return (json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n").encode()
+def record_of(report: MergeReport, side_files: Mapping[str, FileRecord]) -> bytes:
+    """Render `loftq_merge.json`. It records the copied files, so that a later merge knows them as ours."""
+    copied = {name: record.sha256 for name, record in side_files.items()}
+    return (json.dumps({**dataclasses.asdict(report), SIDE_FILES: copied}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def config_of(config: Mapping[str, Any], report: MergeReport) -> bytes:

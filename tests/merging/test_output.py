@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 import loftq_cli
 from loftq_cli.artifacts.manifest import MERGE_MARK
+from loftq_cli.checkpoint.side_files import made_file
 from loftq_cli.engine.output.directory import STATE, journal_of, partial_folder
 from loftq_cli.engine.output.journal import Header
 from loftq_cli.engine.output.lock import take
@@ -19,6 +21,7 @@ from loftq_cli.merging.output import start_merge
 from loftq_cli.merging.texts import RECORD, MergeReport
 
 NAMES = {"config.json", "model.safetensors", RECORD, "1_Pooling/config.json"}
+COPIED = made_file("1_Pooling/config.json", b"1_Pooling/config.json")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def merge(backbone: Path, output: Path, **how: Any) -> MergeReport:
 
 def start(output: Path, *, overwrite: bool = False) -> None:
     (output / STATE).mkdir(parents=True, exist_ok=True)
-    start_merge(output, NAMES, overwrite)
+    start_merge(output, NAMES, overwrite, [COPIED])
 
 
 def fill(output: Path, *names: str) -> None:
@@ -72,7 +75,7 @@ def test_a_merge_does_not_drop_an_unfinished_conversion(tmp_path: Path) -> None:
 def test_an_unfinished_merge_says_so_and_is_repeated(tmp_path: Path) -> None:
     """A stop between the moves leaves files at their final places, which the same command replaces."""
     start(tmp_path)
-    fill(tmp_path, RECORD, "model.safetensors", "1_Pooling/config.json")
+    fill(tmp_path, RECORD, "model.safetensors", "1_Pooling/config.json", f"{STATE}/publishing")
     with pytest.raises(LoftqError, match=r"the merge into .* is not finished: run the same `loftq merge`") as caught:
         loftq_cli.read_manifest(tmp_path)
     assert caught.value.exit_code == ExitCode.INCOMPLETE
@@ -97,6 +100,39 @@ def test_overwrite_removes_only_what_a_merge_writes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="choose another -o, or move"):
         start(tmp_path)
     assert (tmp_path / "1_Pooling" / "mine.txt").exists() and (tmp_path / "config.json").exists()
+
+
+def test_files_put_into_an_unfinished_merge_are_kept(tmp_path: Path) -> None:
+    """A merge that has not begun to move its files has left nothing outside of its state."""
+    start(tmp_path)
+    fill(tmp_path, "model.safetensors")
+    with pytest.raises(UsageError, match="is not empty: choose another -o"):
+        start(tmp_path)
+    assert entries(tmp_path) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_copied_file_that_was_changed_is_kept(overwrite: bool, tmp_path: Path) -> None:
+    start(tmp_path)
+    fill(tmp_path, RECORD, "1_Pooling/config.json", f"{STATE}/publishing")
+    (tmp_path / "1_Pooling" / "config.json").write_text("mine")
+    with pytest.raises(UsageError, match=r"move '1_Pooling/config\.json' away, which is not known to be from a merge"):
+        start(tmp_path, overwrite=overwrite)
+    assert entries(tmp_path) == {RECORD, "1_Pooling"}
+
+
+def test_the_record_shows_which_copies_are_a_merges(backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(backbone, out)
+    copied = json.loads((out / RECORD).read_text())["side_files"]
+    assert "generation_config.json" in copied and set(copied) <= {path.name for path in out.iterdir()}
+    start(out, overwrite=True)  # a merge of another model, which has none of them
+    assert not entries(out)
+    merge(backbone, out)
+    (out / "generation_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"move 'generation_config\.json' away"):
+        start(out, overwrite=True)
+    assert (out / "generation_config.json").read_text() == "{}" and (out / "config.json").exists()
 
 
 def test_links_in_the_output_are_not_followed(tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ from loftq_cli.engine.output.source_sample import changed_files, file_states, re
 from loftq_cli.errors import UsageError
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
+from loftq_cli.progress import Reporter
 
 _LONG_LIST = 6
 
 
-def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed: int) -> None:
+def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporter: Reporter, needed: int) -> None:
     """Keep the state of the same conversion, or begin a new one. Call this with the output's lock held.
 
     Args:
@@ -45,7 +46,7 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed:
     if same and header is not None and not changed_files(header.files, files):
         check_places(plan, published_names(plan))
         check_space(plan, needed, allocated(output, published_names(plan)))
-        if header.states != states and (replaced := _replaced_unit(plan, checkpoint)):
+        if header.states != states and (replaced := _replaced_unit(plan, checkpoint, reporter)):
             if not overwrite:
                 raise UsageError(_another_file(plan, replaced.source.file, f" ({replaced.tensor} differs)"))
         else:
@@ -96,8 +97,8 @@ def _not_the_source(what: str, output: Path) -> str:
     )
 
 
-def _replaced_unit(plan: Plan, checkpoint: Checkpoint) -> Unit | None:
-    return replaced_unit(plan.units, journal_of(plan.output).entries(), checkpoint)
+def _replaced_unit(plan: Plan, checkpoint: Checkpoint, reporter: Reporter) -> Unit | None:
+    return replaced_unit(plan.units, journal_of(plan.output).entries(), checkpoint, reporter)
 
 
 def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.output.journal import Entry, hash_tensor
 from loftq_cli.planning.units import Unit
+from loftq_cli.progress import Reporter
 
 _START = 1 << 20
 _BLOCK, _BLOCKS = 4 << 10, 256
@@ -36,13 +37,17 @@ def file_states(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats.items()}
 
 
-def replaced_unit(units: Iterable[Unit], entries: Mapping[str, Entry], checkpoint: Checkpoint) -> Unit | None:
+def replaced_unit(
+    units: Iterable[Unit], entries: Mapping[str, Entry], checkpoint: Checkpoint, reporter: Reporter
+) -> Unit | None:
     """Return the first finished unit whose source tensor is not the one that was converted. Reads all of them.
 
     Units whose source was not hashed, by loftq 0.1, are skipped.
     """
-    finished = (unit for unit in units if unit.tensor in entries and entries[unit.tensor].source)
-    for unit in sorted(finished, key=lambda unit: (unit.source.file, unit.source.start)):
+    finished = [unit for unit in units if unit.tensor in entries and entries[unit.tensor].source]
+    ordered = sorted(finished, key=lambda unit: (unit.source.file, unit.source.start))
+    for done, unit in enumerate(ordered):
+        reporter.comparing(done, len(ordered))
         if hash_tensor(unit.read(checkpoint)) != entries[unit.tensor].source:
             return unit
     return None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.precision import full_precision
+from loftq_cli.hub.secrets import redact
 from loftq_cli.machine.printable import printable
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         order = Order.from_json(sys.stdin.readline())
     except LoftqError as error:
-        print(f"loftq: {printable(str(error))}", file=sys.stderr)
+        print(f"loftq: {printable(redact(str(error)))}", file=sys.stderr)
         sys.exit(int(error.exit_code))
     threading.Thread(target=_exit_with_main, daemon=True).start()
     sys.exit(carry_out(order))
