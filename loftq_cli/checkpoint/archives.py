@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.usage import available_memory
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 
 _NESTED = ("state_dict", "model", "module")
@@ -188,12 +189,26 @@ def read_whole(file: ByteSource) -> dict[str, Tensor]:
     """
     with pickle_errors(file.where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _check_room(file)
         handle = io.BufferedReader(_Ranges(file), _BUFFER)
         _refuse_enormous(handle, 4)  # magic number, protocol, machine, content
         handle.seek(0)
         with _NoIteration():
             content = torch.load(handle, weights_only=True, map_location="cpu")
     return named_tensors(file.where, content)
+
+
+def _check_room(file: ByteSource) -> None:
+    """
+    Raises:
+        LoftqError: the file is larger than the free memory.
+    """
+    free = available_memory()
+    if file.size > free:
+        raise LoftqError(
+            f"{file.where} has {file.size / 1e9:.1f} GB in the format before torch 1.6, which is read whole, but only "
+            f"{free / 1e9:.1f} GB of memory are free: free some, or get the model as safetensors."
+        )
 
 
 def _read_pickle(archive: zipfile.ZipFile) -> tuple[bytes, str, dict[str, zipfile.ZipInfo], bool]:

@@ -78,18 +78,35 @@ def companions(directory: Path, names: Iterable[str]) -> list[str]:
     return found
 
 
-def left_behind(directory: Path, weights: Iterable[str]) -> list[str]:
-    """Return the names of the files at the top of a model that are not copied, without the weights that are read."""
-    known = {*weights, *companions(directory, _listing(directory))}
-    names = [path.name for path in directory.iterdir() if path.is_file()]
-    return sorted(
+def left_behind(directory: Path, weights: Iterable[str], names: Iterable[str] | None = None) -> list[str]:
+    """Return the names of the files and folders at the top of a model that are not copied.
+
+    Args:
+        weights: the files that are read.
+        names: of all files of a model on the Hub, of which `directory` holds only some; None for those in `directory`.
+    """
+    listed = sorted(_top(directory) if names is None else names)
+    known = {*weights, *companions(directory, listed if names is not None else _listing(directory))}
+    folders = {name.partition("/")[0] for name in known if "/" in name}
+    found = (name if not below else f"{name}/" for name, _, below in (one.partition("/") for one in listed))
+    return [
         name
-        for name in names
+        for name in dict.fromkeys(found)
         if name not in known
+        and name.rstrip("/") not in folders
         and name.lower() not in _NOT_COPIED
         and not name.startswith(".")
         and not name.endswith(".index.json")
-    )
+    ]
+
+
+def _top(directory: Path) -> Iterator[str]:
+    """Yield the files of a model at its top, and `FOLDER/…` for the folders."""
+    for path in directory.iterdir():
+        if path.is_file():
+            yield path.name
+        elif path.is_dir():
+            yield f"{path.name}/…"
 
 
 def local_file(path: Path, name: str) -> SideFile:

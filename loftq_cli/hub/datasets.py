@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, reason, with_retries
+from loftq_cli.hub.answers import CutShort
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, reason, with_retries
 from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<place>[^/].*))?")

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.hub.retry import CutShort, HubModel, is_transient, reason
+from loftq_cli.hub.answers import CutShort
+from loftq_cli.hub.retry import HubModel, is_transient, reason
 from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})

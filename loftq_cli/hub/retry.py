@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from huggingface_hub.utils import get_session
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.hub.answers import CutShort, bound_answer
 from loftq_cli.hub.secrets import redact
 
 ATTEMPTS = 7
@@ -39,10 +40,6 @@ class HubModel:
 
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
-
-
-class CutShort(Exception):
-    """An answer ended before it was complete, or the link to a file is no longer valid."""
 
 
 @dataclass
@@ -107,18 +104,18 @@ def with_retries(call: Callable[[], T], attempts: int = ATTEMPTS, stop: threadin
     """Return the result of `call`, retrying it after transient failures; `stop` is explained in `Attempts`."""
     tried = Attempts(attempts, stop)
     while True:
-        limit_library_waits()
+        limit_library()
         try:
             return call()
         except Exception as error:
             tried.failed(error)
 
 
-def limit_library_waits() -> None:
-    """Bound the pauses that huggingface_hub itself makes between attempts: it sleeps for as long as a server asks."""
+def limit_library() -> None:
+    """Bound what huggingface_hub itself does: it sleeps for as long as a server asks, and reads all that comes."""
     hooks = getattr(get_session(), "event_hooks", None)
     if isinstance(hooks, dict) and _check_wait not in hooks.setdefault("response", []):
-        hooks["response"].append(_check_wait)
+        hooks["response"] += [_check_wait, bound_answer]
 
 
 def _check_wait(response: Any) -> None:

@@ -32,6 +32,13 @@ def own_cost(device: torch.device) -> Cost:
     return Cost(torch.cuda.get_device_name(device), peak_memory(), torch.cuda.max_memory_allocated(device))
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that programs can still take without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change a byte of the output."""
     found = {"python": platform.python_version()}

@@ -34,9 +34,7 @@ _LONGEST_JSON = 100_000_000
 _PIECE = 1 << 20
 
 
-def start_merge(
-    output: Path, names: Collection[str], overwrite: bool, side_files: Iterable[SideFile] = ()
-) -> None:
+def start_merge(output: Path, names: Collection[str], overwrite: bool, side_files: Iterable[SideFile] = ()) -> None:
     """Make the directory ready for a merge. To be called with the output's lock held.
 
     Args:

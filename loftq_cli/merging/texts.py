@@ -59,7 +59,9 @@ def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -
 def record_of(report: MergeReport, side_files: Mapping[str, FileRecord]) -> bytes:
     """Render `loftq_merge.json`. It records the copied files, so that a later merge knows them as ours."""
     copied = {name: record.sha256 for name, record in side_files.items()}
-    return (json.dumps({**dataclasses.asdict(report), SIDE_FILES: copied}, indent=1, ensure_ascii=False) + "\n").encode()
+    return (
+        json.dumps({**dataclasses.asdict(report), SIDE_FILES: copied}, indent=1, ensure_ascii=False) + "\n"
+    ).encode()
 
 
 def config_of(config: Mapping[str, Any], report: MergeReport) -> bytes:

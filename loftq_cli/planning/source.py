@@ -12,6 +12,7 @@ from loftq_cli.checkpoint import Checkpoint, SideFile, pickled, safetensors
 from loftq_cli.checkpoint.base import fingerprint, name_order
 from loftq_cli.checkpoint.local import ADAPTER_CONFIG, adapter_base
 from loftq_cli.checkpoint.quantized import quantization_method
+from loftq_cli.checkpoint.remote.model import repository_files
 from loftq_cli.checkpoint.side_files import left_behind
 from loftq_cli.errors import LoftqError
 from loftq_cli.modules.reasons import Reason, Why
@@ -82,7 +83,7 @@ def _directory_notes(checkpoint: Checkpoint) -> list[str]:
         if single in files and (path / index).exists():
             notes.append(f"{index} is ignored, as transformers does, because {single} is there.")
     metas = any(file.endswith(".pth") for file in files)  # whose config and tokenizer are converted, not copied
-    behind = [] if metas else left_behind(path, files)
+    behind = [] if metas else left_behind(path, files, repository_files(path))
     if behind:
         more = f" and {len(behind) - _SHOWN} more" if len(behind) > _SHOWN else ""
         notes.append(f"not copied, because no class of transformers reads them: {', '.join(behind[:_SHOWN])}{more}.")

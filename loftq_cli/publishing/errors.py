@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.hub.retry import CutShort, is_transient, reason
+from loftq_cli.hub.answers import CutShort
+from loftq_cli.hub.retry import is_transient, reason
 from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
 
 _XET_REFUSAL = re.compile(r"HTTP status client error \((\d{3})")

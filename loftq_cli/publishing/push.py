@@ -17,7 +17,8 @@ from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
-from loftq_cli.hub.retry import CutShort, with_retries
+from loftq_cli.hub.answers import CutShort
+from loftq_cli.hub.retry import with_retries
 from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.publishing.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.publishing.stage import Destination, stage

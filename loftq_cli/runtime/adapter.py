@@ -124,7 +124,8 @@ def _fit(config: LoraConfig, keys: Iterable[str], model: PreTrainedModel) -> _Fi
     if not any(".lora_" in key for key in renames):
         raise LoftqError(
             f"the adapter has no module in common with {type(model).__name__}: load the class in config.json, or "
-            "another of the same family."
+            "another of the same family, or give adapter=False if the backbone alone is wanted, which is in full "
+            "precision there."
         )
     renamed = bool(dropped) or any(old != new for old, new in renames.items())
     if renamed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,8 @@ def _with_class_config(
 
 def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     options = {**options, "output_loading_info": True}
-    model, info = open_pretrained(model_class, name, **options)
+    with _shapes_must_fit(model_class, name):
+        model, info = open_pretrained(model_class, name, **options)
     lost = _lost_matrices(model, info["missing_keys"], info["unexpected_keys"])
     if lost:
         raise LoftqError(
@@ -185,6 +187,20 @@ def _load_backbone(model_class: Any, name: str, options: Mapping[str, Any]) -> P
     for container in FORMATS.values():  # all of them: a dense backbone may be quantized while it is loaded
         container.loading.finish(model)
     return model
+
+
+@contextmanager
+def _shapes_must_fit(model_class: Any, name: str) -> Iterator[None]:
+    """Say in a sentence that weights have other shapes than the class, after transformers' own table of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise LoftqError(
+            f"weights of {name} have other shapes than {getattr(model_class, '__name__', model_class)} builds from "
+            "config.json: load the class named there, or give the sizes that differ, such as num_labels."
+        ) from error
 
 
 def _lost_matrices(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:

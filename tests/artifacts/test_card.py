@@ -123,7 +123,7 @@ def test_an_odd_card_of_the_source_is_ignored(card: str, random_llama: Path, tmp
 def test_the_licence_of_the_source_cannot_reorder_the_card(tmp_path: Path) -> None:
     from loftq_cli.artifacts.card import _licence
 
-    (tmp_path / "README.md").write_text("---\nlicense: mit\u202ezzz\nlicense_name: \"a\\nb: c\"\n---\n")
+    (tmp_path / "README.md").write_text('---\nlicense: mit\u202ezzz\nlicense_name: "a\\nb: c"\n---\n')
     lines = "\n".join(_licence(tmp_path))
     assert "\u202e" not in lines and set(yaml.safe_load(lines)) == {"license", "license_name"}
 

@@ -51,6 +51,9 @@ def test_files_that_a_class_reads_come_along_and_others_are_listed(model: Path) 
         (model / name).write_text("x")
     assert "bpe.codes" in names(model) and not names(model) & {"optimizer.pt", "modeling_mine.py"}
     assert left_behind(model, ["model.safetensors"]) == ["modeling_mine.py", "optimizer.pt"]
+    (model / "runs").mkdir()
+    assert left_behind(model, ["model.safetensors"]) == ["modeling_mine.py", "optimizer.pt", "runs/"]
+    (model / "runs").rmdir()
     assert any("not copied" in note and "optimizer.pt" in note for note in loftq_cli.plan(model).notes)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_mine.Mine"}}))

@@ -169,3 +169,24 @@ def test_a_matrix_that_gptq_cannot_hold_stays_in_full_precision(tmp_path: Path) 
     assert kept == dict.fromkeys(names, "words of gptq need multiples of 32 rows and columns")
     listed = json.loads(plan.texts["config.json"])["quantization_config"]["modules_in_block_to_quantize"][0]
     assert not any(module.endswith(entry) for entry in listed for module in names)
+
+
+@pytest.mark.parametrize("place", ["model.layers.2", "mtp.layers.0"])
+def test_gptq_lists_the_quantized_modules_if_a_layer_for_prediction_is_kept(place: str, tmp_path: Path) -> None:
+    """Serving engines take every linear layer that ends in a listed path for a quantized one, or all without a list."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**_SIZES | {"num_hidden_layers": 2}, vocab_size=96, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    extra = {name.replace("model.layers.1", place): value.clone() for name, value in state.items() if "s.1." in name}
+    for tensors, listed in ((state, False), (state | extra, True)):
+        save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        plan = loftq_cli.plan(tmp_path / "model", output=tmp_path / "out", bits=4, rank=8, format="gptq", group_size=32)
+        settings = json.loads(plan.texts["config.json"])["quantization_config"]
+        assert ("modules_in_block_to_quantize" in settings) == listed
+        if listed:
+            kept = [unit.tensor.removesuffix(".weight") for unit in plan.kept if unit.tensor.startswith(place)]
+            assert f"{place}.mlp.down_proj" in kept
+            entries = settings["modules_in_block_to_quantize"][0]
+            assert [name for name in kept if any(name.endswith(entry) for entry in entries)] == []
+            assert all(any(unit.module.endswith(entry) for entry in entries) for unit in plan.matrices)

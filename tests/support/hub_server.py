@@ -62,7 +62,7 @@ class Failure:
 
     Attributes:
         path, range: regular expressions, found anywhere.
-        status: an error status with `headers`; None answers, but sends only the first `cut` bytes of the body.
+        status: a status with `headers` and `body`; None answers, but sends only the first `cut` bytes of the body.
     """
 
     path: str
@@ -71,6 +71,7 @@ class Failure:
     range: str = ""
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
     cut: int = 0
     times: int = 1
 
@@ -178,7 +179,7 @@ class _Handler(ABC, BaseHTTPRequestHandler):
             if failure is not None:
                 failure.times -= 1
         if failure is not None and failure.status is not None:
-            self.answer(failure.status, b"{}", dict(failure.headers))
+            self.answer(failure.status, failure.body, dict(failure.headers))
             return
         self.cut = failure.cut if failure is not None else None
         self.route()

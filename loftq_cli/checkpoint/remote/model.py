@@ -28,8 +28,9 @@ from loftq_cli.checkpoint.remote.ranges import open_remote
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.checkpoint.side_files import companions, travels
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
+from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import OPENING_ATTEMPTS, CutShort, HubModel, is_transient, with_retries
+from loftq_cli.hub.retry import OPENING_ATTEMPTS, HubModel, is_transient, with_retries
 
 _BESIDE = ("config.json", "README.md", ADAPTER_CONFIG, MODELOPT)  # the card names the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
@@ -50,6 +51,15 @@ class Weights:
     files: tuple[str, ...]
     index: str | None = None
     beside: tuple[str, ...] = ()
+
+
+_listings: dict[Path, tuple[str, ...]] = {}
+
+
+def repository_files(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of all files of the repository that a snapshot folder belongs to; None if this process has not
+    asked the Hub for them. The folder holds only those that were needed."""
+    return _listings.get(folder.resolve())
 
 
 def parse_model(model: str, revision: str | None) -> HubModel | Path:
@@ -97,6 +107,7 @@ def open_hub(
             return opener(folder), _commit(model, folder)
         chosen = choose_weights(model, names)
         folder = _fetch_small(model, commit, names, chosen)
+        _listings[folder.resolve()] = tuple(names)
         at = dataclasses.replace(model, revision=commit)
         files, index = _shards(folder, names, chosen)
         if stream or not weights:

@@ -25,8 +25,9 @@ from loftq_cli.checkpoint.local import CONFIG_HINT, collect, read_json
 from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
+from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.read_errors import hub_errors
-from loftq_cli.hub.retry import Attempts, CutShort, HubModel, limit_library_waits, with_retries
+from loftq_cli.hub.retry import Attempts, HubModel, limit_library, with_retries
 
 _CHUNK = 16 << 20
 _CONNECTIONS = 4  # one connection seldom uses the full bandwidth
@@ -98,7 +99,7 @@ class RemoteFile:
         done = mark = 0
         tried = Attempts(stop=self.stop)
         while done < len(target):
-            limit_library_waits()
+            limit_library()
             try:
                 with self._request(start + done, start + len(target)) as pieces:
                     began, first = time.monotonic(), done

@@ -134,14 +134,18 @@ class GptqFormat(FormatDefaults):
             "checkpoint_format": self._checkpoint_format,
             "meta": {"quantizer": ["loftq"]},
         }
-        if any(_IN_BLOCK.fullmatch(module) for module in dense_linears):
-            config["modules_in_block_to_quantize"] = [_listed(matrices, dense_linears)]
+        if listed := _listed(matrices, (*dense_linears, *request.kept_matrices)):
+            config["modules_in_block_to_quantize"] = [listed]
         return config
 
 
-def _listed(matrices: Sequence[QuantizedMatrix], dense_linears: Sequence[str]) -> list[str]:
-    """Return suffixes of paths that match exactly the quantized modules: short ones if all blocks are alike."""
+def _listed(matrices: Sequence[QuantizedMatrix], dense: Sequence[str]) -> list[str]:
+    """Return suffixes of paths that match exactly the quantized modules: short ones if all blocks are alike.
+
+    None are needed if everything in the blocks is quantized. Blocks that only serving engines build, such as those for
+    multi-token prediction, count as well, wherever they are.
+    """
     short = sorted({match[1] for matrix in matrices if (match := _IN_BLOCK.fullmatch(matrix.module))})
-    if not any(module.endswith(name) for module in dense_linears for name in short):
-        return short
-    return [matrix.module for matrix in matrices]
+    if any(module.endswith(f".{name}") for module in dense for name in short):
+        return [matrix.module for matrix in matrices]
+    return short if any(_IN_BLOCK.fullmatch(module) for module in dense) else []

@@ -504,3 +504,58 @@ def test_each_worker_reads_the_hub_itself(stream: bool, hub: HubServer, llama, t
     for name in WEIGHTS:
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
     assert loftq_cli.verify(tmp_path / "shared", source=REPO, stream=stream).ok
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_answers_that_are_held_in_memory_are_bounded(
+    status: int, hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of files and error pages; files are written to the disk as they come."""
+    from loftq_cli.hub import answers
+
+    hub.add(REPO, llama)
+    monkeypatch.setattr(answers, "LARGEST", 1 << 20)
+    hub.fail("/api/models", status=status, body=b" " * (1 << 21), times=9)
+    assert "answers with more than 1 MB" in refused()
+    assert len(hub.requests("/api/models")) == 1
+    hub.failures.clear()
+    hub.fail("/api/models", status=status, body=b"x", headers={"Content-Encoding": "br"}, times=9)
+    assert "packs its answers as 'br'" in refused()
+    hub.failures.clear()
+    assert loftq_cli.plan(REPO, **QUICK).matrices
+
+
+def test_an_answer_that_hardly_moves_is_given_up(
+    hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loftq_cli.hub import answers
+
+    hub.add(REPO, llama)
+    monkeypatch.setattr(answers, "_SLOW", -1.0)
+    monkeypatch.setattr(answers, "_SLOWEST", 1 << 60)
+    assert "slower than" in refused()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_files_of_the_repository_that_stay_behind_are_listed(
+    stream: bool, hub: HubServer, llama: dict[str, bytes]
+) -> None:
+    """Most of them are never fetched, so that the snapshot's folder does not show them."""
+    hub.add(REPO, llama)
+    notes = [note for note in loftq_cli.plan(REPO, stream=stream, **QUICK).notes if note.startswith("not copied")]
+    assert len(notes) == 1 and "consolidated.safetensors, flax_model.msgpack, image.png" in notes[0]
+    assert "1_Pooling" not in notes[0] and "tokenizer_config" not in notes[0]
+
+
+def test_a_pickle_in_the_old_format_larger_than_the_memory_is_refused(
+    hub: HubServer, llama: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    from loftq_cli.checkpoint import archives
+
+    content = io.BytesIO()
+    torch.save(load(llama["model.safetensors"]), content, _use_new_zipfile_serialization=False)
+    hub.add(REPO, {"config.json": llama["config.json"], "pytorch_model.bin": content.getvalue()})
+    monkeypatch.setattr(archives, "available_memory", lambda: 1000)
+    assert "in the format before torch 1.6, which is read whole, but only" in refused(stream=True)
