@@ -20,8 +20,8 @@ from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
-from loftq_cli.cli.verify import verify_command
 from loftq_cli.cli.terminal import guarded
+from loftq_cli.cli.verify import verify_command
 from loftq_cli.errors import LoftqError
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.streams import discard, prepare_streams

@@ -1,7 +1,7 @@
 """Bound what a host may answer: the size of what is held in memory, and the time of a transfer that hardly moves.
 
-huggingface_hub reads its answers whole: lists of files, error pages and the bodies of redirects. Files are written to the
-disk as they come.
+huggingface_hub reads its answers whole: lists of files, error pages and the bodies of redirects. Files are written to
+the disk as they come.
 """
 
 from __future__ import annotations

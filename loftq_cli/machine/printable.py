@@ -1,4 +1,4 @@
-"""Text that is safe to print: no control or bidirectional characters, nothing that a table or code span reads as markup.
+"""Text that is safe to print: no control or bidirectional characters, and no markup in tables and headings.
 
 Names of tensors, files and models come from checkpoints that other people made. Everything that goes to a terminal, a
 log, a report or a card passes through here. Tokens and signatures of links are removed by `machine.secrets`.

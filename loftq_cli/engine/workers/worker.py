@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.errors import ExitCode, LoftqError
-from loftq_cli.machine.precision import full_precision
 from loftq_cli.hub.secrets import redact
+from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.printable import printable
 
 if TYPE_CHECKING:
