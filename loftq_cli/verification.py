@@ -18,6 +18,7 @@ from loftq_cli.artifacts.manifest import (
     MatrixRecord,
     is_sealed,
     parse_manifest,
+    read_content,
     read_manifest,
     unfinished,
 )
@@ -134,7 +135,7 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
         read_manifest(path)
         raise unfinished(path)
     try:
-        content = (path / NAME).read_bytes()
+        content = read_content(path / NAME)
         sealed, manifest = is_sealed(content), parse_manifest(path / NAME, content)
     except OSError as error:
         return None, [Problem(NAME, f"cannot be read ({error.strerror})")]

@@ -15,6 +15,7 @@ from loftq_cli.checkpoint import TensorInfo
 from loftq_cli.checkpoint.local import check_file, read_index
 from loftq_cli.checkpoint.safetensors import INDEX, header_length, parse_header
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.regular_files import open_regular
 
 _FILES = 64  # headers that are kept, so that a model of many shards is read in order without parsing one twice
 
@@ -62,7 +63,7 @@ def read_tensor(path: Path, info: TensorInfo, begin: int = 0, end: int | None = 
     if content.numel() == 0:
         return content
     view = content.reshape(-1).view(torch.uint8).numpy().data
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(info.start + begin * row)
         if file.readinto(view) != view.nbytes:
             raise LoftqError(f"{path} ends before {info.name} does: restore that file.")
@@ -92,7 +93,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=_FILES)
 def _tensors_of(path: Path, identity: tuple[int, ...]) -> Mapping[str, TensorInfo]:
     size = identity[2]
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header = file.read(header_length(path, file.read(8), size))
     return MappingProxyType({info.name: info for info in parse_header(path, header, size)})
 

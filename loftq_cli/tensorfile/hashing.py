@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.machine.json_record import Count, Sha256, json_record
+from loftq_cli.machine.regular_files import open_regular
 from loftq_cli.tensorfile.tensors import TensorFile
 from loftq_cli.tensorfile.writer import read_pieces
 
@@ -57,9 +58,13 @@ def _hash_twice(pieces: Iterator[bytes], whole: hashlib._Hash, executor: Executo
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Return the size and sha256 of a file, read back in pieces."""
+    """Return the size and sha256 of a file, read back in pieces.
+
+    Raises:
+        LoftqError: it is not a regular file.
+    """
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         if hasattr(os, "posix_fadvise"):  # drop cached pages, which say nothing about the disk
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := handle.read(_CHUNK):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 
 import loftq_cli
 from loftq_cli.artifacts.manifest import NAME, parse_manifest, render
+from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
 
 Change = Callable[[dict[str, Any]], object]
@@ -137,3 +140,24 @@ def test_ten_thousand_matrices_are_read_in_well_under_a_second(content: bytes) -
     text, started = json.dumps(values).encode(), time.process_time()
     assert len(parse_manifest(Path(NAME), text).matrices) == 10_000
     assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize("name", ["loftq.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, random_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    loftq_cli.quantize(random_llama, output=out, bits=4, rank=2, iters=1, include=("*.layers.0.*",))
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    for words in (("inspect", out), ("verify", out), ("merge", out, out / "loftq_init", "-o", tmp_path / "merged")):
+        result = typer.testing.CliRunner().invoke(app, [str(word) for word in words])
+        if words[0] != "inspect" or name == "loftq.json":
+            assert result.exit_code in (1, 3) and "unexpected" not in result.stderr, (words, result.stderr)
+
+
+def test_a_manifest_larger_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loftq_cli.artifacts import manifest
+
+    monkeypatch.setattr(manifest, "_LARGEST", 100)
+    (tmp_path / "loftq.json").write_text(" " * 101)
+    with pytest.raises(LoftqError, match=r"loftq\.json has more than 100 bytes"):
+        manifest.read_manifest(tmp_path)
