@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from loftq_cli.cli.batch import batch_command
 from loftq_cli.cli.eval import eval_command
 from loftq_cli.cli.inspect import inspect_command
+from loftq_cli.cli.logs import clean_logs
 from loftq_cli.cli.merge import merge_command
 from loftq_cli.cli.options import with_recipe_options
 from loftq_cli.cli.plan import plan_command
@@ -114,6 +115,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script."""
     prepare_streams()
+    clean_logs()
     os.environ.update(openmp_spin_env(os.environ))
     try:
         app()

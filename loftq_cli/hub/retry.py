@@ -18,6 +18,7 @@ from huggingface_hub.utils import get_session
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.answers import CutShort, bound_answer
 from loftq_cli.hub.secrets import redact
+from loftq_cli.machine.printable import printable
 
 ATTEMPTS = 7
 OPENING_ATTEMPTS = 3  # no work is lost yet, so fail after seconds
@@ -148,7 +149,8 @@ def reason(error: BaseException) -> str:
         asked = retry_after(error.response)
         long = asked is not None and asked > _LONGEST_RETRY_AFTER
         return f"HTTP status {error.response.status_code}{_too_long(asked) if long and asked else ''}"
-    return redact(re.sub(r"https?://\S+", "…", " ".join(str(error).split()))) or type(error).__name__
+    text = re.sub(r"https?://\S+", "…", " ".join(str(error).split()))
+    return printable(redact(text)) or type(error).__name__
 
 
 def _too_long(seconds: float) -> str:
