@@ -152,6 +152,20 @@ def test_a_matrix_replaced_between_the_sampled_blocks_is_found(random_llama, tmp
     assert loftq_cli.verify(out, source=source).ok
 
 
+def test_comparing_a_source_that_looks_changed_is_reported(random_llama: Path, tmp_path: Path) -> None:
+    source, out, compared = tmp_path / "source", tmp_path / "out", []
+    shutil.copytree(random_llama, source)
+    stop_after(5, source, out)
+    os.utime(source / "model.safetensors", (1, 1))
+
+    class Watch(Reporter):
+        def comparing(self, done: int, total: int) -> None:
+            compared.append((done, total))
+
+    loftq_cli.quantize(source, output=out, reporter=Watch(), **RECIPE)
+    assert len(compared) >= 5 and compared == [(done, len(compared)) for done in range(len(compared))]
+
+
 def test_a_matrix_replaced_during_the_run_is_found(random_llama: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(random_llama, source)
