@@ -78,6 +78,8 @@ class Proof:
 
     def holds_for(self, name: str) -> bool:
         """True if the file is certainly a merge's."""
+        if not self.folder.exists(name):
+            return False  # a link, which no merge makes
         if name in _TEXTS or _WEIGHTS.fullmatch(name) is not None:
             return True
         if name not in self.recorded and name not in self.copied:

@@ -143,6 +143,9 @@ def test_links_in_the_output_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="move '1_Pooling' away"):
         start(out, overwrite=True)
     (out / "1_Pooling").unlink()
+    (out / "config.json").symlink_to(elsewhere / "config.json")
+    with pytest.raises(UsageError, match=r"move 'config\.json' away"):
+        start(out, overwrite=True)
     (out / STATE).rmdir()
     (out / STATE).symlink_to(elsewhere)
     with pytest.raises(LoftqError, match="is a link"):
