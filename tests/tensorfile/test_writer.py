@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loftq_cli.tensorfile.writer import tensor_bytes
 
 
