@@ -25,6 +25,7 @@ from support.fuzzing.runner import Fuzzer, Outcome
 from support.fuzzing.table import Table
 
 _IN_MEMORY = Path("/dev/shm")
+_WRITE_EVERY = 50  # cases, so that a run that is stopped leaves a table
 
 
 def main() -> int:
@@ -36,7 +37,7 @@ def main() -> int:
     table, started = Table(chosen.seed), time.monotonic()
     with loopback_hub(root / "cache") as hub:
         fuzzer = Fuzzer(root, chosen.seed, hub)
-        for number in range(chosen.cases) if chosen.only is None else [chosen.only]:
+        for number in range(chosen.start, chosen.start + chosen.cases) if chosen.only is None else [chosen.only]:
             outcome = _run(fuzzer, number, keep=chosen.only is not None)
             table.add(outcome)
             for finding in outcome.findings:
@@ -44,6 +45,8 @@ def main() -> int:
             if chosen.only is not None:
                 print(f"{outcome.kind}; {outcome.command}, {outcome.damage}: exit code {outcome.code} after ", end="")
                 print(f"{outcome.seconds:.1f} s and {outcome.grown / 1e6:.0f} MB: {outcome.said}\n{root}")
+            if chosen.table is not None and number % _WRITE_EVERY == 0:
+                table.write(chosen.table, time.monotonic() - started)
     seconds = time.monotonic() - started
     print(table.summary(seconds))
     if chosen.table is not None:
@@ -64,6 +67,7 @@ def _run(fuzzer: Fuzzer, number: int, *, keep: bool) -> Outcome:
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run this case alone, keep its files and print what it said")
     parser.add_argument("--table", type=Path, help="write what was generated, and how it ended, as JSON to this file")

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from support.fuzzing.hub import publish
 from support.fuzzing.judge import judge, snapshot
 from support.fuzzing.outputs import Outputs
 from support.fuzzing.sources import Sources
-from support.fuzzing.watch import Hang, Memory, Watch, deadline
+from support.fuzzing.watch import Clock, Hang, Memory, Watch, deadline
 from support.hub_server import HubServer
 
 SECONDS = 10
@@ -147,7 +146,7 @@ class Fuzzer:
     def _invoke(self, case: Case, words: list[str]) -> Outcome:
         cache = Path(os.environ["HF_HOME"]) if self.hub is not None else self.root / "cache"
         allowed = [case.out, case.root / "nowhere", Path(os.environ["XDG_CACHE_HOME"]), cache, self.root / "tmp"]
-        memory, started = Memory(), time.monotonic()
+        memory, clock = Memory(), Clock()
         call = _work_off if case.command == "worker" else typer.testing.CliRunner().invoke
         given: Any = (case,) if case.command == "worker" else (app, words)
         folder = case.out if case.command.startswith("batch") else self.root
@@ -161,8 +160,8 @@ class Fuzzer:
                 result = call(*given)
             except Hang as hang:
                 where = "".join(traceback.format_tb(hang.__traceback__)[-6:])
-                return Outcome(0, "", -1, "", time.monotonic() - started, [f"hangs:\n{where}"])
-        outcome = Outcome(0, "", result.exit_code, result.stderr.strip(), time.monotonic() - started)
+                return Outcome(0, "", -1, "", clock.seconds(), [f"hangs:\n{where}"])
+        outcome = Outcome(0, "", result.exit_code, result.stderr.strip(), clock.seconds())
         outcome.grown = memory.growth()
         outcome.findings += seen
         if result.exception is not None and not isinstance(result.exception, SystemExit):
