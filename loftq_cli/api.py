@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from loftq_cli.engine.workers.order import make_orders
 from loftq_cli.engine.workers.supervisor import make_team
 from loftq_cli.errors import UsageError
+from loftq_cli.machine.confined import real_path, user_path
 from loftq_cli.machine.devices import choose_device, choose_devices
 from loftq_cli.recipe.keywords import RecipeKeywords
 from loftq_cli.recipe.model import Recipe, make_recipe, parse_size, read_places
@@ -235,13 +236,13 @@ def _push(output: Path, repo: str) -> None:
 
 def default_output(recipe: Recipe) -> Path:
     """Return `Llama-2-13b-loftq-2.5bit-r64`, or `Llama-2-13b-loftq-6GB-r64` with a target size."""
-    name = Path(recipe.model).expanduser().resolve().name
+    name = real_path(user_path(recipe.model)).name
     size = f"{recipe.bits:g}bit" if recipe.target_size is None else recipe.target_size.replace(" ", "")
     return Path(f"{name}-{recipe.method}-{size}-r{recipe.rank_budget or recipe.rank:g}")
 
 
 def _output(recipe: Recipe, output: str | Path | None) -> Path:
-    path = (Path(output).expanduser() if output else default_output(recipe)).resolve()
+    path = real_path(user_path(output) if output else default_output(recipe))
     for flag, value in (("MODEL", recipe.model), ("-o", str(path))):
         try:
             value.encode()

@@ -19,6 +19,7 @@ from loftq_cli.forward.opening import open_model
 from loftq_cli.forward.streamed import StreamedModel
 from loftq_cli.forward.text import make_windows, open_tokenizer, position_limit, read_text
 from loftq_cli.forward.weights import BackboneWeights, PlainWeights, SourceWeights, Weights
+from loftq_cli.machine.confined import user_path
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import peak_memory
 
@@ -132,7 +133,7 @@ def evaluate(
     for flag, value in (("--max-tokens", max_tokens), ("--window", window)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} cannot be {value}: give a whole number of at least 1.")
-    path, started, chosen = Path(directory).expanduser(), time.perf_counter(), choose_device(device)
+    path, started, chosen = user_path(directory), time.perf_counter(), choose_device(device)
     manifest, read = read_manifest(path), read_text(text, "--text")
     with opened_source(manifest, source) as checkpoint:
         model = open_model(checkpoint, chosen)

@@ -25,6 +25,7 @@ from loftq_cli.artifacts.manifest import (
 from loftq_cli.artifacts.origin import recipe_for
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.confined import user_path
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 
@@ -116,7 +117,7 @@ def verify(
     Raises:
         LoftqError: there is no finished conversion, or the source cannot be read. Differences are returned, not raised.
     """
-    started, path = time.perf_counter(), Path(directory).expanduser()
+    started, path = time.perf_counter(), user_path(directory)
     report = progress or (lambda step: None)
     manifest, problems = _check_manifest(path)
     found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))

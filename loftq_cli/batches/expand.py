@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.confined import real_path, user_path
 from loftq_cli.recipe.field import shown_value
 from loftq_cli.recipe.model import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
 from loftq_cli.recipe.yaml_file import check_text
@@ -53,11 +54,11 @@ def read_jobs(files: Sequence[str | Path], output: str | Path | None = None) -> 
     """
     if not files:
         raise UsageError("no recipe file was given: name one or more, such as configs/*.yaml.")
-    parent = Path(output).expanduser() if output else Path()
-    jobs = tuple(job for file in files for job in _jobs_of(Path(file).expanduser(), parent))
-    for path, count in Counter(job.output.resolve() for job in jobs if job.problem is None).items():
+    parent = user_path(output) if output else Path()
+    jobs = tuple(job for file in files for job in _jobs_of(user_path(file), parent))
+    for path, count in Counter(real_path(job.output) for job in jobs if job.problem is None).items():
         if count > 1:
-            clashing = [job for job in jobs if job.output.resolve() == path]
+            clashing = [job for job in jobs if real_path(job.output) == path]
             raise UsageError(
                 f"{clashing[0].file} and {clashing[1].file} would both write to {clashing[0].output}: give one of them "
                 "its own output:, with fields in braces if it has a matrix, such as 'out/{model}-{bits}bit-{seed}'."
@@ -104,8 +105,8 @@ def _job(file: Path, fields: Mapping[str, Any], varied: tuple[str, ...], parent:
         output = _filled(fields.get("output"), words, varied)
         if output is None or (varied and "{" not in str(fields["output"])):
             output = str(Path(output or parent) / name)
-        target = Path(output).expanduser()
-        target.resolve()
+        target = user_path(output)
+        real_path(target)
         return Job(target.name, file, recipe, target, _filled(fields.get("push_to"), words, varied))
     except (LoftqError, OSError, RuntimeError, ValueError) as error:  # of a home or a link that cannot be resolved
         return Job(fallback, file, recipe, parent / fallback, problem=" ".join(str(error).split()))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.cache import cache_folder
+from loftq_cli.machine.confined import real_path, user_path
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.recipe.model import Recipe
 
@@ -42,7 +43,7 @@ def pin_calibration(recipe: Recipe) -> Recipe:
     """
     if recipe.calibrate is None:
         return recipe
-    path = Path(recipe.calibrate).expanduser()
+    path = user_path(recipe.calibrate)
     if is_moments_file(path):
         digest = _hash_of_moments(path, recipe)
     else:
@@ -54,7 +55,7 @@ def pin_calibration(recipe: Recipe) -> Recipe:
             f"{path} is not what this recipe was calibrated on (sha256 {digest[:12]}…, not "
             f"{str(recipe.calibration_hash)[:12]}…): give that file, or drop calibration_hash from the recipe."
         )
-    place = str(path.resolve()) if path.exists() else recipe.calibrate  # a dataset on the Hub keeps its name
+    place = str(real_path(path)) if path.exists() else recipe.calibrate  # a dataset on the Hub keeps its name
     return dataclasses.replace(recipe, calibrate=place, calibration_hash=digest)
 
 

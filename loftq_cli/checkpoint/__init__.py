@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.remote.model import open_hub, parse_model
 from loftq_cli.checkpoint.safetensors import has_safetensors, open_safetensors
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.confined import real_path, user_path
 
 if TYPE_CHECKING:
     from loftq_cli.recipe.model import Recipe
@@ -72,7 +73,7 @@ def open_checkpoint(model: str | Path, meta_version: str = "auto") -> Checkpoint
         LoftqError: the directory does not exist, contains no checkpoint, or the headers are damaged.
         UsageError: a version is given for a checkpoint that is not in Meta's format.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if not path.exists():
         raise LoftqError(
             f"there is no directory {path}: give the path of a checkpoint, or org/name for a model on the Hub."
@@ -80,7 +81,7 @@ def open_checkpoint(model: str | Path, meta_version: str = "auto") -> Checkpoint
     if not path.is_dir():
         raise LoftqError(f"{path} is a file: give the directory that contains it and its config.json.")
     try:
-        return with_scales(_open(path.resolve(), meta_version))
+        return with_scales(_open(real_path(path), meta_version))
     except OSError as error:
         raise LoftqError(f"{path} cannot be read ({error.strerror}): check the files and their permissions.") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.base import TensorInfo
 from loftq_cli.errors import LoftqError
-from loftq_cli.machine.confined import ConfinedFolder, check_name
+from loftq_cli.machine.confined import ConfinedFolder, check_name, real_path
 
 _MAX_JSON = 100_000_000
 ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter
@@ -58,8 +58,8 @@ def locate(directory: Path, name: str) -> tuple[ConfinedFolder, str]:
     path = directory / name
     if not path.is_symlink():
         return inside, name
-    real = path.resolve()
-    for root in (directory.resolve(), _blobs_of(directory)):
+    real = real_path(path)
+    for root in (real_path(directory), _blobs_of(directory)):
         if root is not None and real.is_relative_to(root):
             return ConfinedFolder(root), real.relative_to(root).as_posix()
     raise LoftqError(f"{path} is a link to {real}, outside of the model: put the file itself there.")
@@ -70,7 +70,7 @@ def _blobs_of(directory: Path) -> Path | None:
     for folder in (directory, *directory.parents):
         repository = folder.parent.parent
         if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
-            return (repository / "blobs").resolve()
+            return real_path(repository / "blobs")
     return None
 
 

@@ -17,6 +17,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
 from loftq_cli.forward.parameters import Parameters, Share
 from loftq_cli.forward.streamed import Batch, StreamedModel
+from loftq_cli.machine.confined import real_path
 from loftq_cli.modules.build import build_empty, load_whole
 from loftq_cli.modules.experts import find_expert, is_expert
 from loftq_cli.modules.names import RuntimeName, runtime_names
@@ -64,7 +65,7 @@ def _load_base(model_class: type[PreTrainedModel], path: Path) -> PreTrainedMode
     with tempfile.TemporaryDirectory(prefix="loftq-base-") as folder:
         for file in path.iterdir():
             if not file.name.startswith("adapter_"):
-                (Path(folder) / file.name).symlink_to(file.resolve())
+                (Path(folder) / file.name).symlink_to(real_path(file))
         return load_whole(model_class, Path(folder))
 
 

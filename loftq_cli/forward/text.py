@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError, UsageError
+from loftq_cli.machine.confined import user_path
 from loftq_cli.machine.panics import catch_panics
 from loftq_cli.machine.pretrained import open_pretrained
 
@@ -78,7 +79,7 @@ def read_text(path: str | Path, flag: str) -> Text:
 
 def _find(path: str | Path, flag: str) -> Path:
     """Return the file or directory; a dataset on the Hub is downloaded first."""
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.exists():
         return local
     from loftq_cli.hub.datasets import fetch_text, may_be_dataset

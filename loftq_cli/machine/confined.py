@@ -37,6 +37,16 @@ def check_name(name: str, where: object) -> tuple[str, ...]:
     return parts
 
 
+def user_path(path: str | Path) -> Path:
+    """Return the path with `~` replaced by the home directory; left as it is for a user who does not exist."""
+    return Path(os.path.expanduser(path))
+
+
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path without links. A link that leads to itself stays; `Path.resolve` may raise for it."""
+    return Path(os.path.realpath(path))
+
+
 @dataclass(frozen=True)
 class ConfinedFolder:
     """Access to the files below `root`. The root itself may be reached through links; nothing below it may be one.

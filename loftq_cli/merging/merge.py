@@ -31,6 +31,7 @@ from loftq_cli.engine.output.lock import Lock
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.base import DTYPES
+from loftq_cli.machine.confined import real_path, user_path
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.merging import texts as merged
 from loftq_cli.merging.choose import choose_way
@@ -82,9 +83,9 @@ def merge(
     """
     if dtype not in DTYPE_CHOICES:
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
-    source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
-    manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
-    inputs = {"the backbone": source, "the adapter": trained.folder.resolve()}
+    source, target = real_path(user_path(directory)), real_path(user_path(output))
+    manifest, trained = read_manifest(source), read_adapter(user_path(adapter))
+    inputs = {"the backbone": source, "the adapter": real_path(trained.folder)}
     try:
         with _opened(manifest, source, trained, to, dtype) as job:
             plan = _make_plan(job, parse_size(max_shard_size))
@@ -215,7 +216,9 @@ def _report(job: Merge, plan: MergePlan, output: Path, errors: dict[str, float])
 def _architecture(job: Merge, plan: MergePlan) -> str | None:
     """Return the model class of the result, which another head changes."""
     names, before = plan.config.get("architectures"), job.checkpoint.config.get("architectures")
-    return job.manifest.architecture if names == before or not names else str(names[0])
+    if names == before or not isinstance(names, list) or not names:
+        return job.manifest.architecture
+    return str(names[0])
 
 
 def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, str], lock: Lock) -> None:

@@ -19,7 +19,7 @@ from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.retry import with_retries
-from loftq_cli.machine.confined import ConfinedFolder
+from loftq_cli.machine.confined import ConfinedFolder, real_path, user_path
 from loftq_cli.publishing.errors import network_cause, nobody_logged_in, offline, push_errors
 from loftq_cli.publishing.stage import Destination, stage
 from loftq_cli.verification import verify
@@ -108,7 +108,7 @@ def push(
         LoftqError: the conversion is unfinished or damaged (exit code 3), the Hub refuses, or the upload broke off
             (exit code 4: the same call resumes).
     """
-    path, report = Path(directory).expanduser(), progress or (lambda step: None)
+    path, report = user_path(directory), progress or (lambda step: None)
     request = _request(repo, private, revision, create_pr, message, base_model, path)
     manifest = read_manifest(path)
     report("verifying")
@@ -176,7 +176,7 @@ def _request(
         raise UsageError(f"--revision cannot be {revision!r}: give a branch.")
     branch = None if revision is None or revision == "main" or _PULL_REQUEST.fullmatch(revision) else revision
     target = Destination(repo, branch, base_model)
-    text = (message or f"Upload {directory.resolve().name}, converted with loftq").strip()
+    text = (message or f"Upload {real_path(directory).name}, converted with loftq").strip()
     return _Request(target, revision, private, create_pr, text)
 
 

@@ -22,7 +22,7 @@ from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, render, seal
 from loftq_cli.checkpoint.local import check_file
 from loftq_cli.errors import LoftqError
-from loftq_cli.machine.confined import ConfinedFolder
+from loftq_cli.machine.confined import ConfinedFolder, real_path
 from loftq_cli.tensorfile.hashing import FileRecord
 
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
@@ -82,7 +82,7 @@ def _own_file(directory: Path, name: str) -> Path:
     try:
         path = (ConfinedFolder(directory).path(parent) if parent else directory) / leaf
         check_file(path)
-        return path.resolve()
+        return real_path(path)
     except OSError as error:
         raise LoftqError(f"{directory / name} is missing ({error.strerror}): convert the model again.") from error
 

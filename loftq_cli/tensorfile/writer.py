@@ -106,7 +106,9 @@ def _open_own(path: Path) -> int:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the tensor's memory, row-major, without a copy if it is contiguous."""
-    flat = tensor.contiguous().reshape(-1)
+    dense = tensor.contiguous()
+    # A tensor of one element is contiguous with any stride, and only a stride of 1 can be read as bytes.
+    flat = dense.as_strided((dense.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -31,6 +31,7 @@ from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.read_errors import hub_errors
 from loftq_cli.hub.retry import OPENING_ATTEMPTS, HubModel, is_transient, with_retries
+from loftq_cli.machine.confined import user_path
 
 _BESIDE = ("config.json", "README.md", ADAPTER_CONFIG, MODELOPT)  # the card names the licence
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
@@ -68,7 +69,7 @@ def parse_model(model: str, revision: str | None) -> HubModel | Path:
     Raises:
         UsageError: two revisions are given, or one for a directory.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     match = None if path.exists() else re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", model, re.ASCII)
     if match is None or not _is_repo_id(match[1]):
         if revision is not None and path.exists():

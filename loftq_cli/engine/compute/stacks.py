@@ -7,7 +7,7 @@ alone, and a stack is always computed as a whole: a resumed run produces the sam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from loftq_cli.numerics.methods.stacked import may_stack
@@ -55,6 +55,13 @@ def form_stacks(
     stacks = [Stack.of(*stack) for stack in (*full, *growing.values())]
     left = [_less(stack, finished) for stack in stacks]
     return [stack for stack in left if stack.todo]
+
+
+def can_stack(units: Sequence[Unit], recipe: Recipe) -> bool:
+    """True if these units can be a stack: a single one, or several that `numerics.methods.stacked` takes together."""
+    if len(units) == 1:
+        return True
+    return all(_is_stackable(unit, recipe) for unit in units) and len({_kind(unit) for unit in units}) == 1
 
 
 def stack_size(unit: Unit, recipe: Recipe, most: int) -> int:

@@ -16,11 +16,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.engine.compute.stacks import Stack
+from loftq_cli.engine.compute.stacks import Stack, can_stack
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.engine.output.lock import Holder, ProcessId
 from loftq_cli.errors import ExitCode, LoftqError
@@ -124,16 +124,22 @@ class Session:
             raise _damaged(path, error) from error
 
     def stacks(self, plan: Plan) -> list[Stack]:
-        """Return the work to do, largest stacks first."""
+        """Return the work to do, largest stacks first.
+
+        Raises:
+            FileNotFoundError: the run is over.
+            LoftqError: the file is damaged.
+        """
         content = self.work_list()
         finished = set(content.finished)
-        return [
-            Stack(
-                tuple(plan.units[number] for number in stack),
-                tuple(plan.units[number] for number in stack if number not in finished),
-            )
-            for stack in content.units
-        ]
+        return [self._stack(plan, position, numbers, finished) for position, numbers in enumerate(content.units)]
+
+    def _stack(self, plan: Plan, position: int, numbers: tuple[int, ...], finished: Collection[int]) -> Stack:
+        units = tuple(plan.units[number] for number in numbers if number < len(plan.units))
+        if len(units) < len(numbers) or not can_stack(units, plan.recipe):
+            problem = f"units[{position}] is not a stack of this conversion's units"
+            raise _damaged(self.path / "units", InvalidRecord(problem, is_json=True))
+        return Stack(units, tuple(unit for number, unit in zip(numbers, units) if number not in finished))
 
     def claimed(self, plan: Plan) -> Iterator[Stack]:
         """Yield stacks that no other worker has taken, one by one, largest first; stop if the run has failed."""

@@ -484,8 +484,8 @@ def test_ctrl_c_does_not_wait_for_the_hub(
 def test_hostile_pickles_are_not_run_when_streamed(hub: HubServer, llama: dict[str, bytes], tmp_path: Path) -> None:
     import random
 
-    from fuzz import damage_bytes
     from support.fuzz_pickles import hostile_pickle
+    from support.fuzzing.damage import damage_bytes
 
     mark, rng = tmp_path / "harm done", random.Random(1)
     for _ in range(60):

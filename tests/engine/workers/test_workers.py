@@ -298,6 +298,18 @@ def test_damaged_statuses_and_work_lists_are_named_with_their_field(tmp_path: Pa
         session.work_list()
 
 
+@pytest.mark.parametrize("stack", [[10**9], [], [0, 1], [1, 0, 10**9]], ids=["beyond", "empty", "unlike", "both"])
+def test_stacks_that_the_plan_does_not_have_are_refused(tmp_path: Path, random_llama: Path, stack: list[int]) -> None:
+    plan = make_plan(random_llama, output=tmp_path / "out", **RECIPE)
+    assert plan.units[0].matrix is None or plan.units[1].matrix is None or plan.units[0].matrix != plan.units[1].matrix
+    session = Session(tmp_path, "a")
+    session.path.mkdir(parents=True)
+    content = {"fingerprint": plan.fingerprint, "units": [[0], stack], "finished": [], "nonfinite": {}}
+    (session.path / "units").write_text(json.dumps(content))
+    with pytest.raises(LoftqError, match=r"units is damaged \(units\[1\] is not a stack of this conversion's units\)"):
+        session.stacks(plan)
+
+
 def test_orders_are_checked() -> None:
     order = Order({"model": "m"}, "out", False, 1, "cpu", None, 10**9, "run")
     assert Order.from_json(order.to_json()) == order
