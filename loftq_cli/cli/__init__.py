@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any
@@ -19,7 +20,10 @@ from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
+from loftq_cli.cli.terminal import report_usage_error
+from loftq_cli.cli.usage import is_usage_error
 from loftq_cli.cli.verify import verify_command
+from loftq_cli.errors import ExitCode
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.streams import prepare_streams
 
@@ -46,6 +50,20 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         return name, command_with_options(name) if name in _COMMANDS else command, rest
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line; its errors are one sentence each, as those of the commands are."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.Abort:
+            code = ExitCode.FAILED
+        except Exception as error:
+            if not is_usage_error(error):
+                raise
+            code = report_usage_error(error)
+        sys.exit(int(code or 0))
 
 
 @cache

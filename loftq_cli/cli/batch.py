@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import (
-    duration,
-    gigabytes,
-    guarded,
-    messages,
-    print_json,
-    quiet_hub_logging,
-    results,
-    styled,
-    warn,
-)
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, quiet_hub_logging, results, styled, warn
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,7 +162,7 @@ def _print(report: BatchReport) -> None:
             outcome.name,
             styled((status, _COLOURS.get(outcome.status, "red"))),
             "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}",
-            "" if outcome.output_bytes is None else gigabytes(outcome.output_bytes),
+            "" if outcome.output_bytes is None else size_text(outcome.output_bytes),
             "" if outcome.residual is None else f"{outcome.residual:.4f}",
             duration(outcome.seconds),
             outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output),

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from loftq_cli.artifacts.manifest import MatrixRecord
-from loftq_cli.cli.terminal import duration, gigabytes, messages, warn
+from loftq_cli.cli.terminal import duration, messages, warn
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
@@ -55,7 +56,7 @@ class _Counting(Reporter):
         self.matrices = len(plan.matrices)
         widths = "/".join(str(b) for b in sorted({u.matrix.grid.bits for u in plan.matrices if u.matrix}))
         self.console.print(
-            f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {gigabytes(self.total)} to "
+            f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {size_text(self.total)} to "
             f"{widths} bits ({plan.recipe.format}), {len(plan.kept)} tensors copied",
             soft_wrap=True,
         )
@@ -108,7 +109,7 @@ class LineReporter(_Counting):
         self.console.print(
             f"{len(self.records)}/{self.matrices} {record.module} "
             f"{list(record.shape)} {record.bits} bits, {self.residual_text()}, "
-            f"{gigabytes(self.rate)}/s, {left} left",
+            f"{size_text(self.rate)}/s, {left} left",
             soft_wrap=True,
         )
 
@@ -162,7 +163,7 @@ class LiveReporter(_Counting):
         self._bar.stop()
 
     def _fields(self) -> dict[str, Any]:
-        amount = f"{gigabytes(self.done_bytes)} of {gigabytes(self.total)}, {gigabytes(self.rate)}/s"
+        amount = f"{size_text(self.done_bytes)} of {size_text(self.total)}, {size_text(self.rate)}/s"
         return {"count": f"{len(self.records)}/{self.matrices}", "amount": amount, "residual": self.residual_text()}
 
 

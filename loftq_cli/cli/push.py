@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.publishing.push import Pushed
@@ -106,6 +107,6 @@ def _print(pushed: Pushed) -> None:
         for name, size in pushed.files.items():
             table.add_row(name, f"{size:,}")
         console.print(table)
-    total = gigabytes(sum(pushed.files.values()))
+    total = size_text(sum(pushed.files.values()))
     verb = "would be pushed" if pushed.dry_run else "pushed"
     console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True)

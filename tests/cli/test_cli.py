@@ -16,8 +16,9 @@ from rich.text import Text
 from support.commands import loftq, runner, sentence
 
 from loftq_cli.cli import app
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, results, styled, warn
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, results, styled, warn
 from loftq_cli.machine.openmp import openmp_spin_env
+from loftq_cli.machine.sizes import size_text
 
 
 def test_quantize_prints_a_summary(random_llama: Path, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_the_shell_completes(words: str, at: int, expected: str) -> None:
 
 
 def test_sizes_and_durations_are_readable() -> None:
-    assert gigabytes(26_030_000_000) == "26 GB" and gigabytes(91_400_000) == "91.4 MB" and gigabytes(12) == "12 B"
+    assert size_text(26_030_000_000) == "26 GB" and size_text(91_400_000) == "91.4 MB" and size_text(12) == "12 B"
     assert duration(8.44) == "8.4 s" and duration(200) == "3 min 20 s" and duration(3900) == "1 h 05 min"
 
 

@@ -109,7 +109,10 @@ def _replace_finished(plan: Plan, overwrite: bool, needed: int) -> None:
     manifest = read_manifest(plan.output)
     if not overwrite:
         if manifest.fingerprint == plan.fingerprint:
-            raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
+            raise UsageError(
+                f"{plan.output} was finished with the same recipe, but files of it are missing or have another size: "
+                "give --overwrite to repeat it."
+            )
         different = _difference(manifest.recipe, plan) or "another source"
         raise UsageError(
             f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
@@ -132,4 +135,8 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
 
 def _short(value: object) -> str:
     """Render a recipe's value; allocated bits are a rule for every matrix, too many for a sentence."""
-    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
+    if value in (None, "", [], ()):
+        return "not set"
+    if isinstance(value, list):
+        return f"{len(value)} rules" if len(value) > _LONG_LIST else ", ".join(map(str, value))
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
