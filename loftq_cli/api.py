@@ -122,12 +122,15 @@ def plan(
     """
     from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.output.resume import foresee
 
     file = Path(config) if config else None
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
         target = output or read_places(file).get("output")
-        return _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
+        made = _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
+        expected = foresee(made, checkpoint)
+        return dataclasses.replace(made, notes=(*made.notes, expected)) if expected else made
 
 
 @dataclass(frozen=True)

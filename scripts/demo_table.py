@@ -1,4 +1,3 @@
-
 """The summary at the end of the demo: sizes, residuals, similarity of the embeddings, and how to load the result."""
 
 from __future__ import annotations

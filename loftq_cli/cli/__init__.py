@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from loftq_cli.cli.batch import batch_command
 from loftq_cli.cli.eval import eval_command
+from loftq_cli.cli.help_page import SHOW_ALL, HelpfulCommand, page_width, root_page
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.merge import merge_command
 from loftq_cli.cli.options import with_recipe_options
@@ -47,7 +48,14 @@ class _Commands(TyperGroup):
     """Lists commands by name and docstring, and adds the options of a command only when it is called. The options come
     from the recipe's fields and need pydantic, which takes as long to import as the rest of `loftq --help`."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page of the program; Typer prints nothing more."""
+        typer.echo(root_page(self, ctx, page_width()), nl=False)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if "--help-all" in args:
+            ctx.meta[SHOW_ALL] = True
+            args = ["--help" if word == "--help-all" else word for word in args]
         name, command, rest = super().resolve_command(ctx, args)
         return name, command_with_options(name) if name in _COMMANDS else command, rest
 
@@ -70,7 +78,7 @@ class _Commands(TyperGroup):
 def command_with_options(name: str) -> Any:
     """Return the Typer command of this name with all of its options."""
     alone = typer.Typer(add_completion=False, **_SETTINGS)
-    alone.command(name)(with_recipe_options(_COMMANDS[name][1]))
+    alone.command(name, cls=HelpfulCommand)(with_recipe_options(_COMMANDS[name][1]))
     return typer.main.get_command(alone)
 
 

@@ -188,6 +188,8 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}."
             where = f"{place_of(config, name)}: " if config is not None and name in in_file else ""
             raise UsageError(f"{where}a recipe has no field '{name}': {hint}")
+    if {"bits", "target_size"} <= set(given) and len(given) < len(known):  # a whole recipe names every field
+        raise UsageError(f"--target-size {given['target_size']} chooses the bits of every matrix: leave out --bits.")
     if not values.get("model"):
         raise UsageError("no model was given: name a checkpoint's directory, or a model on the Hub as org/name.")
     values["model"] = str(values["model"])
