@@ -163,12 +163,10 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
 
 
 def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
-    table.add_column("matrices")
-    for column in ("count", "out × in", "bits", "block", "rank", "bytes"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("count", "out × in", "bits", "block", "rank", "bytes")
+    table = name_table(console, "matrices", *numbers, right=numbers)
     groups: dict[tuple[str, ...], list[Unit]] = defaultdict(list)
     for unit in units:
         assert unit.matrix is not None
@@ -181,18 +179,14 @@ def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) ->
         groups[name, shape, bits, str(grid.block_size), rank].append(unit)
     for (name, *cells), members in groups.items():
         size = size_text(sum(unit.backbone_bytes for unit in members))
-        table.add_row(name, str(len(members)), *cells, size)
+        table.add_row(Name(name), str(len(members)), *cells, size)
     console.print(table)
 
 
 def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("in full precision")
-    table.add_column("count", justify="right")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("why")
+    table = name_table(console, "in full precision", "count", "bytes", "why", right=("count", "bytes"))
     groups: dict[tuple[str, str], list[Unit]] = defaultdict(list)
     for unit in units:
         # Vectors are many and rarely of interest, so each reason gets one line.
@@ -200,20 +194,19 @@ def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> Non
         name = unit.tensor if verbose else re.sub(r"\b\d+\b", "*", unit.tensor) if matrix else "(vectors)"
         groups[name, str(unit.reason)].append(unit)
     for (name, reason), members in groups.items():
-        table.add_row(name, str(len(members)), size_text(sum(unit.backbone_bytes for unit in members)), reason)
+        size = size_text(sum(unit.backbone_bytes for unit in members))
+        table.add_row(Name(name), str(len(members)), size, reason)
     console.print()
     console.print(table)
 
 
 def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
     files = output_sizes(plan, sizes)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("writes")
-    table.add_column("bytes", justify="right")
+    table = name_table(console, "writes", "bytes", right=("bytes",))
     for name, size in files.items():
-        table.add_row(name, f"{size:,}")
+        table.add_row(Name(name), f"{size:,}")
     table.add_row(styled(("total", "bold")), styled((f"{sum(files.values()):,}", "bold")))
     console.print()
     console.print(table)
