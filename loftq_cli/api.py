@@ -58,14 +58,14 @@ def quantize(
         max_memory: resident memory to stay below, such as `"2GB"`; by default twice what the largest matrix needs.
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or discard the state of an unfinished one.
-        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does; a conversion that is
-            finished already is only pushed. May come from `config`.
+        push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does. May come from `config`.
         reporter: receives progress events; silent by default.
         **recipe: the fields of a recipe, with the names and defaults of the command line: see `loftq quantize --help`
             and `loftq_cli.Recipe`.
 
     Returns:
-        The manifest of the finished directory, as written to `loftq.json`.
+        The manifest of the finished directory, as written to `loftq.json`. A directory that is finished already, with
+        the same recipe and source, is left as it is.
 
     Raises:
         UsageError: an argument is invalid, or the output directory is in use.
@@ -123,12 +123,15 @@ def plan(
     """
     from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
+    from loftq_cli.engine.output.resume import foresee
 
     file = Path(config) if config else None
     asked = make_recipe({"model": model, **recipe}, file)
     with open_source(asked, stream=stream, weights=False) as (checkpoint, resolved):
         target = output or read_places(file).get("output")
-        return _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
+        made = _plan(pin_calibration(resolved), checkpoint, target, choose_device(device), measuring)
+        expected = foresee(made, checkpoint)
+        return dataclasses.replace(made, notes=(*made.notes, expected)) if expected else made
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ def _convert(job: _Job, world: World | None) -> _Done:
     with open_source(job.asked, stream=job.stream) as (checkpoint, resolved):
         plan = _measured_plan(job, checkpoint, pin_calibration(resolved))
         orders = job.orders(plan.recipe, plan.output, world)
-        finished = find_finished(plan) if job.push_to and not job.overwrite else None
+        finished = None if job.overwrite else find_finished(plan)
+        if finished is not None:
+            job.reporter.note(f"{plan.output} is finished already, with the same recipe: nothing to convert.")
         if finished is not None and world is not None:
             world.announce(_NO_RUN)
         return _Done(plan.output, finished or _run(job, plan, checkpoint, orders, world))

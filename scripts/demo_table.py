@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import loftq_cli
-from loftq_cli.cli.terminal import gigabytes
+from loftq_cli.machine.sizes import size_text
 
 SENTENCES = (
     "The converter reads a checkpoint matrix by matrix.",
@@ -57,9 +57,9 @@ def main(source: str, outputs: list[str]) -> None:
             Path(output).name,
             manifest.format,
             f"{totals.bits_stored:.2f}",
-            gigabytes(totals.source_bytes),
-            gigabytes(totals.backbone_bytes),
-            gigabytes(totals.adapter_bytes),
+            size_text(totals.source_bytes),
+            size_text(totals.backbone_bytes),
+            size_text(totals.adapter_bytes),
             f"{totals.plain_residual:.4f}",
             f"{totals.residual:.4f}",
             f"{cosine:.4f}",

@@ -22,6 +22,7 @@ from loftq_cli.formats.adapter import WEIGHTS
 from loftq_cli.formats.base import Request
 from loftq_cli.machine.memory import free_memory
 from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.modules.roles import ModuleMap
 from loftq_cli.planning.checks import refuse_together
 from loftq_cli.planning.plan import Plan, make_plan
@@ -194,12 +195,13 @@ def _rank_given(recipe: Recipe, widths: Mapping[int, Unit]) -> bool:
 
 def _optimal(recipe: Recipe, options: Candidates, measured: Measurements) -> list[int]:
     """Return the widths with the least total squared error under the budget."""
+    if _least(recipe, options) > _budget(recipe, options):
+        raise UsageError(_too_small(recipe, options))
     curves = measured.curves([candidate.probe for candidate in options.candidates])
     measured.save()
     items = [_choices(recipe, candidate, curve) for candidate, curve in zip(options.candidates, curves)]
     found = allocate(items, _budget(recipe, options))
-    if found is None:
-        raise UsageError(_too_small(recipe, options))
+    assert found is not None, "the narrowest widths fit"
     return [list(candidate.widths)[option] for candidate, option in zip(options.candidates, found.taken)]
 
 
@@ -221,17 +223,22 @@ def _budget(recipe: Recipe, options: Candidates) -> int:
     return parse_size(recipe.target_size) - options.other_bytes
 
 
+def _least(recipe: Recipe, options: Candidates) -> int:
+    """Return the cost of the narrowest width of every matrix."""
+    return sum(min(_size(recipe, c, width) for width in c.widths) for c in options.candidates)
+
+
 def _too_small(recipe: Recipe, options: Candidates) -> str:
-    least = sum(min(_size(recipe, c, width) for width in c.widths) for c in options.candidates)
+    least = _least(recipe, options)
     if recipe.target_size is None:
         return (
             f"--bits {recipe.bits:g} is below the lowest possible mean, {least / options.weights:.2f}: raise it, or "
             "drop rules with more bits."
         )
-    need = (least + options.other_bytes) / 1e9
+    need, other = size_text(least + options.other_bytes), size_text(options.other_bytes)
     return (
-        f"--target-size {recipe.target_size} is too small: the backbone takes at least {need:.3f}GB "
-        f"({options.other_bytes / 1e9:.3f}GB of it stays in full precision); raise it, or drop rules with more bits."
+        f"--target-size {recipe.target_size} is too small: the backbone takes at least {need} "
+        f"({other} of it stays in full precision); raise it, or drop rules with more bits."
     )
 
 

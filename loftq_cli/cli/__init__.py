@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from loftq_cli.cli.batch import batch_command
 from loftq_cli.cli.eval import eval_command
+from loftq_cli.cli.help_page import SHOW_ALL, HelpfulCommand, page_width, root_page
 from loftq_cli.cli.inspect import inspect_command
 from loftq_cli.cli.logs import clean_logs
 from loftq_cli.cli.merge import merge_command
@@ -21,9 +22,10 @@ from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
-from loftq_cli.cli.terminal import guarded
+from loftq_cli.cli.terminal import guarded, report_usage_error
+from loftq_cli.cli.usage import is_usage_error
 from loftq_cli.cli.verify import verify_command
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.streams import discard, prepare_streams
 
@@ -47,16 +49,37 @@ class _Commands(TyperGroup):
     """Lists commands by name and docstring, and adds the options of a command only when it is called. The options come
     from the recipe's fields and need pydantic, which takes as long to import as the rest of `loftq --help`."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page of the program; Typer prints nothing more."""
+        typer.echo(root_page(self, ctx, page_width()), nl=False)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if "--help-all" in args:
+            ctx.meta[SHOW_ALL] = True
+            args = ["--help" if word == "--help-all" else word for word in args]
         name, command, rest = super().resolve_command(ctx, args)
         return name, command_with_options(name) if name in _COMMANDS else command, rest
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line; its errors are one sentence each, as those of the commands are."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.Abort:
+            code = ExitCode.FAILED
+        except Exception as error:
+            if not is_usage_error(error):
+                raise
+            code = report_usage_error(error)
+        sys.exit(int(code or 0))
 
 
 @cache
 def command_with_options(name: str) -> Any:
     """Return the Typer command of this name with all of its options."""
     alone = typer.Typer(add_completion=False, **_SETTINGS)
-    alone.command(name)(with_recipe_options(_COMMANDS[name][1]))
+    alone.command(name, cls=HelpfulCommand)(with_recipe_options(_COMMANDS[name][1]))
     return typer.main.get_command(alone)
 
 

@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import (
-    duration,
-    gigabytes,
-    guarded,
-    messages,
-    print_json,
-    quiet_hub_logging,
-    results,
-    styled,
-    warn,
-)
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, quiet_hub_logging, results, styled, warn
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,27 +147,26 @@ def _line_reporter() -> Any:
 
 
 def _print(report: BatchReport) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
     console = results()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("recipe", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for column in ("bits", "size", "residual", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("output or error", overflow="fold")
+    numbers = ("bits", "size", "residual", "time")
+    table = name_table(console, "recipe", "", *numbers, "output", right=numbers)
     for outcome in report.outcomes:
         status = f"{outcome.status}, resumed" if outcome.resumed else outcome.status
         table.add_row(
-            outcome.name,
+            Name(outcome.name),
             styled((status, _COLOURS.get(outcome.status, "red"))),
             "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}",
-            "" if outcome.output_bytes is None else gigabytes(outcome.output_bytes),
+            "" if outcome.output_bytes is None else size_text(outcome.output_bytes),
             "" if outcome.residual is None else f"{outcome.residual:.4f}",
             duration(outcome.seconds),
-            outcome.error or (f"{outcome.output} → {outcome.push_to}" if outcome.push_to else outcome.output),
+            Name(f"{outcome.output} → {outcome.push_to}" if outcome.push_to else str(outcome.output)),
         )
     console.print(table)
+    for outcome in report.outcomes:
+        if outcome.error:
+            console.print(styled((outcome.name, "bold"), f": {outcome.error}"), soft_wrap=True)
     counts = ", ".join(f"{count} {status}" for status, count in report.counts.items())
     console.print()
     console.print(f"{counts} of {len(report.outcomes)} in {duration(report.seconds)}")

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import (
-    duration,
-    gigabytes,
-    guarded,
-    messages,
-    print_json,
-    quiet_hub_logging,
-    results,
-    styled,
-)
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, quiet_hub_logging, results, styled
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.evaluation import EvalReporter, Evaluation
@@ -140,9 +132,9 @@ def _print_evaluation(found: Evaluation) -> None:
         table.add_row(score.model, styled((MODELS[score.model], "dim")), *numbers, gap, f"{score.seconds:.1f}")
     console.print(table)
     how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the whole model in memory"
-    peak = gigabytes(found.peak_memory_bytes)
+    peak = size_text(found.peak_memory_bytes)
     if found.peak_device_memory_bytes:
-        peak += f", {gigabytes(found.peak_device_memory_bytes)} on the GPU"
+        peak += f", {size_text(found.peak_device_memory_bytes)} on the GPU"
     console.print()
     console.print(
         f"{found.metric} of {found.tokens:,} tokens of {found.text} in {found.windows} windows of {found.window}",

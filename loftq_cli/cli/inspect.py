@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, results, styled
+from loftq_cli.cli.terminal import duration, guarded, print_json, results, styled
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
@@ -57,7 +58,7 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         for column in ("in full precision", "why", "bytes"):
             kept.add_column(column, overflow="fold")
         for item in manifest.kept:
-            kept.add_row(item.tensor, item.reason, gigabytes(item.nbytes))
+            kept.add_row(item.tensor, item.reason, size_text(item.nbytes))
         console.print()
         console.print(kept)
     totals = manifest.totals
@@ -72,14 +73,14 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"{gigabytes(totals.source_bytes)} → {gigabytes(totals.backbone_bytes)} backbone + "
-        f"{gigabytes(totals.adapter_bytes)} adapter; {totals.bits_effective:.2f} bits effective, "
+        f"{size_text(totals.source_bytes)} → {size_text(totals.backbone_bytes)} backbone + "
+        f"{size_text(totals.adapter_bytes)} adapter; {totals.bits_effective:.2f} bits effective, "
         f"{totals.bits_stored:.2f} stored",
         soft_wrap=True,
     )
     console.print(
         f"mean residual {totals.plain_residual:.4f} plain → {totals.residual:.4f}; {duration(totals.seconds)} on "
-        f"{manifest.device}, peak {gigabytes(totals.peak_memory_bytes)}",
+        f"{manifest.device}, peak {size_text(totals.peak_memory_bytes)}",
         soft_wrap=True,
     )
 
@@ -102,5 +103,5 @@ def _row(name: str, records: list[MatrixRecord]) -> list[str]:
         f"{kept:.4f}",
         f"{gain:.0%}",
         steps,
-        gigabytes(sum(item.backbone_bytes for item in records)),
+        size_text(sum(item.backbone_bytes for item in records)),
     ]

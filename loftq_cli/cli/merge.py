@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results, styled
+from loftq_cli.cli.terminal import guarded, messages, print_json, results, styled
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.merging.texts import MergeReport
@@ -93,7 +94,7 @@ def _print_report(report: MergeReport) -> None:
         "gguf": "GGUF Q4_1, the update in the groups' zero points, same codes",
         "requantize": f"{report.format}, quantized again",
     }[report.way]
-    console.print(f"{len(report.errors)} matrices merged: {how}, {gigabytes(report.backbone_bytes)}", soft_wrap=True)
+    console.print(f"{len(report.errors)} matrices merged: {how}, {size_text(report.backbone_bytes)}", soft_wrap=True)
     cause = "quantizing again" if report.way == "requantize" else "rounding"
     console.print(
         f"error of {cause}: {report.mean_error:.2e} of backbone + adapter on average, {report.worst_error:.2e} at "

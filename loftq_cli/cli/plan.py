@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled, warn
+from loftq_cli.cli.terminal import duration, guarded, print_json, quiet_hub_logging, results, styled, warn
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def plan_command(
             print_json(plan_values(made, sizes) | {"estimate": dataclasses.asdict(cost)})
         else:
             _print_plan(made, sizes, verbose)
-            results().print(f"about {duration(cost.seconds)} and {gigabytes(cost.peak_memory_bytes)} of memory here")
+            results().print(f"about {duration(cost.seconds)} and {size_text(cost.peak_memory_bytes)} of memory here")
 
 
 def output_sizes(plan: Plan, sizes: TextSizes) -> dict[str, int]:
@@ -144,7 +145,7 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
     console.print(
         styled(
             (plan.modules.architecture or "checkpoint", "bold"),
-            f", {gigabytes(plan.source_bytes)}: {len(plan.matrices)} matrices "
+            f", {size_text(plan.source_bytes)}: {len(plan.matrices)} matrices "
             f"({weights / 1e6:,.1f} million weights) to ",
             (plan.recipe.format, "bold"),
             f", {plan.bits_effective:.2f} bits effective, {plan.bits_stored:.2f} stored",
@@ -162,12 +163,10 @@ def _print_plan(plan: Plan, sizes: TextSizes, verbose: bool) -> None:
 
 
 def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
-    table.add_column("matrices")
-    for column in ("count", "out × in", "bits", "block", "rank", "bytes"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("count", "out × in", "bits", "block", "rank", "bytes")
+    table = name_table(console, "matrices", *numbers, right=numbers)
     groups: dict[tuple[str, ...], list[Unit]] = defaultdict(list)
     for unit in units:
         assert unit.matrix is not None
@@ -179,19 +178,15 @@ def _print_matrices(console: Console, units: tuple[Unit, ...], verbose: bool) ->
         rank = str(unit.target.rank) if unit.target else "-"
         groups[name, shape, bits, str(grid.block_size), rank].append(unit)
     for (name, *cells), members in groups.items():
-        size = gigabytes(sum(unit.backbone_bytes for unit in members))
-        table.add_row(name, str(len(members)), *cells, size)
+        size = size_text(sum(unit.backbone_bytes for unit in members))
+        table.add_row(Name(name), str(len(members)), *cells, size)
     console.print(table)
 
 
 def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("in full precision")
-    table.add_column("count", justify="right")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("why")
+    table = name_table(console, "in full precision", "count", "bytes", "why", right=("count", "bytes"))
     groups: dict[tuple[str, str], list[Unit]] = defaultdict(list)
     for unit in units:
         # Vectors are many and rarely of interest, so each reason gets one line.
@@ -199,26 +194,25 @@ def _print_kept(console: Console, units: tuple[Unit, ...], verbose: bool) -> Non
         name = unit.tensor if verbose else re.sub(r"\b\d+\b", "*", unit.tensor) if matrix else "(vectors)"
         groups[name, str(unit.reason)].append(unit)
     for (name, reason), members in groups.items():
-        table.add_row(name, str(len(members)), gigabytes(sum(unit.backbone_bytes for unit in members)), reason)
+        size = size_text(sum(unit.backbone_bytes for unit in members))
+        table.add_row(Name(name), str(len(members)), size, reason)
     console.print()
     console.print(table)
 
 
 def _print_files(console: Console, plan: Plan, sizes: TextSizes) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
     files = output_sizes(plan, sizes)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("writes")
-    table.add_column("bytes", justify="right")
+    table = name_table(console, "writes", "bytes", right=("bytes",))
     for name, size in files.items():
-        table.add_row(name, f"{size:,}")
+        table.add_row(Name(name), f"{size:,}")
     table.add_row(styled(("total", "bold")), styled((f"{sum(files.values()):,}", "bold")))
     console.print()
     console.print(table)
     console.print()
     console.print(
-        f"{gigabytes(plan.source_bytes)} → {gigabytes(plan.backbone_bytes)} backbone + "
-        f"{gigabytes(plan.adapter_bytes)} adapter in {plan.output}",
+        f"{size_text(plan.source_bytes)} → {size_text(plan.backbone_bytes)} backbone + "
+        f"{size_text(plan.adapter_bytes)} adapter in {plan.output}",
         soft_wrap=True,
     )

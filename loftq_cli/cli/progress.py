@@ -7,17 +7,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from loftq_cli.artifacts.manifest import MatrixRecord
-from loftq_cli.cli.terminal import duration, gigabytes, messages, warn
+from loftq_cli.cli.terminal import duration, messages, warn
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
 
-_LINE_EVERY = 5.0  # seconds between plain lines
-_SHOWN_MODULE = 44
+_LINE_EVERY, _LATER_EVERY, _FIRST = 5.0, 30.0, 60.0  # seconds between plain lines, during the first minute and after
+_SURE_AFTER = 5.0  # seconds of work before the time left is shown: kernels compile in the first ones
+_BESIDE_BAR = 56  # columns for everything on the first line but the bar
+_SHORTEST_BAR, _LONGEST_BAR = 8, 24
 
 
 def choose_reporter(*, silent: bool, verbose: bool) -> Reporter:
@@ -61,7 +64,7 @@ class _Counting(Reporter):
         self.matrices = len(plan.matrices)
         widths = "/".join(str(b) for b in sorted({u.matrix.grid.bits for u in plan.matrices if u.matrix}))
         self.console.print(
-            f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {gigabytes(self.total)} to "
+            f"{plan.modules.architecture or 'checkpoint'}: {self.matrices} matrices of {size_text(self.total)} to "
             f"{widths} bits ({plan.recipe.format}), {len(plan.kept)} tensors copied",
             soft_wrap=True,
         )
@@ -85,15 +88,20 @@ class _Counting(Reporter):
     def rate(self) -> float:
         return (self.done_bytes - self._before) / max(1e-9, time.monotonic() - self.started)
 
+    def left(self) -> str:
+        """Return the time left, or "…" while there is too little to tell it from."""
+        if time.monotonic() - self.started < _SURE_AFTER or not self.rate:
+            return "…"
+        return duration((self.total - self.done_bytes) / self.rate)
+
     def residual_text(self) -> str:
-        """Return `residual 0.5615 → 0.4583, mean 0.5602 → 0.4591`."""
+        """Return the mean residuals so far, `residual 0.5602 → 0.4591`."""
         if not self.records:
             return ""
-        last, count = self.records[-1], len(self.records)
+        count = len(self.records)
         plain = sum(record.plain_residual for record in self.records) / count
         kept = sum(record.residual for record in self.records) / count
-        now = f"{last.plain_residual:.4f} → {last.residual:.4f}"
-        return f"residual {now}, mean {plain:.4f} → {kept:.4f}"
+        return f"residual {plain:.4f} → {kept:.4f}"
 
 
 class LineReporter(_Counting):
@@ -106,43 +114,47 @@ class LineReporter(_Counting):
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         super().done(unit, record)
-        now = time.monotonic()
-        if record is None or not (self._verbose or now - self._last >= _LINE_EVERY):
+        if record is None:
             return
-        self._last = now
-        left = duration((self.total - self.done_bytes) / self.rate) if self.rate else "?"
-        self.console.print(
-            f"{len(self.records)}/{self.matrices} {record.module} "
-            f"{list(record.shape)} {record.bits} bits, {self.residual_text()}, "
-            f"{gigabytes(self.rate)}/s, {left} left",
-            soft_wrap=True,
-        )
+        if self._verbose:
+            now = f"residual {record.plain_residual:.4f} → {record.residual:.4f}"
+            what = f"{record.module} {list(record.shape)} {record.bits} bits"
+            self.console.print(f"{len(self.records)}/{self.matrices} {what}, {now}", soft_wrap=True)
+            return
+        now = time.monotonic()
+        if now - self._last >= (_LINE_EVERY if now - self.started < _FIRST else _LATER_EVERY):
+            self._last = now
+            self.console.print(self._line(record.module), soft_wrap=True)
+
+    def _line(self, module: str) -> str:
+        """Return where the conversion stands in one line of 80 columns; the module is cut at the left to fit."""
+        line = f"{len(self.records)}/{self.matrices}, {size_text(self.rate)}/s, {self.left()} left, mean "
+        line += self.residual_text()
+        return f"{line}, {_short(module, max(12, 78 - len(line)))}"
 
     def finishing(self, step: str) -> None:
         self.console.print(step)
 
 
 class _TwoLines(Progress):
-    """A bar, and below it the current and the mean residual, compared with plain quantization."""
+    """A bar, and below it the current matrix and the mean residuals, plain and kept."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            yield Text(task.fields["residual"], style="dim")
+            yield Text(task.fields["below"], style="dim", no_wrap=True, overflow="crop")
 
 
 class LiveReporter(_Counting):
-    """Shows a bar with matrices, bytes, rate and time left, the current matrix and the residuals."""
+    """Shows a bar with matrices, bytes, rate and time left; below it, the current matrix and the residuals."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        self._module = ""
         self._bar = _TwoLines(
             TextColumn("{task.fields[count]}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=min(_LONGEST_BAR, max(_SHORTEST_BAR, console.width - _BESIDE_BAR))),
             TextColumn("{task.fields[amount]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            TextColumn("{task.fields[module]}", style="dim", markup=False),
             console=console,
             transient=True,
             refresh_per_second=4,
@@ -150,27 +162,35 @@ class LiveReporter(_Counting):
 
     def start(self, plan: Plan, finished: Mapping[str, MatrixRecord | None]) -> None:
         super().start(plan, finished)
-        self._task = self._bar.add_task("", total=self.total, completed=self.done_bytes, module="", **self._fields())
+        self._task = self._bar.add_task("", total=self.total, completed=self.done_bytes, **self._fields())
         self._bar.start()
 
     def working(self, unit: Unit) -> None:
         if unit.matrix is not None:
-            self._bar.update(self._task, module=_short(unit.matrix.module), **self._fields())
+            self._module = unit.matrix.module
+            self._bar.update(self._task, **self._fields())
 
     def done(self, unit: Unit, record: MatrixRecord | None) -> None:
         super().done(unit, record)
         self._bar.update(self._task, completed=self.done_bytes, **self._fields())
 
     def finishing(self, step: str) -> None:
-        self._bar.update(self._task, module=step)
+        self._module = step
+        self._bar.update(self._task, **self._fields())
 
     def close(self) -> None:
         self._bar.stop()
 
     def _fields(self) -> dict[str, Any]:
-        amount = f"{gigabytes(self.done_bytes)} of {gigabytes(self.total)}, {gigabytes(self.rate)}/s"
-        return {"count": f"{len(self.records)}/{self.matrices}", "amount": amount, "residual": self.residual_text()}
+        done, total = size_text(self.done_bytes), size_text(self.total)
+        below = self.residual_text()
+        room = self.console.width - len(below) - 2
+        return {
+            "count": f"{len(self.records)}/{self.matrices}",
+            "amount": f"{done} of {total}, {size_text(self.rate)}/s, {self.left()} left",
+            "below": f"{below}  {_short(self._module, room)}".strip() if room >= _SHORTEST_BAR else below,
+        }
 
 
-def _short(module: str) -> str:
-    return module if len(module) <= _SHOWN_MODULE else f"…{module[-_SHOWN_MODULE + 1 :]}"
+def _short(module: str, width: int) -> str:
+    return module if len(module) <= width else f"…{module[-width + 1 :]}"

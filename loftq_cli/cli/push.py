@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.cli.terminal import guarded, messages, print_json, quiet_hub_logging, results, warn
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.publishing.push import Pushed
@@ -94,18 +95,16 @@ def push_command(
 
 
 def _print(pushed: Pushed) -> None:
-    from rich.table import Table
+    from loftq_cli.cli.tables import Name, name_table
 
     console = results()
     if pushed.left_out:
         warn(f"not pushed, because not part of the conversion: {', '.join(pushed.left_out)}.")
     if pushed.dry_run:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("would push")
-        table.add_column("bytes", justify="right")
+        table = name_table(console, "would push", "bytes", right=("bytes",))
         for name, size in pushed.files.items():
-            table.add_row(name, f"{size:,}")
+            table.add_row(Name(name), f"{size:,}")
         console.print(table)
-    total = gigabytes(sum(pushed.files.values()))
+    total = size_text(sum(pushed.files.values()))
     verb = "would be pushed" if pushed.dry_run else "pushed"
     console.print(f"{len(pushed.files)} files of {total} {verb} to {pushed.url}", soft_wrap=True)

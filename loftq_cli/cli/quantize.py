@@ -6,8 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, quiet_hub_logging, results, styled
+from loftq_cli.cli.terminal import duration, guarded, print_json, quiet_hub_logging, results, styled
 from loftq_cli.engine.workers.launcher import launched_rank
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -83,15 +84,15 @@ def print_summary(manifest: Manifest) -> None:
     totals, console = manifest.totals, results()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     size = totals.backbone_bytes + totals.adapter_bytes
-    table.add_row("weights", f"{gigabytes(totals.source_bytes)} → {gigabytes(size)}")
-    parts = f"backbone {gigabytes(totals.backbone_bytes)}, adapter {gigabytes(totals.adapter_bytes)}"
+    table.add_row("weights", f"{size_text(totals.source_bytes)} → {size_text(size)}")
+    parts = f"backbone {size_text(totals.backbone_bytes)}, adapter {size_text(totals.adapter_bytes)}"
     table.add_row("", styled((parts, "dim")))
     table.add_row("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
     table.add_row("residual", _residual_text(manifest))
     table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
-    peak = f"{gigabytes(totals.peak_memory_bytes)}"
+    peak = f"{size_text(totals.peak_memory_bytes)}"
     if totals.peak_device_memory_bytes:
-        peak += f", {gigabytes(totals.peak_device_memory_bytes)} on the GPU"
+        peak += f", {size_text(totals.peak_device_memory_bytes)} on the GPU"
     table.add_row("peak memory", peak)
     table.add_row("format", f"{manifest.format}, {manifest.dtype}")
     console.print(table)

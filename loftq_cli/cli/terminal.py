@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from loftq_cli.cli.usage import usage_sentence
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.secrets import redact
 from loftq_cli.machine.panics import is_panic
@@ -99,6 +100,15 @@ def _unexpected(error: BaseException, debug: bool, mute: bool) -> None:
     _fail(f"unexpected {what}; {advice}", ExitCode.FAILED, mute, error if debug else None)
 
 
+def report_usage_error(error: Exception) -> ExitCode:
+    """Print an error of Typer about the command line, or the help that was asked for by giving no argument."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+    else:
+        messages().print(styled(("loftq:", "bold red"), f" {usage_sentence(error)}"), soft_wrap=True)
+    return ExitCode.USAGE
+
+
 def quiet_hub_logging(*, silent: bool) -> None:
     """Silence huggingface_hub, whose warnings the commands report in one sentence; its progress bars appear only in a
     terminal."""
@@ -108,14 +118,6 @@ def quiet_hub_logging(*, silent: bool) -> None:
     logging.set_verbosity_error()
     if silent or not sys.stderr.isatty():
         disable_progress_bars()
-
-
-def gigabytes(size: float) -> str:
-    """Return a size such as `26 GB`, `91.4 MB` or `812 kB`: three significant digits and decimal units."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 100 * factor else f"{size / factor:.0f} {unit}"
-    return f"{size:.0f} B"
 
 
 def duration(seconds: float) -> str:

@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import (
-    duration,
-    gigabytes,
-    guarded,
-    messages,
-    print_json,
-    quiet_hub_logging,
-    results,
-    styled,
-)
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, quiet_hub_logging, results, styled
 from loftq_cli.errors import ExitCode
+from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
     from loftq_cli.verification import Step, Verification
@@ -78,7 +70,7 @@ def _print(found: Verification, quiet: bool) -> None:
             soft_wrap=True,
         )
     elif not quiet:
-        text = f"{found.directory} is as it was written: {found.files} files, {gigabytes(found.nbytes)}"
+        text = f"{found.directory} is as it was written: {found.files} files, {size_text(found.nbytes)}"
         if found.source is not None:
             text += (
                 f"; {found.matrices} residuals recomputed from {found.source} agree within "
@@ -102,7 +94,7 @@ def _progress(*, silent: bool) -> Iterator[Callable[[Step], None] | None]:
         task = bar.add_task("files", total=None, amount="", name="")
 
         def update(step: Step) -> None:
-            amount = f"{gigabytes(step.done)} of {gigabytes(step.total)}" if step.of_bytes else ""
+            amount = f"{size_text(step.done)} of {size_text(step.total)}" if step.of_bytes else ""
             bar.update(
                 task,
                 description="files" if step.of_bytes else "residuals",

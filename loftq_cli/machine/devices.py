@@ -26,8 +26,13 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UsageError(f"--device {name}: torch sees {count} CUDA devices on this machine: give one of them, or cpu.")
-    if device.type not in ("cpu", "cuda", "xpu", "mps"):
+        seen = f"{count} CUDA devices on this machine: give one of them" if count else "no CUDA device here: give auto"
+        raise UsageError(f"--device {name}: torch sees {seen}, or cpu.")
+    if device.type == "mps":
+        raise UsageError("--device mps has no float64, which the low-rank steps need: give cpu.")
+    if device.type == "xpu" and not torch.xpu.is_available():
+        raise UsageError(f"--device {name}: torch sees no such device on this machine: give cpu.")
+    if device.type not in ("cpu", "cuda", "xpu"):
         raise UsageError(f"--device cannot be '{name}': give auto, cpu, cuda or cuda:1.")
     return device
 

@@ -26,6 +26,7 @@ from loftq_cli.planning.checks import (
     dense_experts,
     expert_notes,
     level_notes,
+    rank_notes,
     refuse_nothing,
     refuse_together,
 )
@@ -72,7 +73,12 @@ def build_units(source: Source, choices: Choices) -> WorkUnits:
     request = dataclasses.replace(
         choices.request, dense_experts=dense_experts(units), kept_matrices=_kept_matrices(units)
     )
-    notes = [*expert_notes(units, recipe), *calibration_notes(units, recipe), *level_notes(recipe, decisions)]
+    notes = [
+        *expert_notes(units, recipe),
+        *calibration_notes(units, recipe),
+        *level_notes(recipe, decisions),
+        *rank_notes(units),
+    ]
     work = WorkUnits(units, request, tuple(notes))
     refuse_together(work.matrices, recipe, request)
     refuse_nothing(units, recipe)

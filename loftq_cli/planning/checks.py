@@ -69,6 +69,23 @@ def dense_experts(units: Sequence[Unit]) -> tuple[str, ...]:
     )
 
 
+def rank_notes(units: Sequence[Unit]) -> list[str]:
+    """Return a note on adapters with at least as many parameters as the matrix that they serve."""
+    large = [
+        unit
+        for unit in units
+        if unit.matrix is not None and unit.target is not None and 2 * unit.target.rank > min(unit.matrix.shape)
+    ]
+    if not large:
+        return []
+    first = min(large, key=lambda unit: min(unit.matrix.shape) if unit.matrix else 0)
+    assert first.target is not None and first.matrix is not None
+    return [
+        f"rank {first.target.rank} is more than half of the smaller side of {first.tensor} {list(first.matrix.shape)}"
+        f"{f' and {len(large) - 1} more' if len(large) > 1 else ''}: such an adapter can be larger than what it serves."
+    ]
+
+
 def level_notes(recipe: Recipe, decisions: Mapping[str, Decision]) -> list[str]:
     """Return a note on levels that some matrices cannot have. `recipe` has all its defaults resolved."""
     if recipe.data_type in ("nf", "nf-sym") and any(decision.bits == 8 for decision in decisions.values()):

@@ -111,6 +111,8 @@ def push(
     path, report = user_path(directory), progress or (lambda step: None)
     request = _request(repo, private, revision, create_pr, message, base_model, path)
     manifest = read_manifest(path)
+    if not dry_run:
+        require_login()
     report("verifying")
     _verify(path, manifest)
     with tempfile.TemporaryDirectory(prefix="loftq-push-") as folder:
@@ -119,7 +121,6 @@ def push(
         if dry_run:
             url = f"{request.api.endpoint}/{repo}"
             return Pushed(repo, revision, url, None, None, files, left_out, dry_run=True)
-        require_login()
         with push_errors(repo):
             number = _prepare(request, path, report)
             report(f"uploading {len(files)} files")

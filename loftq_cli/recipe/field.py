@@ -17,8 +17,23 @@ from pydantic.functional_validators import BeforeValidator
 from pydantic_core import PydanticUndefined, core_schema
 
 from loftq_cli.errors import UsageError
+from loftq_cli.recipe.suggestions import suggestion
 
-__all__ = ["Choices", "Help", "Spec", "refusal", "refusal_of", "specs_of"]
+__all__ = ["Choices", "FieldError", "Help", "Spec", "refusal", "refusal_of", "specs_of"]
+
+
+class FieldError(UsageError):
+    """An invalid value of one field.
+
+    Attributes:
+        name: the field.
+        flag: its flag, or its name if it has none.
+        predicate: the rest of the sentence, such as `cannot be 5: choose one of 2, 3, 4, 8.`
+    """
+
+    def __init__(self, name: str, flag: str, predicate: str) -> None:
+        super().__init__(f"{flag} {predicate}")
+        self.name, self.flag, self.predicate = name, flag, predicate
 
 
 @dataclass(frozen=True)
@@ -163,12 +178,14 @@ def refusal_of(model: Any, error: ValidationError) -> UsageError:
     return refusal(specs[name], first["input"])
 
 
-def refusal(spec: Spec, value: object) -> UsageError:
+def refusal(spec: Spec, value: object) -> FieldError:
     """Return the error for an invalid value of a field."""
     if spec.repeatable:
-        return UsageError(f"{spec.name} must be a list of strings.")
+        return FieldError(spec.name, spec.name, "must be a list of strings.")
     subject = spec.flag.partition("/")[0] or spec.name
-    return UsageError(f"{subject} cannot be {shown_value(value)}: {_expected(spec)}.")
+    meant = suggestion(spec, value)
+    hint = f"did you mean {meant}?" if meant else f"{_expected(spec)}."
+    return FieldError(spec.name, subject, f"cannot be {shown_value(value)}: {hint}")
 
 
 def _expected(spec: Spec) -> str:

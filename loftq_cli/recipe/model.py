@@ -16,10 +16,10 @@ from pydantic.dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
 from loftq_cli.recipe.choices import BITS, DTYPE_CHOICES, FORMAT_NAMES, ITERS, PAPER_WIDTHS, STARTS
-from loftq_cli.recipe.field import Spec, refusal, refusal_of, specs_of
+from loftq_cli.recipe.field import FieldError, Spec, refusal, refusal_of, specs_of
 from loftq_cli.recipe.fields import RecipeFields
 from loftq_cli.recipe.rules import Rule, exact_rule, parse_rule, parse_size
-from loftq_cli.recipe.yaml_file import MATRIX, PLACES, read_one, read_places, read_yaml
+from loftq_cli.recipe.yaml_file import MATRIX, PLACES, place_of, read_one, read_places, read_yaml
 
 __all__ = [
     "BITS",
@@ -173,21 +173,32 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     """Return the recipe of a YAML file (`config`), overridden by `given`; None in `given` means not given.
 
     Raises:
-        UsageError: a field is unknown or its value invalid, or there is no model.
+        UsageError: a field is unknown or its value invalid, or there is no model. It names the file and the line if
+            the value is from there.
     """
     values = {} if config is None else read_one(config)
     values = {name: value for name, value in values.items() if name not in PLACES}
-    values.update({name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    in_file = {name for name in values if name not in given}
+    values.update(given)
     known = recipe_fields()
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}."
-            raise UsageError(f"a recipe has no field '{name}': {hint}")
+            where = f"{place_of(config, name)}: " if config is not None and name in in_file else ""
+            raise UsageError(f"{where}a recipe has no field '{name}': {hint}")
+    if {"bits", "target_size"} <= set(given) and len(given) < len(known):  # a whole recipe names every field
+        raise UsageError(f"--target-size {given['target_size']} chooses the bits of every matrix: leave out --bits.")
     if not values.get("model"):
         raise UsageError("no model was given: name a checkpoint's directory, or a model on the Hub as org/name.")
     values["model"] = str(values["model"])
-    return Recipe(**values)
+    try:
+        return Recipe(**values)
+    except FieldError as error:
+        if config is None or error.name not in in_file:
+            raise
+        raise UsageError(f"{place_of(config, error.name)}: {error.name} {error.predicate}") from error
 
 
 def write_yaml(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.machine.patterns import bounded_pattern
 from loftq_cli.recipe.choices import BITS
 
+_FEWEST_BYTES = 1_000  # without a unit; a smaller number is one of GB or MB
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -79,4 +80,6 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text), re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"invalid size '{text:.80}': write a number with KB, MB, GB, KiB, MiB or GiB.")
+    if not match[2] and float(match[1]) < _FEWEST_BYTES:
+        raise UsageError(f"the size '{text}' has no unit: write {match[1]}GB or {match[1]}MB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

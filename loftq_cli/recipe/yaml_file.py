@@ -80,6 +80,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in content.items()}
 
 
+def place_of(path: Path, name: str) -> str:
+    """Return where a YAML file sets a field, `recipe.yaml, line 3`; only the file's name if that cannot be found."""
+    import yaml
+
+    try:
+        root = yaml.compose(_read_text(path), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return str(path)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    lines = [key.start_mark.line + 1 for key, _ in pairs if str(key.value).replace("-", "_") == name]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
 def _read_text(path: Path) -> str:
     """Read the file, but no more of it than `_check_yaml` accepts. A FIFO is read only if the shell has made it."""
     given_by_shell = str(path).startswith(_SHELL_FILES)

@@ -10,11 +10,10 @@ import typer.main
 
 import loftq_cli
 from loftq_cli.cli import app
+from loftq_cli.cli.help_page import meaning_of, value_of
 from loftq_cli.errors import ExitCode
 from loftq_cli.recipe.table import markdown_table
 
-# How an option tells a default that depends on other options (cli/options/base.py).
-_TOLD_DEFAULT = re.compile(r"\s*\[dim\]\\?\[default: (?P<value>.*?)\]\[/\]$")
 _EXIT_CODES = {
     ExitCode.DONE: "Done.",
     ExitCode.FAILED: "Failed: the message says why.",
@@ -46,7 +45,7 @@ def _command(name: str, command: Any) -> str:
     usage = " ".join(["loftq", name, *(_argument(p) for p in arguments), "[OPTIONS]"])
     parts = [f"## loftq {name}", _prose(command.help or ""), f"```text\n{usage}\n```"]
     if arguments:
-        parts.append(table(("argument", "meaning"), [(f"`{_shown(p)}`", _plain(p.help)[0]) for p in arguments]))
+        parts.append(table(("argument", "meaning"), [(f"`{value_of(p)}`", meaning_of(p)[0]) for p in arguments]))
     panels: dict[str, list[Any]] = {}
     for option in options:
         panels.setdefault(getattr(option, "rich_help_panel", None) or "Other options", []).append(option)
@@ -55,38 +54,16 @@ def _command(name: str, command: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _shown(parameter: Any) -> str:
-    return parameter.metavar or parameter.name.upper()
-
-
 def _argument(parameter: Any) -> str:
-    shown = _shown(parameter)
+    shown = value_of(parameter)
     return shown if parameter.required else f"[{shown}]"
 
 
 def _option(parameter: Any) -> tuple[str, str, str, str]:
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-    meaning, default = _plain(parameter.help)
-    if not default and parameter.default not in (None, False, (), []) and not callable(parameter.default):
-        default = str(parameter.default)
-    value = "" if parameter.is_flag else parameter.metavar or _kind(parameter)
+    meaning, default = meaning_of(parameter)
+    value = "" if parameter.is_flag else value_of(parameter)
     return names, f"`{value}`" if value else "", f"`{default}`" if default else "", meaning
-
-
-def _kind(parameter: Any) -> str:
-    """The type of an option without a metavar; typer has named its types in two ways."""
-    if hasattr(parameter, "type"):
-        return str(parameter.type.name).upper()
-    annotation = parameter.type_descriptor.annotation
-    return getattr(annotation, "__name__", str(annotation)).upper()
-
-
-def _plain(help_text: str | None) -> tuple[str, str]:
-    """An option's help without terminal markup, and the default that it tells ("" for none)."""
-    text = " ".join((help_text or "").split())
-    told = _TOLD_DEFAULT.search(text)
-    meaning, default = (_TOLD_DEFAULT.sub("", text), told["value"]) if told else (text, "")
-    return meaning.replace("\\[", "["), default.replace("\\[", "[")
 
 
 def _prose(help_text: str) -> str:

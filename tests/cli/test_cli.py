@@ -16,8 +16,9 @@ from rich.text import Text
 from support.commands import loftq, runner, sentence
 
 from loftq_cli.cli import app
-from loftq_cli.cli.terminal import duration, gigabytes, guarded, messages, print_json, results, styled, warn
+from loftq_cli.cli.terminal import duration, guarded, messages, print_json, results, styled, warn
 from loftq_cli.machine.openmp import openmp_spin_env
+from loftq_cli.machine.sizes import size_text
 
 
 def test_quantize_prints_a_summary(random_llama: Path, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_closed_streams(redirect: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["quantize", "plan"])
 def test_help_shows_brackets(command: str) -> None:
-    page = " ".join(loftq(command, "--help").stdout.replace("│", " ").split())
+    page = " ".join(loftq(command, "--help-all").stdout.split())
     assert "org/name[@revision] on the Hub" in page and "[default: 64, gguf 32]" in page and "\\[" not in page
 
 
@@ -182,7 +183,7 @@ def test_flags_win_over_the_yaml(random_llama: Path, tmp_path: Path) -> None:
 
 
 def test_help_has_panels_and_defaults() -> None:
-    text = " ".join(loftq("quantize", "--help").stdout.replace("│", " ").split())
+    text = " ".join(loftq("quantize", "--help-all").stdout.split())
     for panel in ("What to convert", "Output", "Quantization", "LoftQ", "Running", "Showing"):
         assert panel in text
     assert "default: 16" in text and "default: keep-best" in text
@@ -206,7 +207,7 @@ def test_the_shell_completes(words: str, at: int, expected: str) -> None:
 
 
 def test_sizes_and_durations_are_readable() -> None:
-    assert gigabytes(26_030_000_000) == "26 GB" and gigabytes(91_400_000) == "91.4 MB" and gigabytes(12) == "12 B"
+    assert size_text(26_030_000_000) == "26 GB" and size_text(91_400_000) == "91.4 MB" and size_text(12) == "12 B"
     assert duration(8.44) == "8.4 s" and duration(200) == "3 min 20 s" and duration(3900) == "1 h 05 min"
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _MARK = object()
 FromRecipe = Annotated[Optional[str], _MARK]
+# Short flags of the options that people give most.
+_SHORT = {"bits": ("-b",), "rank": ("-r",), "method": ("-m",), "format": ("-f",)}
 # Options and the one that precedes each in its panel.
 _BELOW = {"max_shard_size": "output", "stream": "revision"}
 
@@ -56,7 +58,8 @@ def _parameter(spec: Spec) -> Parameter:
     more: dict[str, Any] = choice_of(spec.listed) if spec.listed else {}
     if spec.help.metavar:
         more["metavar"] = spec.help.metavar
-    declared = option(spec.flag, help=spec.help.text, panel=spec.help.panel, shown=spec.shown_default, **more)
+    flags = [spec.flag, *_SHORT.get(spec.name, ())]
+    declared = option(*flags, help=spec.help.text, panel=spec.help.panel, shown=spec.shown_default, **more)
     kind: Any = list[str] if spec.repeatable else spec.types[0]
     annotation = Annotated[Optional[kind], declared]
     return Parameter(spec.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -8,6 +8,7 @@ from loftq_cli.engine.compute.lanes import MOST_LANES, Schedule
 from loftq_cli.engine.compute.stacks import MOST_STACKED
 from loftq_cli.engine.cost.memory import resident_peak, working_set
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.planning.plan import Plan
 
 
@@ -25,8 +26,8 @@ def choose_schedule(plan: Plan, device: torch.device, limit: int | None) -> Sche
     largest = max(plan.units, key=lambda unit: working_set(unit, plan.recipe.method))
     needed = resident_peak(plan, device, schedules[-1])
     raise LoftqError(
-        f"--max-memory {(limit or 0) / 1e9:.2f}GB is too little: {largest.tensor} {list(largest.source.shape)} needs "
-        f"about {needed / 1e9:.2f}GB; allow that, or leave it out with --exclude '{largest.module}'."
+        f"--max-memory {size_text(limit or 0)} is too little: {largest.tensor} {list(largest.source.shape)} needs "
+        f"about {size_text(needed)}; allow that, or leave it out with --exclude '{largest.module}'."
     )
 
 

@@ -14,6 +14,7 @@ from loftq_cli.artifacts.summary import CARD, text_sizes
 from loftq_cli.engine.output.directory import STATE, is_publishing, partial_folder
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.confined import ConfinedFolder, check_name
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.planning.plan import INDEX, Plan
 from loftq_cli.tensorfile.hashing import hash_file
 
@@ -117,7 +118,7 @@ def check_space(plan: Plan, needed: int, reusable: int) -> None:
     disk = shutil.disk_usage(plan.output)
     if disk.total and needed > disk.free + reusable:
         raise LoftqError(
-            f"{plan.output} needs {needed / 1e9:.2f} GB, but its disk has only {(disk.free + reusable) / 1e9:.2f} GB "
+            f"{plan.output} needs {size_text(needed)}, but its disk has only {size_text(disk.free + reusable)} "
             "for it: make room, then run the same command again, or choose another -o.",
             exit_code=ExitCode.INCOMPLETE,
         )

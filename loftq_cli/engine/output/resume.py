@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import read_manifest
+from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.engine.output.directory import STATE, clear_state, journal_of, partial_folder, remove_files
+from loftq_cli.engine.output.finished import find_finished
 from loftq_cli.engine.output.journal import Header
 from loftq_cli.engine.output.preflight import (
     allocated,
@@ -59,7 +60,7 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
     elif (output / MANIFEST).exists():
         _replace_finished(plan, overwrite, needed)
     elif any(path.name != STATE for path in output.iterdir()):
-        raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
+        raise UsageError(_foreign(output))
     else:
         check_space(plan, needed, allocated(output))
     remove_files(output, published_names(plan))
@@ -67,6 +68,48 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
     partial_folder(output).mkdir(parents=True, exist_ok=True)
     header = Header(plan.fingerprint, plan.recipe.as_dict(), checkpoint.fingerprint, files, states)
     journal_of(output).begin(header)
+
+
+def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one.
+
+    Raises:
+        LoftqError: the directory holds a damaged manifest.
+    """
+    output = plan.output
+    if not output.is_dir():
+        return f"{output} is a file: quantize would refuse it." if output.exists() else ""
+    header = journal_of(output).read_header()
+    if header is not None:
+        files = sample_source(checkpoint)
+        same = header.fingerprint == plan.fingerprint and _same_commit(header.recipe, plan)
+        if same and not changed_files(header.files, files):
+            return f"{output} holds an unfinished conversion with this recipe: quantize resumes it."
+        return f"quantize would refuse: {_why_not_resumed(header, plan, checkpoint, files)}"
+    if (output / MANIFEST).exists():
+        if find_finished(plan) is not None:
+            return f"{output} is finished already, with the same recipe: quantize has nothing to do."
+        return f"quantize would refuse: {_why_not_replaced(plan, read_manifest(output))}"
+    if any(path.name != STATE for path in output.iterdir()):
+        return f"quantize would refuse: {_foreign(output)}"
+    return ""
+
+
+def _why_not_replaced(plan: Plan, manifest: Manifest) -> str:
+    if manifest.fingerprint == plan.fingerprint:
+        return (
+            f"{plan.output} was finished with the same recipe, but files of it are missing or have another size: "
+            "give --overwrite to repeat it."
+        )
+    different = _difference(manifest.recipe, plan) or "another source"
+    return (
+        f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
+        "replace it."
+    )
+
+
+def _foreign(output: Path) -> str:
+    return f"{output} holds files that are not loftq's: choose another -o or an empty directory."
 
 
 def _why_not_resumed(header: Header, plan: Plan, checkpoint: Checkpoint, files: Mapping[str, str]) -> str:
@@ -109,13 +152,7 @@ def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
 def _replace_finished(plan: Plan, overwrite: bool, needed: int) -> None:
     manifest = read_manifest(plan.output)
     if not overwrite:
-        if manifest.fingerprint == plan.fingerprint:
-            raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
-        different = _difference(manifest.recipe, plan) or "another source"
-        raise UsageError(
-            f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
-            "replace it."
-        )
+        raise UsageError(_why_not_replaced(plan, manifest))
     ours = owned_names(plan.output, manifest)
     check_places(plan, ours)
     check_space(plan, needed, allocated(plan.output, ours))
@@ -133,4 +170,8 @@ def _difference(recipe: Mapping[str, Any], plan: Plan) -> str:
 
 def _short(value: object) -> str:
     """Render a recipe's value; allocated bits are a rule for every matrix, too many for a sentence."""
-    return f"{len(value)} rules" if isinstance(value, list) and len(value) > _LONG_LIST else str(value)
+    if value in (None, "", [], ()):
+        return "not set"
+    if isinstance(value, list):
+        return f"{len(value)} rules" if len(value) > _LONG_LIST else ", ".join(map(str, value))
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
