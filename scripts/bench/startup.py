@@ -33,10 +33,10 @@ class Seconds:
 
 
 def measure(checkout: Path, words: list[str], cache: Path) -> Seconds:
-    """Run `python -m loftq_cli` of a checkout with this cache folder."""
-    env = {**os.environ, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    """Run `python -m loftq_cli` in a checkout, which comes first on Python's path, with this cache folder."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "-m", "loftq_cli", *words], check=True, env=env)
+    subprocess.run([sys.executable, "-m", "loftq_cli", *words], check=True, env=env, cwd=checkout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Seconds(round(cpu, 2), round(time.perf_counter() - started, 2))
