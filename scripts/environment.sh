@@ -17,10 +17,10 @@ prepare_environment() {
     echo "==> creating $ROOT/.venv with $("$base" --version)"
     "$base" -m venv --clear "$ROOT/.venv"
   fi
-  echo "==> installing torch"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" torch
   echo "==> installing loftq with its '$extra' extra"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" --editable "$ROOT[$extra]"
+  # Modules are compiled when they are first imported: most of what is installed never is.
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --constraint "$constraints" \
+    --editable "$ROOT[$extra]"
   touch "$stamp"
 }
 

@@ -20,14 +20,23 @@ if [ "${1:-}" = "--coverage" ]; then
   export COVERAGE_CORE="${COVERAGE_CORE:-$("$PYTHON" -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')}"
 fi
 
+# mypy takes as long as the other checks together, so they run beside it.
+types="$(mktemp)"
+"$PYTHON" -m mypy >"$types" 2>&1 &
+mypy=$!
+trap '[ -z "$mypy" ] || kill "$mypy"; rm -f "$types"' EXIT
 echo "==> ruff"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-echo "==> mypy"
-"$PYTHON" -m mypy
 echo "==> import layers"
 "$BIN/lint-imports"
 echo "==> docs"
 "$PYTHON" -m mkdocs build --strict --quiet
+echo "==> mypy"
+status=0
+wait "$mypy" || status=$?
+mypy=""
+cat "$types"
+if [ "$status" != 0 ]; then exit "$status"; fi
 echo "==> pytest"
 "$PYTHON" -m pytest --numprocesses auto --dist loadfile ${coverage[@]+"${coverage[@]}"} "$@"

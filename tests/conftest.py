@@ -28,10 +28,10 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def small_llama() -> Path:
-    """A small trained Llama (bfloat16, several shards): a larger one outside the project if there is one, or ours."""
+    """A small trained Llama (bfloat16, several shards): a larger one in the folder that LOFTQ_SHARED names, or ours."""
     from support.trained_llama import CHECKPOINT
 
-    path = SHARED / "models" / "tiny-llama"
+    path = SHARED / "models" / "tiny-llama" if SHARED else CHECKPOINT
     return path if path.is_dir() else CHECKPOINT
 
 
@@ -40,8 +40,8 @@ def wikitext() -> str:
     """English text that `small_llama` was not trained on: WikiText-2's validation text for the larger one, or ours."""
     from support.trained_llama import held_out_text
 
-    path = SHARED / "data" / "wikitext2-valid.txt"
-    return path.read_text(encoding="utf-8") if path.is_file() else held_out_text()
+    path = SHARED / "data" / "wikitext2-valid.txt" if SHARED else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else held_out_text()
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from loftq_cli.checkpoint.base import Checkpoint, SideFile, TensorInfo
 from loftq_cli.checkpoint.local import adapter_base
 from loftq_cli.checkpoint.meta.checkpoint import MetaCheckpoint, find_meta, open_meta
 from loftq_cli.checkpoint.pickled import has_pickles, open_pickled
-from loftq_cli.checkpoint.remote.model import open_hub, parse_model
 from loftq_cli.checkpoint.safetensors import has_safetensors, open_safetensors
 from loftq_cli.checkpoint.scaled import with_scales
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.confined import real_path, user_path
 
 if TYPE_CHECKING:
+    from loftq_cli.checkpoint.remote.model import HubModel
     from loftq_cli.recipe.model import Recipe
 
 __all__ = ["Checkpoint", "SideFile", "TensorInfo", "open_checkpoint", "open_source"]
@@ -38,7 +38,12 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
         UsageError: a revision or `stream` is given for a directory.
         LoftqError: the checkpoint does not exist or cannot be read.
     """
-    source = parse_model(recipe.model, recipe.revision)
+    source: Path | HubModel = Path(recipe.model).expanduser()
+    if recipe.revision is not None or not source.exists():
+        # Imports huggingface_hub, which a model on this machine does not need.
+        from loftq_cli.checkpoint.remote.model import open_hub, parse_model
+
+        source = parse_model(recipe.model, recipe.revision)
     if isinstance(source, Path):
         if stream and source.exists():
             raise UsageError(f"--stream is for a model on the Hub, but {recipe.model} is a local path: leave it out.")

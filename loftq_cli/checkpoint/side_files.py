@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from loftq_cli.checkpoint.base import SideFile
@@ -65,14 +66,14 @@ def companions(directory: Path, names: Iterable[str]) -> list[str]:
         LoftqError: modules.json names a folder that loftq writes itself.
     """
     folders = {*module_folders(directory), _CHAT_TEMPLATES}
-    in_code, code = names_in_code(directory), code_is_named(directory)
+    in_code, code = cache(lambda: names_in_code(directory)), code_is_named(directory)  # imports transformers: if needed
     found = []
     for name in names:
         top, _, below = name.partition("/")
         if below:
             copied = top in folders and not any(part.startswith(".") for part in below.split("/"))
         else:
-            copied = travels(name) or (_may_travel(name) and (name in in_code or (code and name.endswith(".py"))))
+            copied = travels(name) or (_may_travel(name) and ((code and name.endswith(".py")) or name in in_code()))
         if copied:
             found.append(name)
     return found

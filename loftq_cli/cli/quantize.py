@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import duration, guarded, print_json, quiet_hub_logging, results, styled
 from loftq_cli.engine.workers.launcher import launched_rank
+from loftq_cli.machine.collection import collection_paused
 from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def quantize_command(
     mute = launched_rank() > 0  # of a launcher's processes, only the main one prints
     resumable = "interrupted; finished matrices are kept: run the same command again to resume."
     with guarded(debug, resumable=resumable, mute=mute):
-        from loftq_cli.api import quantize
+        with collection_paused():
+            from loftq_cli.api import quantize
         from loftq_cli.cli.progress import choose_reporter
         from loftq_cli.recipe.model import read_places
 

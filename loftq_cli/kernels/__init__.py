@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from loftq_cli.machine.collection import collection_paused
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
@@ -51,13 +52,14 @@ class _Compiled:
 def _compiled_quantizers() -> _Compiled | None:
     """Return the compiled quantizers' classes, or None, with one warning, if numba is missing or does not work here."""
     try:
-        from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
-        from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
+        with collection_paused():
+            from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
+            from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
 
-        trial = torch.linspace(-1, 1, 128).reshape(2, 64)
-        CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
-            trial, trial
-        )
+            trial = torch.linspace(-1, 1, 128).reshape(2, 64)
+            CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
+                trial, trial
+            )
     except Exception as error:  # a compiler may raise anything, and the plain twin always works
         _warn("compiled quantizer", error, "several times slower")
         return None

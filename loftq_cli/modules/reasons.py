@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, unique
 
+from loftq_cli.machine.json_record import json_record
+
 
 @unique
 class Why(Enum):
@@ -46,6 +48,7 @@ class Why(Enum):
     REFUSED = "{found}"
 
 
+@json_record
 @dataclass(frozen=True)
 class Reason:
     """Why one tensor stays in full precision.

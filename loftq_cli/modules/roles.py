@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.json_record import json_record
 from loftq_cli.modules import keep_rules as rules
 from loftq_cli.modules.build import Built, build_on_meta, named_class
 from loftq_cli.modules.classify import Kind, classify, expert_reason, is_router
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@json_record
 @dataclass(frozen=True)
 class TensorRole:
     """Role of one tensor of the checkpoint.
@@ -61,6 +63,7 @@ class TensorRole:
     float32: tuple[str, ...] = ()
 
 
+@json_record
 @dataclass(frozen=True)
 class ModuleMap:
     """The whole checkpoint.

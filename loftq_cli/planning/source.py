@@ -15,8 +15,9 @@ from loftq_cli.checkpoint.quantized import quantization_method
 from loftq_cli.checkpoint.remote.model import repository_files
 from loftq_cli.checkpoint.side_files import left_behind
 from loftq_cli.errors import LoftqError
+from loftq_cli.modules.kept_maps import map_modules_once
 from loftq_cli.modules.reasons import Reason, Why
-from loftq_cli.modules.roles import ModuleMap, TensorRole, map_modules
+from loftq_cli.modules.roles import ModuleMap, TensorRole
 from loftq_cli.recipe.model import Recipe
 
 _SHOWN = 5  # files named in a note
@@ -98,7 +99,7 @@ def find_modules(checkpoint: Checkpoint) -> ModuleMap:
     """
     _refuse_quantized(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    return _without_repeats(map_modules(checkpoint.config, shapes), checkpoint)
+    return _without_repeats(map_modules_once(checkpoint.config, shapes), checkpoint)
 
 
 def _without_repeats(modules: ModuleMap, checkpoint: Checkpoint) -> ModuleMap:

@@ -7,4 +7,5 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-SHARED = Path(os.environ.get("LOFTQ_SHARED", ROOT.parent / "shared"))
+# Larger models and texts outside the project, for whoever has them.
+SHARED = Path(os.environ["LOFTQ_SHARED"]) if "LOFTQ_SHARED" in os.environ else None
