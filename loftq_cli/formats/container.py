@@ -6,11 +6,12 @@ encodes; `registry.py` lists them all. Neither this file nor a declaration impor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loftq_cli.formats.loading import PLAIN, Loading
+from loftq_cli.modules.reasons import Reason, Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -99,6 +100,10 @@ class Container:
         quantized: the stored weights are codes, so `loftq merge --to requantize` can quantize them again.
         unmergeable: why `loftq merge` does not read it and what to do instead, as a sentence; "" if it does.
         keeps_conv1d: the running model keeps a Conv1D's [in, out] orientation.
+        offers: needs of some linear layers that its loaded layers meet, as the reasons that keep these layers in full
+            precision elsewhere: `FLOAT32` if it leaves a layer in float32 that transformers keeps in float32,
+            `DTYPE_READ` if the layer's `weight` has the dtype that the model's code casts to.
+        offers_unpacked: those that it meets only if its loader unpacks the weights (`--dequantize`).
         loaded_experts: what happens to quantized experts when the model is loaded, to follow "the experts are"; "" if
             they stay as they are stored.
     """
@@ -122,6 +127,17 @@ class Container:
     unmergeable: str = ""
     keeps_conv1d: bool = False
     loaded_experts: str = ""
+    offers: frozenset[Why] = frozenset()
+    offers_unpacked: frozenset[Why] = frozenset()
+
+    def unmet(self, needs: Sequence[Reason], *, dequantize: bool) -> Reason | None:
+        """Return the first of a layer's needs (`TensorRole.needs`) that this container does not meet, or None.
+
+        Args:
+            dequantize: the loader unpacks the weights.
+        """
+        offered = self.offers | self.offers_unpacked if dequantize else self.offers
+        return next((need for need in needs if need.why not in offered), None)
 
     @property
     def data_type(self) -> str:

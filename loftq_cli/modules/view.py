@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.modules import keep_rules as rules
 from loftq_cli.modules.keep_rules import Tower
-from loftq_cli.modules.weight_reads import direct_weight_reads
+from loftq_cli.modules.weight_reads import direct_weight_reads, weight_dtype_reads
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ class ModelView:
         float32: matches the names of tensors that transformers keeps in float32.
         float32_dtypes: from `float32_patterns`.
         readers: module path -> class that reads its weight (`modules.weight_reads`).
+        dtype_readers: the same for classes that read the weight's dtype alone.
         expert_names: last parts of module paths that PEFT treats as fused experts.
         heads, embedding: paths of the output embeddings and of the input embedding.
         base: path prefix of the base model, "" if the class is a base model or has none.
@@ -45,6 +46,7 @@ class ModelView:
     float32: re.Pattern[str] | None
     float32_dtypes: Mapping[str, re.Pattern[str]]
     readers: Mapping[str, str]
+    dtype_readers: Mapping[str, str]
     expert_names: frozenset[str]
     heads: frozenset[str]
     embedding: frozenset[str]
@@ -67,6 +69,7 @@ class ModelView:
             float32=float32_patterns(model).get("float16"),
             float32_dtypes=float32_patterns(model),
             readers=direct_weight_reads(model, model.config),
+            dtype_readers=weight_dtype_reads(model),
             expert_names=_expert_names(model),
             heads=heads,
             embedding=_paths(modules, _call_getter(model, "get_input_embeddings")),

@@ -9,6 +9,7 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.modules.keep_rules import HIDDEN_READS, READ_ONLY_WHEN
@@ -29,12 +30,25 @@ _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 Step = str | int | None  # attribute name, index into a container, or any index
 
 
+@dataclass(frozen=True)
+class Read:
+    """A `.weight` in the source of a class.
+
+    Attributes:
+        steps: the path from `self` to the module.
+        dtype_only: the code asks for its dtype or its type, and not for its values.
+    """
+
+    steps: tuple[Step, ...]
+    dtype_only: bool
+
+
 def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
     """Find the modules whose `.weight` is used by the code of another module instead of through their own forward.
 
-    Such a weight must stay a plain floating-point tensor: Mamba passes `out_proj.weight` to its CUDA kernel, T5 casts
-    activations to `wo.weight.dtype`, `nn.MultiheadAttention` passes `out_proj.weight` to a function. The reads are
-    found in the source of every class in the model, so no list of architectures is needed.
+    Such a weight must stay a plain floating-point tensor, and an adapter on the module would not reach that code:
+    Mamba passes `out_proj.weight` to its CUDA kernel, `nn.MultiheadAttention` passes `out_proj.weight` to a function.
+    The reads are found in the source of every class in the model, so no list of architectures is needed.
 
     Args:
         model: any model, also on the meta device.
@@ -49,7 +63,7 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
         switch = READ_ONLY_WHEN.get(reader.__name__)
         if switch is not None and not getattr(config, switch, False):
             continue
-        for steps in weight_reads(reader):  # type: ignore[arg-type]  # classes hash, mypy doubts it
+        for steps in weight_reads(reader) - dtype_reads(reader):
             for target in _walk(module, steps):
                 found.setdefault(f"{path}.{target}".lstrip("."), reader.__name__)
         for pattern in HIDDEN_READS.get(reader.__name__, ()):
@@ -58,14 +72,40 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
     return found
 
 
-@functools.cache
+def weight_dtype_reads(model: nn.Module) -> dict[str, str]:
+    """Find the modules of whose `.weight` other code reads the dtype alone: T5 casts activations to `wo.weight.dtype`.
+
+    The weight may be stored in any way, as long as the layer has a `weight` with the right dtype.
+
+    Returns:
+        Module path -> name of the class whose code reads the dtype.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for steps in dtype_reads(type(module)):
+            for target in _walk(module, steps):
+                found.setdefault(f"{path}.{target}".lstrip("."), type(module).__name__)
+    return found
+
+
 def weight_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
     """Return the paths from `self` to every `.weight` that methods of `cls` read: `("wo",)` for `self.wo.weight.dtype`.
 
     Methods that set a model up are skipped, and so are methods that check for packed weights. A class without
     available source is assumed to read none.
     """
-    return frozenset(steps for function in _methods(cls) for steps in _reads_in(function))
+    return frozenset(read.steps for read in _reads(cls))  # type: ignore[arg-type]  # classes hash, mypy doubts it
+
+
+def dtype_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
+    """Return the part of `weight_reads` of which only the dtype is read, everywhere in `cls`."""
+    reads = _reads(cls)  # type: ignore[arg-type]  # classes hash, mypy doubts it
+    return frozenset(read.steps for read in reads) - frozenset(read.steps for read in reads if not read.dtype_only)
+
+
+@functools.cache
+def _reads(cls: type[nn.Module]) -> frozenset[Read]:
+    return frozenset(read for function in _methods(cls) for read in _reads_in(function))
 
 
 def _methods(cls: type) -> Iterator[types.FunctionType]:
@@ -90,8 +130,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
-    """Yield the paths from `self` to a `.weight` in the source of one function."""
+def _reads_in(function: types.FunctionType) -> Iterator[Read]:
+    """Yield every `.weight` in the source of one function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -100,8 +140,12 @@ def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
     if any(ast.unparse(node).endswith(_GUARDS) for node in attributes):
         return
     harmless = {id(node.value) for node in attributes if node.attr in _HARMLESS}
-    reads = (node for node in attributes if node.attr == "weight" and id(node) not in harmless)
-    yield from filter(None, (_steps(node.value) for node in reads))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
+    types_asked = {id(call.args[0]) for call in calls if ast.unparse(call.func) == "isinstance"}
+    dtypes_asked = {id(node.value) for node in attributes if node.attr == "dtype"}
+    for node in attributes:
+        if node.attr == "weight" and id(node) not in harmless and (steps := _steps(node.value)):
+            yield Read(steps, dtype_only=id(node) in types_asked | dtypes_asked)
 
 
 def _steps(node: ast.expr) -> tuple[Step, ...]:

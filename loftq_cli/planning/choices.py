@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS, get_container
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, Request
 from loftq_cli.modules.reasons import Reason, Why
-from loftq_cli.modules.roles import ModuleMap
+from loftq_cli.modules.roles import ModuleMap, TensorRole
 from loftq_cli.planning.checks import refuse_together
 from loftq_cli.planning.resolve import resolve
 from loftq_cli.planning.select import Decision, decide, included_but_kept, unused_filters
@@ -55,13 +58,13 @@ def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None =
     checkpoint, modules = source.checkpoint, source.modules
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= _keep_nonfinite(modules, nonfinite or {})
-    if not any(decision.bits for decision in decisions.values()):
-        kept = included_but_kept(recipe, modules.roles).items()
-        reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
-        raise LoftqError(
-            f"nothing in {checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
-        )
+    _refuse_nothing(recipe, source, modules, decisions)
     settled = resolve(recipe, modules, decisions)
+    unmet = _unmet_needs(settled, modules, decisions)
+    if unmet:
+        modules = dataclasses.replace(modules, roles=tuple(_kept(role, unmet) for role in modules.roles))
+        decisions |= {tensor: Decision(0, 0, reason) for tensor, reason in unmet.items()}
+        _refuse_nothing(settled, source, modules, decisions)
     request = Request(modules.task_type, settled.dequantize, checkpoint.config, source.tokenizer)
     refuse_together((), settled, request)
     return Choices(
@@ -70,8 +73,64 @@ def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None =
         dtype=_model_dtype(recipe, source, decisions),
         request=request,
         nonfinite=dict(nonfinite or {}),
-        notes=(*_filter_notes(recipe, modules), *_nonfinite_notes(recipe, nonfinite)),
+        notes=(
+            *_filter_notes(recipe, modules),
+            *_nonfinite_notes(recipe, nonfinite),
+            *_unmet_notes(settled, source, unmet),
+        ),
     )
+
+
+def _refuse_nothing(
+    recipe: Recipe, source: Source, modules: ModuleMap, decisions: Mapping[str, Decision]
+) -> None:
+    """
+    Raises:
+        LoftqError: nothing is left to quantize.
+    """
+    if any(decision.bits for decision in decisions.values()):
+        return
+    kept = included_but_kept(recipe, modules.roles).items()
+    reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
+    raise LoftqError(
+        f"nothing in {source.checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
+    )
+
+
+def _unmet_needs(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision]) -> dict[str, Reason]:
+    """Return the selected tensors whose layers need what those of the container lack, with the reason."""
+    container = get_container(recipe.format)
+    found = {
+        role.tensor: container.unmet(role.needs, dequantize=recipe.dequantize)
+        for role in modules.roles
+        if decisions[role.tensor].bits
+    }
+    return {tensor: reason for tensor, reason in found.items() if reason is not None}
+
+
+def _kept(role: TensorRole, unmet: Mapping[str, Reason]) -> TensorRole:
+    """Return the role as it is in the container."""
+    return dataclasses.replace(role, keep=unmet[role.tensor], optional=False) if role.tensor in unmet else role
+
+
+def _unmet_notes(recipe: Recipe, source: Source, unmet: Mapping[str, Reason]) -> list[str]:
+    """Return a note on the share of the weights that only other containers quantize, and their names."""
+    if not unmet:
+        return []
+    tensors = source.checkpoint.tensors
+    share = sum(prod(tensors[name].shape) for name in unmet) / sum(prod(info.shape) for info in tensors.values())
+    needs = [role.needs for role in source.modules.roles if role.tensor in unmet]
+    others = [
+        name
+        for name, container in FORMATS.items()
+        if not any(container.unmet(need, dequantize=recipe.dequantize) for need in needs)
+    ]
+    count = "1 matrix stays" if len(unmet) == 1 else f"{len(unmet)} matrices stay"
+    reasons = "; ".join(sorted({str(reason) for reason in unmet.values()}))
+    return [
+        f"{count} in full precision, {share:.0%} of the weights, because layers of {recipe.format} cannot replace them "
+        f"({reasons}): --format {' or '.join(others)} quantizes them."
+    ]
 
 
 def _keep_nonfinite(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:

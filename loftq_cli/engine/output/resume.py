@@ -56,7 +56,7 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed:
         check_places(plan, published_names(plan))
         check_space(plan, needed, allocated(output))
     elif (output / MANIFEST).exists():
-        _replace_finished(plan, overwrite, needed)
+        _replace_finished(plan, checkpoint, overwrite, needed)
     elif any(path.name != STATE for path in output.iterdir()):
         raise UsageError(f"{output} holds files that are not loftq's: choose another -o or an empty directory.")
     else:
@@ -105,12 +105,13 @@ def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
     return recipe.get("revision") == plan.recipe.revision
 
 
-def _replace_finished(plan: Plan, overwrite: bool, needed: int) -> None:
+def _replace_finished(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed: int) -> None:
     manifest = read_manifest(plan.output)
     if not overwrite:
         if manifest.fingerprint == plan.fingerprint:
             raise UsageError(f"{plan.output} is finished already, with the same recipe: give --overwrite to repeat it.")
-        different = _difference(manifest.recipe, plan) or "another source"
+        other = "version of loftq" if manifest.source_fingerprint == checkpoint.fingerprint else "source"
+        different = _difference(manifest.recipe, plan) or f"another {other}"
         raise UsageError(
             f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
             "replace it."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import UPSTREAM, Capability, Claim, Container
 from loftq_cli.formats.loading import Loading, LoadRequest, Package
+from loftq_cli.modules.reasons import Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -61,4 +62,5 @@ COMPRESSED_TENSORS = Container(
     quant_method=QUANT_METHOD,
     integers_only=True,
     symmetric=True,
+    offers_unpacked=frozenset({Why.DTYPE_READ}),
 )

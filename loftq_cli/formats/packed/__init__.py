@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import Auto, Capability, Claim, Container
 from loftq_cli.formats.loading import Loading
+from loftq_cli.modules.reasons import Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -48,4 +49,5 @@ PACKED = Container(
         "packed on disk and dequantized when the model is loaded, because PEFT trains stacked experts as dense "
         "parameters only: in memory they take the model's dtype."
     ),
+    offers=frozenset({Why.FLOAT32, Why.DTYPE_READ}),
 )
