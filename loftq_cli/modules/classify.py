@@ -27,7 +27,7 @@ def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> t
         table = parameter == "weight" and path in view.embedding and not name.merged
         if table and isinstance(module, nn.Embedding):
             keep = _embedding_reason(module) or _float32(view, name) or _read_directly(view, path)
-            keep = keep or _dtype_read(view, path)
+            keep = keep or _unquantized_read(view, path) or _dtype_read(view, path)
             tied = None if keep is None and _ties_are_plain(view, name) else _tied(view, name)
             return "embedding", tied or keep
         return "other", _other_reason(view, name, path, parameter)
@@ -42,9 +42,9 @@ def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> t
 
 
 def layer_needs(view: ModelView, name: RuntimeName, path: str) -> tuple[Reason, ...]:
-    """Return what a linear layer must offer in the running model besides its forward, each as the reason to keep the
-    tensor in a container whose layers lack it (`Container.offers`)."""
-    return tuple(filter(None, (_float32(view, name), _dtype_read(view, path))))
+    """Return what the running model needs of a linear layer besides its forward, each as the reason to keep the tensor
+    in a container that does not meet it (`Container.unmet`)."""
+    return tuple(filter(None, (_float32(view, name), _unquantized_read(view, path), _dtype_read(view, path))))
 
 
 def expert_reason(view: ModelView, name: RuntimeName, expert: Expert | None) -> Reason | None:
@@ -65,7 +65,7 @@ def _ties_are_plain(view: ModelView, name: RuntimeName) -> bool:
     for key in sharing:
         path, _, parameter = key.rpartition(".")
         module = view.modules[path]
-        read = path in view.readers or path in view.dtype_readers
+        read = path in {*view.readers, *view.unquantized_readers, *view.dtype_readers}
         plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and not read
         if parameter != "weight" or not plain or (view.float32 and view.float32.search(key)):
             return False
@@ -78,6 +78,11 @@ def _float32(view: ModelView, name: RuntimeName) -> Reason | None:
 
 def _read_directly(view: ModelView, path: str) -> Reason | None:
     return Reason(Why.READ_DIRECTLY, view.readers[path]) if path in view.readers else None
+
+
+def _unquantized_read(view: ModelView, path: str) -> Reason | None:
+    reader = view.unquantized_readers.get(path)
+    return Reason(Why.UNQUANTIZED_READ, reader) if reader else None
 
 
 def _dtype_read(view: ModelView, path: str) -> Reason | None:

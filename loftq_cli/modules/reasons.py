@@ -28,6 +28,7 @@ class Why(Enum):
     TIED = "tied to {name}"
     FLOAT32 = "kept in float32 by transformers (_keep_in_fp32_modules)"
     READ_DIRECTLY = "its weight is read directly by {name}"
+    UNQUANTIZED_READ = "its weight is read directly by {name} in models without a quantizer"
     DTYPE_READ = "its weight's dtype is read by {name}"
     CUSTOM_MODULE = "custom module {name}"
     REARRANGED = "split, joined or transposed by transformers while loading"

@@ -48,7 +48,7 @@ class TensorRole:
         optional: `keep` is only the default; --include can choose the tensor all the same.
         float32: the dtypes, by name, for which transformers keeps this tensor in float32 when it loads the model.
         needs: what the running model asks of the loaded layer besides its forward, each as the reason to keep the
-            tensor in a container that does not offer it (`formats.container.Container.offers`).
+            tensor in a container that does not meet it (`formats.container.Container.unmet`).
     """
 
     tensor: str

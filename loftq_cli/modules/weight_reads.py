@@ -10,6 +10,7 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.modules.keep_rules import HIDDEN_READS, READ_ONLY_WHEN
@@ -23,6 +24,9 @@ _SETUP = re.compile(r"_*(init|tie|reset|set_|resize|get_resized|get_dtype|get_de
 # Code that checks these handles packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
 _GUARDS = ("torch.uint8", "dtype).is_floating_point", "dtype.is_floating_point")
 
+# The flag that transformers sets in the config of a model with a quantizer (5.23, `quantizers.base`).
+_QUANTIZED = re.compile(r"hasattr\([\w.]*config, '_is_quantized'\)")
+
 # Attributes that are still correct on a packed weight.
 _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 
@@ -30,17 +34,20 @@ _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 Step = str | int | None  # attribute name, index into a container, or any index
 
 
+class ReadKind(Enum):
+    """What the code does with a weight that it reads."""
+
+    VALUES = "uses its values"
+    UNQUANTIZED = "uses its values unless the model is quantized (`config._is_quantized`)"
+    DTYPE = "asks for its dtype or its type"
+
+
 @dataclass(frozen=True)
 class Read:
-    """A `.weight` in the source of a class.
-
-    Attributes:
-        steps: the path from `self` to the module.
-        dtype_only: the code asks for its dtype or its type, and not for its values.
-    """
+    """A `.weight` in the source of a class; `steps` is the path from `self` to the module."""
 
     steps: tuple[Step, ...]
-    dtype_only: bool
+    kind: ReadKind
 
 
 def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
@@ -63,7 +70,7 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
         switch = READ_ONLY_WHEN.get(reader.__name__)
         if switch is not None and not getattr(config, switch, False):
             continue
-        for steps in weight_reads(reader) - dtype_reads(reader):
+        for steps in weight_reads(reader, ReadKind.VALUES):
             for target in _walk(module, steps):
                 found.setdefault(f"{path}.{target}".lstrip("."), reader.__name__)
         for pattern in HIDDEN_READS.get(reader.__name__, ()):
@@ -72,35 +79,34 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
     return found
 
 
-def weight_dtype_reads(model: nn.Module) -> dict[str, str]:
-    """Find the modules of whose `.weight` other code reads the dtype alone: T5 casts activations to `wo.weight.dtype`.
+def partial_weight_reads(model: nn.Module, kind: ReadKind) -> dict[str, str]:
+    """Find the modules whose `.weight` other code reads in a way that some packed layers can satisfy.
 
-    The weight may be stored in any way, as long as the layer has a `weight` with the right dtype.
+    T5 casts activations to `wo.weight.dtype` (`DTYPE`): the weight may be stored in any way, as long as the layer has a
+    `weight` with the right dtype. Jamba uses `dt_proj.weight` only in a model without a quantizer (`UNQUANTIZED`).
 
     Returns:
-        Module path -> name of the class whose code reads the dtype.
+        Module path -> name of the class whose code reads the weight; as in `direct_weight_reads`.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        for steps in dtype_reads(type(module)):
+        for steps in weight_reads(type(module), kind):
             for target in _walk(module, steps):
                 found.setdefault(f"{path}.{target}".lstrip("."), type(module).__name__)
     return found
 
 
-def weight_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
+def weight_reads(cls: type[nn.Module], kind: ReadKind | None = None) -> frozenset[tuple[Step, ...]]:
     """Return the paths from `self` to every `.weight` that methods of `cls` read: `("wo",)` for `self.wo.weight.dtype`.
 
     Methods that set a model up are skipped, and so are methods that check for packed weights. A class without
     available source is assumed to read none.
+
+    Args:
+        kind: only reads of this kind.
     """
-    return frozenset(read.steps for read in _reads(cls))  # type: ignore[arg-type]  # classes hash, mypy doubts it
-
-
-def dtype_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
-    """Return the part of `weight_reads` of which only the dtype is read, everywhere in `cls`."""
     reads = _reads(cls)  # type: ignore[arg-type]  # classes hash, mypy doubts it
-    return frozenset(read.steps for read in reads) - frozenset(read.steps for read in reads if not read.dtype_only)
+    return frozenset(read.steps for read in reads if kind is None or read.kind is kind)
 
 
 @functools.cache
@@ -141,11 +147,24 @@ def _reads_in(function: types.FunctionType) -> Iterator[Read]:
         return
     harmless = {id(node.value) for node in attributes if node.attr in _HARMLESS}
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
-    types_asked = {id(call.args[0]) for call in calls if ast.unparse(call.func) == "isinstance"}
-    dtypes_asked = {id(node.value) for node in attributes if node.attr == "dtype"}
+    asked = {id(call.args[0]) for call in calls if ast.unparse(call.func) == "isinstance"}
+    asked |= {id(node.value) for node in attributes if node.attr == "dtype"}
+    unquantized = set(_ids_without_quantizer(tree))
     for node in attributes:
-        if node.attr == "weight" and id(node) not in harmless and (steps := _steps(node.value)):
-            yield Read(steps, dtype_only=id(node) in types_asked | dtypes_asked)
+        if node.attr != "weight" or id(node) in harmless or not (steps := _steps(node.value)):
+            continue
+        if id(node) in unquantized:
+            kind = ReadKind.UNQUANTIZED
+        else:
+            kind = ReadKind.DTYPE if id(node) in asked else ReadKind.VALUES
+        yield Read(steps, kind)
+
+
+def _ids_without_quantizer(tree: ast.AST) -> Iterator[int]:
+    """Yield the ids of the nodes that run only without a quantizer: `if hasattr(config, "_is_quantized"): else: ...`."""
+    for branch in ast.walk(tree):
+        if isinstance(branch, ast.If) and _QUANTIZED.fullmatch(ast.unparse(branch.test)):
+            yield from (id(node) for statement in branch.orelse for node in ast.walk(statement))
 
 
 def _steps(node: ast.expr) -> tuple[Step, ...]:

@@ -19,7 +19,7 @@ from loftq_cli.formats.base import DTYPE_NAMES, DTYPES
 from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD, SCALE_NAMES
 from loftq_cli.modules.keep_rules import PLAIN_LINEAR_CLASSES
 from loftq_cli.modules.view import float32_patterns
-from loftq_cli.modules.weight_reads import weight_dtype_reads
+from loftq_cli.modules.weight_reads import ReadKind, partial_weight_reads
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import Codebook
@@ -191,7 +191,7 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
             owners |= {path: listed for path in tied_paths if path not in grids}
             grids |= dict.fromkeys(tied_paths, grids[listed])
     tied = {path for tied_paths in _tied_modules(model) for path in tied_paths}
-    read = weight_dtype_reads(model).keys() - tied
+    read = partial_weight_reads(model, ReadKind.DTYPE).keys() - tied
     for path, grid in grids.items():
         weight_dtype = dense_dtype(model, path, modules[path].weight.dtype) if path in read else None
         model.set_submodule(path, _packed_module(path, modules[path], grid, weight_dtype))
@@ -241,9 +241,7 @@ def dense_dtype(model: nn.Module, path: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if pattern is not None and pattern.search(name) else dtype
 
 
-def _packed_module(
-    path: str, module: nn.Module, grid: Grid, weight_dtype: torch.dtype | None = None
-) -> PackedWeight:
+def _packed_module(path: str, module: nn.Module, grid: Grid, weight_dtype: torch.dtype | None = None) -> PackedWeight:
     """Return the packed layer; `weight_dtype` for a model whose code reads the dtype of the weight."""
     if not is_packable(module):
         raise LoftqError(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import UPSTREAM, Capability, Claim, Container
 from loftq_cli.formats.loading import Loading, LoadRequest, Package
-from loftq_cli.modules.reasons import Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -62,5 +61,6 @@ COMPRESSED_TENSORS = Container(
     quant_method=QUANT_METHOD,
     integers_only=True,
     symmetric=True,
-    offers_unpacked=frozenset({Why.DTYPE_READ}),
+    float32_layers="cast",
+    weight_dtype="unpacked",
 )

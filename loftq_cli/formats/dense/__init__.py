@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import UPSTREAM, Capability, Claim, Container
-from loftq_cli.modules.reasons import Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -32,5 +31,6 @@ DENSE = Container(
     pools=True,
     quantized=False,
     keeps_conv1d=True,
-    offers=frozenset({Why.FLOAT32, Why.DTYPE_READ}),
+    float32_layers="kept",
+    weight_dtype="always",
 )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.formats.container import Auto, Capability, Claim, Container
 from loftq_cli.formats.loading import Loading
-from loftq_cli.modules.reasons import Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -49,5 +48,6 @@ PACKED = Container(
         "packed on disk and dequantized when the model is loaded, because PEFT trains stacked experts as dense "
         "parameters only: in memory they take the model's dtype."
     ),
-    offers=frozenset({Why.FLOAT32, Why.DTYPE_READ}),
+    float32_layers="kept",
+    weight_dtype="always",
 )
