@@ -6,11 +6,12 @@ encodes; `registry.py` lists them all. Neither this file nor a declaration impor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loftq_cli.formats.loading import PLAIN, Loading
+from loftq_cli.modules.reasons import Reason, Why
 
 if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
@@ -86,7 +87,8 @@ class Container:
         needs: packages to install besides transformers in order to load it with an adapter.
         loading: how transformers loads it.
         tag: the Hub tag of its library, for the model card.
-        quant_method: of `quantization_config`; "" if config.json has none.
+        quant_method: of `quantization_config`; "" if config.json has none, so that transformers loads the model without
+            a quantizer.
         file: the one file that contains all weights; "" for safetensors shards.
         integers_only: it stores integers and no codebook, so that `--data-type auto` is `int`.
         group_size: default group size of integers.
@@ -99,6 +101,11 @@ class Container:
         quantized: the stored weights are codes, so `loftq merge --to requantize` can quantize them again.
         unmergeable: why `loftq merge` does not read it and what to do instead, as a sentence; "" if it does.
         keeps_conv1d: the running model keeps a Conv1D's [in, out] orientation.
+        float32_layers: its loaded layers, where transformers keeps a layer in float32 and the rest of the model in
+            another dtype: they are in float32 too ("kept"), they take the model's dtype ("cast"), or the loader never
+            quantizes such a layer, whatever the dtype ("skipped").
+        weight_dtype: when the `weight` of its loaded layers has the dtype of a dense weight, which some models' code
+            asks for: always, if the loader unpacks the weights (`--dequantize`), or never.
         loaded_experts: what happens to quantized experts when the model is loaded, to follow "the experts are"; "" if
             they stay as they are stored.
     """
@@ -122,6 +129,22 @@ class Container:
     unmergeable: str = ""
     keeps_conv1d: bool = False
     loaded_experts: str = ""
+    float32_layers: Literal["kept", "cast", "skipped"] = "skipped"
+    weight_dtype: Literal["always", "unpacked", "never"] = "never"
+
+    def unmet(self, needs: Sequence[Reason], *, dequantize: bool, in_float32: bool) -> Reason | None:
+        """Return the first of a layer's needs (`TensorRole.needs`) that this container does not meet, or None.
+
+        Args:
+            dequantize: the loader unpacks the weights.
+            in_float32: the model's dtype is one for which transformers keeps the layer in float32.
+        """
+        met = {
+            Why.FLOAT32: self.float32_layers == "kept" or (self.float32_layers == "cast" and not in_float32),
+            Why.UNQUANTIZED_READ: bool(self.quant_method) and not (self.weight_dtype == "unpacked" and dequantize),
+            Why.DTYPE_READ: self.weight_dtype == "always" or (self.weight_dtype == "unpacked" and dequantize),
+        }
+        return next((need for need in needs if not met[need.why]), None)
 
     @property
     def data_type(self) -> str:

@@ -89,7 +89,8 @@ def _quantized_piece(job: Merge, record: MatrixRecord) -> Piece:
     elif job.way == "dense":
         saved = job.saved.get(record.tensor)
         shape = matrix.orientation.turn_shape(matrix.shape) if saved is None else saved.shape
-        outputs = (matrix.stored(matrix.tensor, job.dtype, shape),)
+        dtype = torch.float32 if matrix.tensor in job.float32 else job.dtype
+        outputs = (matrix.stored(matrix.tensor, dtype, shape),)
     module = record.module if record.module in job.places else None
     return Piece(record, tuple(tensor.name for tensor in inputs), outputs, module)
 
@@ -132,7 +133,7 @@ def merge_piece(job: Merge, piece: Piece) -> tuple[dict[str, Tensor], float]:
         encoded = container.encode(matrix, step.quantized)
         return {name: value.cpu() for name, value in encoded.items()}, step.residual_norm() / norm if norm else 0.0
     (output,) = piece.outputs
-    stored = to_dtype(exact, job.dtype, output.name)
+    stored = to_dtype(exact, output.dtype, output.name)
     error = _relative(exact, stored.float())
     return {output.name: matrix.orientation.turn(stored).contiguous()}, error
 

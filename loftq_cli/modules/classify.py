@@ -27,10 +27,11 @@ def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> t
         table = parameter == "weight" and path in view.embedding and not name.merged
         if table and isinstance(module, nn.Embedding):
             keep = _embedding_reason(module) or _float32(view, name) or _read_directly(view, path)
+            keep = keep or _unquantized_read(view, path) or _dtype_read(view, path)
             tied = None if keep is None and _ties_are_plain(view, name) else _tied(view, name)
             return "embedding", tied or keep
         return "other", _other_reason(view, name, path, parameter)
-    keep = _tied(view, name) or _linear_reason(view, path) or _float32(view, name) or _read_directly(view, path)
+    keep = _tied(view, name) or _linear_reason(view, path) or _read_directly(view, path)
     if path in view.heads:
         return "head", keep
     if keep is None and rules.TASK_HEAD_NAME.match(path):
@@ -38,6 +39,12 @@ def classify(view: ModelView, name: RuntimeName, path: str, parameter: str) -> t
     elif keep is None and view.base and not path.startswith(view.base):
         keep = Reason(Why.OUTSIDE_BASE)
     return "conv1d" if isinstance(module, Conv1D) else "linear", keep
+
+
+def layer_needs(view: ModelView, name: RuntimeName, path: str) -> tuple[Reason, ...]:
+    """Return what the running model needs of a linear layer besides its forward, each as the reason to keep the tensor
+    in a container that does not meet it (`Container.unmet`)."""
+    return tuple(filter(None, (_float32(view, name), _unquantized_read(view, path), _dtype_read(view, path))))
 
 
 def expert_reason(view: ModelView, name: RuntimeName, expert: Expert | None) -> Reason | None:
@@ -58,7 +65,8 @@ def _ties_are_plain(view: ModelView, name: RuntimeName) -> bool:
     for key in sharing:
         path, _, parameter = key.rpartition(".")
         module = view.modules[path]
-        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and path not in view.readers
+        read = path in {*view.readers, *view.unquantized_readers, *view.dtype_readers}
+        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward) and not read
         if parameter != "weight" or not plain or (view.float32 and view.float32.search(key)):
             return False
     return True
@@ -70,6 +78,15 @@ def _float32(view: ModelView, name: RuntimeName) -> Reason | None:
 
 def _read_directly(view: ModelView, path: str) -> Reason | None:
     return Reason(Why.READ_DIRECTLY, view.readers[path]) if path in view.readers else None
+
+
+def _unquantized_read(view: ModelView, path: str) -> Reason | None:
+    reader = view.unquantized_readers.get(path)
+    return Reason(Why.UNQUANTIZED_READ, reader) if reader else None
+
+
+def _dtype_read(view: ModelView, path: str) -> Reason | None:
+    return Reason(Why.DTYPE_READ, view.dtype_readers[path]) if path in view.dtype_readers else None
 
 
 def _linear_reason(view: ModelView, path: str) -> Reason | None:

@@ -30,6 +30,8 @@ class Why(Enum):
     TIED = "tied to {name}"
     FLOAT32 = "kept in float32 by transformers (_keep_in_fp32_modules)"
     READ_DIRECTLY = "its weight is read directly by {name}"
+    UNQUANTIZED_READ = "its weight is read directly by {name} in models without a quantizer"
+    DTYPE_READ = "its weight's dtype is read by {name}"
     CUSTOM_MODULE = "custom module {name}"
     REARRANGED = "split, joined or transposed by transformers while loading"
     PARAMETRIZED = "parametrized weight"
@@ -55,7 +57,7 @@ class Reason:
 
     Attributes:
         name: the object that the reason refers to: the parameter a tensor is tied to or stacked with, the class that
-            reads its weight or does not know it, the pattern of the rule, the tower; "" for none.
+            reads its weight or its dtype or does not know it, the pattern of the rule, the tower; "" for none.
         found: the container's text for its refusal, or the first number that is not finite and its place.
     """
 

@@ -17,7 +17,7 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.machine.json_record import json_record
 from loftq_cli.modules import keep_rules as rules
 from loftq_cli.modules.build import Built, build_on_meta, named_class
-from loftq_cli.modules.classify import Kind, classify, expert_reason, is_router
+from loftq_cli.modules.classify import Kind, classify, expert_reason, is_router, layer_needs
 from loftq_cli.modules.experts import Expert, find_expert, is_expert
 from loftq_cli.modules.keep_rules import Tower
 from loftq_cli.modules.names import RuntimeName, runtime_names
@@ -49,6 +49,8 @@ class TensorRole:
         tied: for an embedding table that may still be quantized, the parameter that shares it; "" for none.
         optional: `keep` is only the default; --include can choose the tensor all the same.
         float32: the dtypes, by name, for which transformers keeps this tensor in float32 when it loads the model.
+        needs: what the running model asks of the loaded layer besides its forward, each as the reason to keep the
+            tensor in a container that does not meet it (`formats.container.Container.unmet`).
     """
 
     tensor: str
@@ -61,6 +63,7 @@ class TensorRole:
     tied: str = ""
     optional: bool = False
     float32: tuple[str, ...] = ()
+    needs: tuple[Reason, ...] = ()
 
 
 @json_record
@@ -163,7 +166,8 @@ def _role(view: ModelView, tensor: str, name: RuntimeName, shape: tuple[int, ...
     tied = view.tied[name.key] if kind == "embedding" and keep is None and name.key in view.tied else ""
     optional = keep is not None and keep.why is Why.OUTSIDE_BASE
     other_name = name.key if aside else ""
-    return TensorRole(tensor, module, kind, keep, view.tower(path), other_name, None, tied, optional, float32)
+    needs = layer_needs(view, name, path) if kind in ("linear", "conv1d", "head") else ()
+    return TensorRole(tensor, module, kind, keep, view.tower(path), other_name, None, tied, optional, float32, needs)
 
 
 def float32_tensors(config: Mapping[str, Any], tensors: Sequence[str], dtype: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.modules import keep_rules as rules
 from loftq_cli.modules.keep_rules import Tower
-from loftq_cli.modules.weight_reads import direct_weight_reads
+from loftq_cli.modules.weight_reads import ReadKind, direct_weight_reads, partial_weight_reads
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ class ModelView:
         float32: matches the names of tensors that transformers keeps in float32.
         float32_dtypes: from `float32_patterns`.
         readers: module path -> class that reads its weight (`modules.weight_reads`).
+        unquantized_readers, dtype_readers: the same for classes that read it only in a model without a quantizer, and
+            for classes that read its dtype alone.
         expert_names: last parts of module paths that PEFT treats as fused experts.
         heads, embedding: paths of the output embeddings and of the input embedding.
         base: path prefix of the base model, "" if the class is a base model or has none.
@@ -45,6 +47,8 @@ class ModelView:
     float32: re.Pattern[str] | None
     float32_dtypes: Mapping[str, re.Pattern[str]]
     readers: Mapping[str, str]
+    unquantized_readers: Mapping[str, str]
+    dtype_readers: Mapping[str, str]
     expert_names: frozenset[str]
     heads: frozenset[str]
     embedding: frozenset[str]
@@ -67,6 +71,8 @@ class ModelView:
             float32=float32_patterns(model).get("float16"),
             float32_dtypes=float32_patterns(model),
             readers=direct_weight_reads(model, model.config),
+            unquantized_readers=partial_weight_reads(model, ReadKind.UNQUANTIZED),
+            dtype_readers=partial_weight_reads(model, ReadKind.DTYPE),
             expert_names=_expert_names(model),
             heads=heads,
             embedding=_paths(modules, _call_getter(model, "get_input_embeddings")),

@@ -9,6 +9,8 @@ import re
 import textwrap
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.modules.keep_rules import HIDDEN_READS, READ_ONLY_WHEN
@@ -22,6 +24,9 @@ _SETUP = re.compile(r"_*(init|tie|reset|set_|resize|get_resized|get_dtype|get_de
 # Code that checks these handles packed weights: `!= torch.uint8`, `(target_dtype := ...).is_floating_point`.
 _GUARDS = ("torch.uint8", "dtype).is_floating_point", "dtype.is_floating_point")
 
+# The flag that transformers sets in the config of a model with a quantizer (5.23, `quantizers.base`).
+_QUANTIZED = re.compile(r"hasattr\([\w.]*config, '_is_quantized'\)")
+
 # Attributes that are still correct on a packed weight.
 _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 
@@ -29,12 +34,28 @@ _HARMLESS = ("device", "requires_grad", "is_cuda", "is_meta")
 Step = str | int | None  # attribute name, index into a container, or any index
 
 
+class ReadKind(Enum):
+    """What the code does with a weight that it reads."""
+
+    VALUES = "uses its values"
+    UNQUANTIZED = "uses its values unless the model is quantized (`config._is_quantized`)"
+    DTYPE = "asks for its dtype or its type"
+
+
+@dataclass(frozen=True)
+class Read:
+    """A `.weight` in the source of a class; `steps` is the path from `self` to the module."""
+
+    steps: tuple[Step, ...]
+    kind: ReadKind
+
+
 def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
     """Find the modules whose `.weight` is used by the code of another module instead of through their own forward.
 
-    Such a weight must stay a plain floating-point tensor: Mamba passes `out_proj.weight` to its CUDA kernel, T5 casts
-    activations to `wo.weight.dtype`, `nn.MultiheadAttention` passes `out_proj.weight` to a function. The reads are
-    found in the source of every class in the model, so no list of architectures is needed.
+    Such a weight must stay a plain floating-point tensor, and an adapter on the module would not reach that code:
+    Mamba passes `out_proj.weight` to its CUDA kernel, `nn.MultiheadAttention` passes `out_proj.weight` to a function.
+    The reads are found in the source of every class in the model, so no list of architectures is needed.
 
     Args:
         model: any model, also on the meta device.
@@ -49,7 +70,7 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
         switch = READ_ONLY_WHEN.get(reader.__name__)
         if switch is not None and not getattr(config, switch, False):
             continue
-        for steps in weight_reads(reader):  # type: ignore[arg-type]  # classes hash, mypy doubts it
+        for steps in weight_reads(reader, ReadKind.VALUES):
             for target in _walk(module, steps):
                 found.setdefault(f"{path}.{target}".lstrip("."), reader.__name__)
         for pattern in HIDDEN_READS.get(reader.__name__, ()):
@@ -58,14 +79,39 @@ def direct_weight_reads(model: nn.Module, config: Any) -> dict[str, str]:
     return found
 
 
-@functools.cache
-def weight_reads(cls: type[nn.Module]) -> frozenset[tuple[Step, ...]]:
+def partial_weight_reads(model: nn.Module, kind: ReadKind) -> dict[str, str]:
+    """Find the modules whose `.weight` other code reads in a way that some packed layers can satisfy.
+
+    T5 casts activations to `wo.weight.dtype` (`DTYPE`): the weight may be stored in any way, as long as the layer has a
+    `weight` with the right dtype. Jamba uses `dt_proj.weight` only in a model without a quantizer (`UNQUANTIZED`).
+
+    Returns:
+        Module path -> name of the class whose code reads the weight; as in `direct_weight_reads`.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for steps in weight_reads(type(module), kind):
+            for target in _walk(module, steps):
+                found.setdefault(f"{path}.{target}".lstrip("."), type(module).__name__)
+    return found
+
+
+def weight_reads(cls: type[nn.Module], kind: ReadKind | None = None) -> frozenset[tuple[Step, ...]]:
     """Return the paths from `self` to every `.weight` that methods of `cls` read: `("wo",)` for `self.wo.weight.dtype`.
 
     Methods that set a model up are skipped, and so are methods that check for packed weights. A class without
     available source is assumed to read none.
+
+    Args:
+        kind: only reads of this kind.
     """
-    return frozenset(steps for function in _methods(cls) for steps in _reads_in(function))
+    reads = _reads(cls)  # type: ignore[arg-type]  # classes hash, mypy doubts it
+    return frozenset(read.steps for read in reads if kind is None or read.kind is kind)
+
+
+@functools.cache
+def _reads(cls: type[nn.Module]) -> frozenset[Read]:
+    return frozenset(read for function in _methods(cls) for read in _reads_in(function))
 
 
 def _methods(cls: type) -> Iterator[types.FunctionType]:
@@ -90,8 +136,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
-    """Yield the paths from `self` to a `.weight` in the source of one function."""
+def _reads_in(function: types.FunctionType) -> Iterator[Read]:
+    """Yield every `.weight` in the source of one function."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -100,8 +146,25 @@ def _reads_in(function: types.FunctionType) -> Iterator[tuple[Step, ...]]:
     if any(ast.unparse(node).endswith(_GUARDS) for node in attributes):
         return
     harmless = {id(node.value) for node in attributes if node.attr in _HARMLESS}
-    reads = (node for node in attributes if node.attr == "weight" and id(node) not in harmless)
-    yield from filter(None, (_steps(node.value) for node in reads))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
+    asked = {id(call.args[0]) for call in calls if ast.unparse(call.func) == "isinstance"}
+    asked |= {id(node.value) for node in attributes if node.attr == "dtype"}
+    unquantized = set(_ids_without_quantizer(tree))
+    for node in attributes:
+        if node.attr != "weight" or id(node) in harmless or not (steps := _steps(node.value)):
+            continue
+        if id(node) in unquantized:
+            kind = ReadKind.UNQUANTIZED
+        else:
+            kind = ReadKind.DTYPE if id(node) in asked else ReadKind.VALUES
+        yield Read(steps, kind)
+
+
+def _ids_without_quantizer(tree: ast.AST) -> Iterator[int]:
+    """Yield the ids of the nodes that run only without a quantizer: `if hasattr(config, "_is_quantized"): else: ...`."""
+    for branch in ast.walk(tree):
+        if isinstance(branch, ast.If) and _QUANTIZED.fullmatch(ast.unparse(branch.test)):
+            yield from (id(node) for statement in branch.orelse for node in ast.walk(statement))
 
 
 def _steps(node: ast.expr) -> tuple[Step, ...]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import FORMATS, get_container
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, Request
+from loftq_cli.formats.container import Container
 from loftq_cli.modules.reasons import Reason, Why
-from loftq_cli.modules.roles import ModuleMap
+from loftq_cli.modules.roles import ModuleMap, TensorRole
 from loftq_cli.planning.checks import refuse_together
 from loftq_cli.planning.resolve import resolve
 from loftq_cli.planning.select import Decision, decide, included_but_kept, unused_filters
@@ -55,23 +59,83 @@ def choose(recipe: Recipe, source: Source, nonfinite: Mapping[str, str] | None =
     checkpoint, modules = source.checkpoint, source.modules
     decisions = {role.tensor: decide(role, checkpoint.tensors[role.tensor], recipe) for role in modules.roles}
     decisions |= _keep_nonfinite(modules, nonfinite or {})
-    if not any(decision.bits for decision in decisions.values()):
-        kept = included_but_kept(recipe, modules.roles).items()
-        reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
-        raise LoftqError(
-            f"nothing in {checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
-        )
+    _refuse_nothing(recipe, source, modules, decisions)
     settled = resolve(recipe, modules, decisions)
+    dtype = _model_dtype(recipe, source, decisions)
+    unmet = _unmet_needs(settled, dtype, modules, decisions)
+    if unmet:
+        modules = dataclasses.replace(modules, roles=tuple(_kept(role, unmet) for role in modules.roles))
+        decisions |= {tensor: Decision(0, 0, reason) for tensor, reason in unmet.items()}
+        _refuse_nothing(settled, source, modules, decisions)
     request = Request(modules.task_type, settled.dequantize, checkpoint.config, source.tokenizer)
     refuse_together((), settled, request)
     return Choices(
         recipe=settled,
         decisions=decisions,
-        dtype=_model_dtype(recipe, source, decisions),
+        dtype=dtype,
         request=request,
         nonfinite=dict(nonfinite or {}),
-        notes=(*_filter_notes(recipe, modules), *_nonfinite_notes(recipe, nonfinite)),
+        notes=(
+            *_filter_notes(recipe, modules),
+            *_nonfinite_notes(recipe, nonfinite),
+            *_unmet_notes(settled, dtype, source, unmet),
+        ),
     )
+
+
+def _refuse_nothing(recipe: Recipe, source: Source, modules: ModuleMap, decisions: Mapping[str, Decision]) -> None:
+    """
+    Raises:
+        LoftqError: nothing is left to quantize.
+    """
+    if any(decision.bits for decision in decisions.values()):
+        return
+    kept = included_but_kept(recipe, modules.roles).items()
+    reasons = "".join(f" (--include '{glob}' names only: {reason})" for glob, reason in kept)
+    raise LoftqError(
+        f"nothing in {source.checkpoint.path} is left to quantize{reasons}: check --include, --exclude and --rule."
+    )
+
+
+def _unmet_needs(
+    recipe: Recipe, dtype: torch.dtype, modules: ModuleMap, decisions: Mapping[str, Decision]
+) -> dict[str, Reason]:
+    """Return the selected tensors whose layers need what those of the container lack, with the reason."""
+    chosen = (role for role in modules.roles if decisions[role.tensor].bits)
+    found = {role.tensor: _unmet(role, get_container(recipe.format), recipe, dtype) for role in chosen}
+    return {tensor: reason for tensor, reason in found.items() if reason is not None}
+
+
+def _unmet(role: TensorRole, container: Container, recipe: Recipe, dtype: torch.dtype) -> Reason | None:
+    return container.unmet(role.needs, dequantize=recipe.dequantize, in_float32=DTYPE_NAMES[dtype] in role.float32)
+
+
+def _kept(role: TensorRole, unmet: Mapping[str, Reason]) -> TensorRole:
+    """Return the role as it is in the container."""
+    return dataclasses.replace(role, keep=unmet[role.tensor], optional=False) if role.tensor in unmet else role
+
+
+def _either(names: Sequence[str]) -> str:
+    """Return `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _unmet_notes(recipe: Recipe, dtype: torch.dtype, source: Source, unmet: Mapping[str, Reason]) -> list[str]:
+    """Return a note on the share of the weights that only other containers quantize, and their names."""
+    if not unmet:
+        return []
+    tensors = source.checkpoint.tensors
+    share = sum(prod(tensors[name].shape) for name in unmet) / sum(prod(info.shape) for info in tensors.values())
+    roles = [role for role in source.modules.roles if role.tensor in unmet]
+    others = [
+        name for name, container in FORMATS.items() if not any(_unmet(role, container, recipe, dtype) for role in roles)
+    ]
+    count = "1 matrix stays" if len(unmet) == 1 else f"{len(unmet)} matrices stay"
+    reasons = "; ".join(sorted({str(reason) for reason in unmet.values()}))
+    return [
+        f"{count} in full precision, {share:.0%} of the weights, because layers of {recipe.format} cannot replace them "
+        f"({reasons}): --format {_either(others)} quantizes them."
+    ]
 
 
 def _keep_nonfinite(modules: ModuleMap, nonfinite: Mapping[str, str]) -> dict[str, Decision]:
@@ -95,10 +159,11 @@ def _model_dtype(recipe: Recipe, source: Source, decisions: Mapping[str, Decisio
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     if named in DTYPES:
         return DTYPES[named]
+    chosen = [role for role in source.modules.roles if decisions[role.tensor].bits]
+    plain = [role for role in chosen if not role.needs] or chosen  # others may be stored in float32 on purpose
     bytes_by_dtype: Counter[torch.dtype] = Counter()
-    for name, decision in decisions.items():
-        if decision.bits:
-            bytes_by_dtype[tensors[name].dtype] += tensors[name].nbytes
+    for role in plain:
+        bytes_by_dtype[tensors[role.tensor].dtype] += tensors[role.tensor].nbytes
     most = bytes_by_dtype.most_common(1)[0][0]
     return most if most in DTYPE_NAMES else torch.float32
 

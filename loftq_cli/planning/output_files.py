@@ -54,11 +54,18 @@ def lay_out_output(source: Source, choices: Choices, work: WorkUnits, output: Pa
         UsageError: for this container, transformers would build other modules than the checkpoint has.
     """
     units, recipe, request = work.units, choices.recipe, work.request
-    identity = recipe.fingerprint(f"{version} {source.fingerprint}")
+    identity = recipe.fingerprint(f"{version} {source.fingerprint}{_later_choices(source, units)}")
     files, scratch, index = lay_out_files(units, recipe, identity, request)
     config = source.checkpoint.config
     texts = output_texts(recipe, config, source.modules, units, request, choices.dtype, output, index)
     return Layout(identity, files, scratch, texts)
+
+
+def _later_choices(source: Source, units: Sequence[Unit]) -> str:
+    """Return what tells the output from one of loftq 0.1 with the same recipe, which kept layers with needs: an
+    unfinished one cannot be resumed."""
+    quantized = {unit.source.name for unit in units if unit.matrix is not None}
+    return " needs" if any(role.needs and role.tensor in quantized for role in source.modules.roles) else ""
 
 
 def lay_out_files(

@@ -32,6 +32,7 @@ class PackedWeight(nn.Module):
     """Base of both layers: the codes `weight`, their scales, and the grid they belong to.
 
     Attributes:
+        codes_name: name of the parameter that holds the codes.
         weight: uint8 parameter [rows, packed_width(columns, bits)], frozen.
         weight_absmax: buffer [rows, blocks of a row] in the grid's scale dtype, whatever the model's is. Integer grids
             have `weight_scales` instead, and `weight_zeros` if they are asymmetric. A layer tied to another has none
@@ -44,6 +45,7 @@ class PackedWeight(nn.Module):
     # Without this flag transformers would initialize the module at random.
     _is_hf_initialized = True
 
+    codes_name = "weight"
     grid: Grid
     columns: int
 
@@ -52,7 +54,7 @@ class PackedWeight(nn.Module):
         # In a tuple, so that the other layer does not become a submodule of this one.
         self._scales_of: tuple[PackedWeight, ...] = ()
         codes = torch.zeros(rows, packed_width(columns, grid.bits), dtype=torch.uint8, device=device)
-        self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
+        self.register_parameter(self.codes_name, nn.Parameter(codes, requires_grad=False))
         self._scale_dtypes = scale_dtypes(grid)
         for name, dtype in self._scale_dtypes.items():
             shape = (2**grid.bits,) if name == LEVELS else (rows, grid.n_blocks(1, columns))
@@ -66,9 +68,15 @@ class PackedWeight(nn.Module):
         for name in self._scale_dtypes:
             self._buffers[name] = None
 
+    @property
+    def stored_codes(self) -> Tensor:
+        """The parameter that holds the codes, without the guard."""
+        codes: Any = self._parameters[self.codes_name]
+        return codes
+
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return codes, scales and, if the grid has them, zeros, on one device."""
-        codes: Any = self._parameters["weight"]
+        codes = self.stored_codes
         owner = self._scales_of[0] if self._scales_of else self
         found: list[Any] = [owner._buffers[name] for name in self._scale_dtypes if name != LEVELS]
         scales, zeros = [*(numbers.to(codes.device) for numbers in found), None][:2]
@@ -81,7 +89,7 @@ class PackedWeight(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        return guard(value) if name == "weight" else value
+        return guard(value) if name == self.codes_name else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the scales but never cast them: their dtype belongs to the stored data, not to the computation."""

@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.formats.base import DTYPES
+from loftq_cli.formats.base import DTYPE_NAMES, DTYPES
 from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD, SCALE_NAMES
 from loftq_cli.modules.keep_rules import PLAIN_LINEAR_CLASSES
+from loftq_cli.modules.view import float32_patterns
+from loftq_cli.modules.weight_reads import ReadKind, partial_weight_reads
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import Codebook
@@ -24,6 +27,7 @@ from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
 from loftq_cli.runtime.paths import find_path, moved_prefixes
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
+from loftq_cli.runtime.weight_dtype import DtypeLinear, renaming
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,9 @@ class LoftqHfQuantizer(HfQuantizer):
         moved = moved_prefixes(model, (item.name for item in parameters))
         names = [find_path(item.name, present, prefix, moved) or item.name for item in parameters]
         parameters = [replace(item, name=name) for item, name in zip(parameters, names)]
-        self._unpacking = Unpacking(parameters, getattr(model, "base_model_prefix", ""), self)
-        return self._unpacking.extend(weight_conversions)
+        self._unpacking = Unpacking(parameters, prefix, self)
+        renamed = renaming((path for path, module in model.named_modules() if isinstance(module, DtypeLinear)), prefix)
+        return self._unpacking.extend([*weight_conversions, *([] if renamed is None else [renamed])])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         # These parameters are dense in the model now and would be saved dense.
@@ -186,8 +191,11 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
         if listed is not None:
             owners |= {path: listed for path in tied_paths if path not in grids}
             grids |= dict.fromkeys(tied_paths, grids[listed])
+    tied = {path for tied_paths in _tied_modules(model) for path in tied_paths}
+    read = partial_weight_reads(model, ReadKind.DTYPE).keys() - tied
     for path, grid in grids.items():
-        model.set_submodule(path, _packed_module(path, modules[path], grid))
+        weight_dtype = dense_dtype(model, path, modules[path].weight.dtype) if path in read else None
+        model.set_submodule(path, _packed_module(path, modules[path], grid, weight_dtype))
     for path, owner in owners.items():
         tied, packed = model.get_submodule(path), model.get_submodule(owner)
         assert isinstance(tied, PackedWeight) and isinstance(packed, PackedWeight)
@@ -204,8 +212,8 @@ def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, PackedWeight):
             continue
         if id(module) not in dense:
-            new = dense[id(module)] = _dense_module(module, dtype)
-            new.weight = weights.setdefault(id(module._parameters["weight"]), new.weight)
+            new = dense[id(module)] = _dense_module(module, dense_dtype(model, path, dtype))
+            new.weight = weights.setdefault(id(module.stored_codes), new.weight)
             # A wrapped backbone stays frozen; a bare one is as trainable as a newly loaded model.
             new.train(module.training).weight.requires_grad_(not adapted)
         new = dense[id(module)]
@@ -226,7 +234,16 @@ def _tied_modules(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _packed_module(path: str, module: nn.Module, grid: Grid) -> PackedWeight:
+def dense_dtype(model: nn.Module, path: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a layer's dense weight if transformers loads the model in `dtype`: float32 for some."""
+    patterns = float32_patterns(model) if isinstance(model, PreTrainedModel) else {}
+    pattern = patterns.get(DTYPE_NAMES.get(dtype, ""))
+    name = f"{path.removesuffix('.base_layer')}.weight"
+    return torch.float32 if pattern is not None and pattern.search(name) else dtype
+
+
+def _packed_module(path: str, module: nn.Module, grid: Grid, weight_dtype: torch.dtype | None = None) -> PackedWeight:
+    """Return the packed layer; `weight_dtype` for a model whose code reads the dtype of the weight."""
     if not is_packable(module):
         raise LoftqError(
             f"'{path}' is a {type(module).__name__}, which cannot run on packed weights: convert the model again with "
@@ -239,7 +256,10 @@ def _packed_module(path: str, module: nn.Module, grid: Grid) -> PackedWeight:
         return LoftqEmbedding(*shape, grid, padding_idx=module.padding_idx, **place)
     conv1d = isinstance(module, Conv1D)
     n_in, n_out = weight.shape if conv1d else reversed(weight.shape)
-    return LoftqLinear(n_in, n_out, module.bias is not None, grid, conv1d=conv1d, **place)
+    shape = n_in, n_out, module.bias is not None, grid
+    if weight_dtype is None:
+        return LoftqLinear(*shape, conv1d=conv1d, **place)
+    return DtypeLinear(*shape, conv1d=conv1d, weight_dtype=weight_dtype, **place)
 
 
 def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:

@@ -58,7 +58,7 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
         check_places(plan, published_names(plan))
         check_space(plan, needed, allocated(output))
     elif (output / MANIFEST).exists():
-        _replace_finished(plan, overwrite, needed)
+        _replace_finished(plan, checkpoint, overwrite, needed)
     elif any(path.name != STATE for path in output.iterdir()):
         raise UsageError(_foreign(output))
     else:
@@ -89,19 +89,20 @@ def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
     if (output / MANIFEST).exists():
         if find_finished(plan) is not None:
             return f"{output} is finished already, with the same recipe: quantize has nothing to do."
-        return f"quantize would refuse: {_why_not_replaced(plan, read_manifest(output))}"
+        return f"quantize would refuse: {_why_not_replaced(plan, checkpoint, read_manifest(output))}"
     if any(path.name != STATE for path in output.iterdir()):
         return f"quantize would refuse: {_foreign(output)}"
     return ""
 
 
-def _why_not_replaced(plan: Plan, manifest: Manifest) -> str:
+def _why_not_replaced(plan: Plan, checkpoint: Checkpoint, manifest: Manifest) -> str:
     if manifest.fingerprint == plan.fingerprint:
         return (
             f"{plan.output} was finished with the same recipe, but files of it are missing or have another size: "
             "give --overwrite to repeat it."
         )
-    different = _difference(manifest.recipe, plan) or "another source"
+    other = "version of loftq" if manifest.source_fingerprint == checkpoint.fingerprint else "source"
+    different = _difference(manifest.recipe, plan) or f"another {other}"
     return (
         f"{plan.output} holds a finished conversion with {different}: choose another -o, or give --overwrite to "
         "replace it."
@@ -149,10 +150,10 @@ def _same_commit(recipe: Mapping[str, Any], plan: Plan) -> bool:
     return recipe.get("revision") == plan.recipe.revision
 
 
-def _replace_finished(plan: Plan, overwrite: bool, needed: int) -> None:
+def _replace_finished(plan: Plan, checkpoint: Checkpoint, overwrite: bool, needed: int) -> None:
     manifest = read_manifest(plan.output)
     if not overwrite:
-        raise UsageError(_why_not_replaced(plan, manifest))
+        raise UsageError(_why_not_replaced(plan, checkpoint, manifest))
     ours = owned_names(plan.output, manifest)
     check_places(plan, ours)
     check_space(plan, needed, allocated(plan.output, ours))

@@ -61,4 +61,6 @@ COMPRESSED_TENSORS = Container(
     quant_method=QUANT_METHOD,
     integers_only=True,
     symmetric=True,
+    float32_layers="cast",
+    weight_dtype="unpacked",
 )

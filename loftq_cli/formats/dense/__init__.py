@@ -31,4 +31,6 @@ DENSE = Container(
     pools=True,
     quantized=False,
     keeps_conv1d=True,
+    float32_layers="kept",
+    weight_dtype="always",
 )

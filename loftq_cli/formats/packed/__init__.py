@@ -48,4 +48,6 @@ PACKED = Container(
         "packed on disk and dequantized when the model is loaded, because PEFT trains stacked experts as dense "
         "parameters only: in memory they take the model's dtype."
     ),
+    float32_layers="kept",
+    weight_dtype="always",
 )
