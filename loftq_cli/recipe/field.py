@@ -183,7 +183,7 @@ def refusal(spec: Spec, value: object) -> FieldError:
     if spec.repeatable:
         return FieldError(spec.name, spec.name, "must be a list of strings.")
     subject = spec.flag.partition("/")[0] or spec.name
-    meant = suggestion(spec, value)
+    meant = suggestion(spec.name, spec.types, spec.choices, value)
     hint = f"did you mean {meant}?" if meant else f"{_expected(spec)}."
     return FieldError(spec.name, subject, f"cannot be {shown_value(value)}: {hint}")
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from loftq_cli.recipe.field import Spec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Words of other tools, by field.
 _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
@@ -43,16 +40,20 @@ _ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def suggestion(spec: Spec, value: object) -> str:
-    """Return the value that was most likely meant, with how to write it; "" if nothing is close."""
+def suggestion(name: str, types: Sequence[Any], choices: Sequence[Any], value: object) -> str:
+    """Return the value of field `name` that was most likely meant, with how to write it; "" if nothing is close.
+
+    Args:
+        types, choices: types of the field's values, and the valid values if they are listed.
+    """
     if not isinstance(value, str):
         return ""
     text = value.strip().lower()
-    if meant := _ELSEWHERE.get(spec.name, {}).get(text):
+    if meant := _ELSEWHERE.get(name, {}).get(text):
         return meant
-    if (float in spec.types or int in spec.types) and _is_number(text):
+    if (float in types or int in types) and _is_number(text):
         return f"{text} without quotes"
-    names = [choice for choice in spec.choices if isinstance(choice, str)]
+    names = [choice for choice in choices if isinstance(choice, str)]
     return next(iter(difflib.get_close_matches(text, names, n=1, cutoff=0.7)), "")
 
 

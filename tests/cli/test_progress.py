@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ def test_a_log_gets_a_line_every_five_seconds_and_later_every_thirty(step: float
                 said.append(clock.now)
     early, late = [t for t in said if t < 60], [t for t in said if t >= 60]
     assert early == [step * i for i in range(1, len(early) + 1)] and len(early) >= 4
-    assert all(b - a >= 30 for a, b in zip(late, late[1:]))
+    assert all(b - a >= 30 for a, b in itertools.pairwise(late))
 
 
 def test_no_time_left_is_guessed_from_the_first_seconds() -> None:
