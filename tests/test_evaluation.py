@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -248,3 +249,17 @@ def test_mistakes_are_one_sentence(change: dict, error: type, said: str, convert
 def test_another_model_is_no_source(converted: Path, random_llama: Path, text_file: Path) -> None:
     with pytest.raises(LoftqError, match="not the model this directory was made from"):
         loftq_cli.evaluate(converted, text_file, source=random_llama)
+
+
+def test_a_record_that_no_quantizer_can_follow_is_named(random_llama: Path, tmp_path: Path) -> None:
+    from loftq_cli.artifacts.manifest import read_manifest
+    from loftq_cli.checkpoint import open_checkpoint
+    from loftq_cli.forward.weights import PlainWeights
+
+    out = tmp_path / "out"
+    loftq_cli.quantize(random_llama, output=out, bits=4, rank=2, iters=1, include=("*.layers.0.*",))
+    manifest = read_manifest(out)
+    record = dataclasses.replace(manifest.matrices[0], block_size=2**62)
+    weights = PlainWeights(open_checkpoint(random_llama), out, manifest)
+    with pytest.raises(LoftqError, match=rf"loftq\.json does not describe {record.tensor} as the weight files hold it"):
+        weights._one(record)

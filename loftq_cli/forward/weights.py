@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loftq_cli.artifacts.decode import decode_matrix, decode_product, quantized_matrix, read_tensor
+from loftq_cli.artifacts.decode import as_described, decode_matrix, decode_product, quantized_matrix, read_tensor
 from loftq_cli.artifacts.manifest import KeptRecord, Manifest, MatrixRecord
 from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.base import read_named
@@ -117,9 +117,13 @@ class PlainWeights(_Converted):
         if isinstance(record, KeptRecord):
             return read_tensor(self.path, record.tensor)
         weight = _as_stored(read_named(self.source, record.tensor).float(), record).contiguous()
-        grid = plain_grid(self.manifest, record)
-        step = block_quantizer(grid, weight.device).quantize_residual(weight, weight)
-        return _as_stored(dequantize(step.quantized, grid), record)
+
+        def quantized() -> Tensor:
+            grid = plain_grid(self.manifest, record)
+            step = block_quantizer(grid, weight.device).quantize_residual(weight, weight)
+            return dequantize(step.quantized, grid)
+
+        return _as_stored(as_described(self.path, record, quantized), record)
 
 
 def plain_grid(manifest: Manifest, record: MatrixRecord) -> Grid:

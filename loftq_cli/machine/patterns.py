@@ -18,7 +18,9 @@ from loftq_cli.errors import LoftqError
 _LONGEST = 10_000  # characters of an expression
 _FEW_REPEATS = 2  # with so many, the time of a search grows at most with the third power of the text
 _SHORT = 500  # characters of a text
-_SECONDS = 2.0  # for all searches with one expression; one of a sound expression takes microseconds
+_SECONDS = 5.0  # for all slow searches with one expression
+_SECONDS_OF_ONE = 1.0  # for one search; a sound expression takes microseconds
+_SLOW = 0.001  # seconds; shorter searches do not count, so that a sound expression never uses up its time
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
@@ -79,9 +81,10 @@ class BoundedPattern:
             raise TimeoutError
         started = time.monotonic()
         try:
-            return getattr(self._timed, method)(text, timeout=self._left) is not None
+            return getattr(self._timed, method)(text, timeout=min(self._left, _SECONDS_OF_ONE)) is not None
         finally:
-            self._left -= time.monotonic() - started
+            spent = time.monotonic() - started
+            self._left -= spent if spent > _SLOW else 0.0
 
 
 @lru_cache(maxsize=65_536)

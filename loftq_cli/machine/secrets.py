@@ -7,8 +7,8 @@ import re
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{8,}")
 _BASIC = re.compile(r"\b((?i:basic))\s+(?=[\w.~+/-]*[A-Z0-9=])[\w.~+/=-]{8,}")  # but not "basic knowledge"
-_USER = re.compile(r"(?i)\b(https?://)[^\s/?#'\"@]+@")
-_SIGNATURE = re.compile(r"(?i)(https?://[^\s?#'\"<>]+)[?#][^\s'\"<>]+")
+_USER = re.compile(r"(?i)\b(https?:/{1,2})[^\s/?#'\"@]+@")
+_SIGNATURE = re.compile(r"(?i)(https?:/{1,2}[^\s?#'\"<>]+)[?#][^\s'\"<>]+")
 _PARAMETER = re.compile(
     r"(?i)\b((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|key-pair-id|policy)=[^\s&'\"<>]+"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from loftq_cli.machine.patterns import full_match
 
 CONFIG = "adapter_config.json"
 _LONGEST_FILE = 10_000_000
+_MOST_PATTERNS = 1_000  # that have to be compiled
+_PLAIN = re.compile(r"[\w.-]*")
 _LARGEST_ALPHA = 1e6
 _LARGEST_NUMBER = 2**31 - 1
 
@@ -70,9 +73,23 @@ class AdapterConfig:
 
     def _matching(self, field: str, pattern: Mapping[str, Any], name: str, default: Any) -> Any:
         for key, value in pattern.items():
-            if key == name or full_match(rf"(.*\.)?({key})", name, f"{field} in {self.path}"):
+            if key == name or _matches(key, name, f"{field} in {self.path}"):
                 return value
         return default
+
+
+def _matches(key: str, name: str, where: str) -> bool:
+    """True if a key of rank_pattern or alpha_pattern, which is a regular expression, matches a path or the end of one.
+
+    Keys that are paths, of which there may be one for every matrix, are compared without compiling them. A dot in a
+    regular expression is any character.
+    """
+    if not _PLAIN.fullmatch(key) or "\n" in name:
+        return full_match(rf"(.*\.)?({key})", name, where)
+    start = len(name) - len(key)
+    if start < 0 or (start and name[start - 1] != "."):
+        return False
+    return all(one in (".", other) for one, other in zip(key, name[start:]))
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -154,8 +171,12 @@ class _Fields:
         value = self.values.get(name) or {}
         if not isinstance(value, dict):
             raise self._wrong(name, "an object", value)
-        for key in value:
-            full_match(rf"(.*\.)?({key})", "", f"{name} in {self.path}")  # so that no invalid one is found half-way
+        where = f"{name} in {self.path}"
+        patterns = [key for key in value if not _PLAIN.fullmatch(key)]
+        if len(patterns) > _MOST_PATTERNS:
+            raise LoftqError(f"{where} has {len(patterns)} regular expressions: leave at most {_MOST_PATTERNS}.")
+        for key in patterns:
+            _matches(key, "", where)  # so that no invalid one is found half-way
         return list(value.items())
 
     def tokens(self) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ def test_secrets_are_removed(text: str, shown: str) -> None:
         ("Authorization: Basic dXNlcjpzZWNyZXQ=", "Authorization: Basic ***"),
         ("basic quantization of Basic knowledge", "basic quantization of Basic knowledge"),
         ("GET /f?X-Amz-Signature=SECRET&b=1", "GET /f?X-Amz-Signature=***&b=1"),
+        ("https:/me:SECRET@host/f?sig=SECRET as a path", "https:/***@host/f?*** as a path"),
         ("https://host/f#access=SECRET", "https://host/f?***"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -82,3 +83,34 @@ def test_patterns_match_a_path_or_its_end(tmp_path: Path) -> None:
 def test_adapters_that_do_more_than_add_are_refused(field: dict[str, object], said: str, tmp_path: Path) -> None:
     with pytest.raises(LoftqError, match=said):
         read_config(written(tmp_path, json.dumps({**GOOD, **field})))
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj", "layers.1.q_proj", "layers.1.q", "q-proj", "", "model.layers.1.q_proj", "1.q_proj"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.q_proj",
+        "model.layers.11.q_proj",
+        "layers.1.q_proj",
+        "layersx1.q_proj",
+        "q_proj",
+        "xq_proj",
+        "a\n.q_proj",
+    ],
+)
+def test_paths_match_as_the_regular_expressions_that_they_are(key: str, name: str) -> None:
+    from loftq_cli.merging.adapter_config import _matches
+
+    assert _matches(key, name, "") == (re.fullmatch(rf"(.*\.)?({key})", name) is not None)
+
+
+def test_many_patterns(tmp_path: Path) -> None:
+    started = time.monotonic()
+    paths = {f"model.layers.{i}.q_proj": i + 1 for i in range(20_000)}
+    config = read_config(written(tmp_path, json.dumps({**GOOD, "rank_pattern": paths})))
+    assert config.rank_of("model.layers.19999.q_proj") == 20_000
+    with pytest.raises(LoftqError, match=r"rank_pattern in .* has 2000 regular expressions: leave at most 1000"):
+        read_config(written(tmp_path, json.dumps({**GOOD, "rank_pattern": {f"(a+)+{i}": 4 for i in range(2_000)}})))
+    assert time.monotonic() - started < 10

@@ -7,7 +7,6 @@ and used until the host refuses it; the Hub's token is never sent to that host.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +34,6 @@ _TIMEOUT = 30.0  # seconds without data
 _PROGRESS = (
     256 << 10
 )  # bytes after which failures are counted anew; more than a slow transfer has before it is given up
-_SLOW, _SLOWEST = 120.0, 1000  # a transfer is given up if, after these seconds, it has fewer bytes per second
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,6 @@ class RemoteFile:
             limit_library()
             try:
                 with self._request(start + done, start + len(target)) as pieces:
-                    began, first = time.monotonic(), done
                     for piece in pieces:
                         piece = piece[: len(target) - done]
                         target[done : done + len(piece)] = piece
@@ -111,9 +108,6 @@ class RemoteFile:
                             tried.progressed()
                         if done == len(target):  # more may come from a host that ignores ranges
                             return
-                        seconds = time.monotonic() - began
-                        if seconds > _SLOW and (done - first) / seconds < _SLOWEST:
-                            raise CutShort(f"the transfer of {self.where} is slower than {_SLOWEST} bytes per second")
                 raise CutShort(f"the transfer of {self.where} was interrupted")
             except Exception as error:
                 mark = done

@@ -533,7 +533,8 @@ def test_an_answer_that_hardly_moves_is_given_up(
     hub.add(REPO, llama)
     monkeypatch.setattr(answers, "_SLOW", -1.0)
     monkeypatch.setattr(answers, "_SLOWEST", 1 << 60)
-    assert "slower than" in refused()
+    assert "slower than" in refused(ExitCode.INCOMPLETE)
+    assert len(hub.requests("/api/models")) == retry.OPENING_ATTEMPTS
 
 
 @pytest.mark.parametrize("stream", [False, True])
