@@ -23,7 +23,12 @@ _T5: Final = {
     "tie_word_embeddings": False,
 }
 _GATED: Final = {**_T5, "feed_forward_proj": "gated-gelu"}
-_SPARSE: Final = {"num_experts": 2, "expert_capacity": 16, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+_SPARSE: Final = {
+    "num_experts": 2,
+    "expert_capacity": 16,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+}
 _PIX2STRUCT: Final = {
     "text_config": {
         "vocab_size": VOCABULARY,
