@@ -2,8 +2,8 @@
 
 To add an exception, add an entry to one of these tables and a line to `KEPT` in `tests/modules/test_roles.py`.
 
-Sources: transformers 5.23 (`models/*/modeling_*.py`) and torch 2.13 (`nn/modules`), surveyed class by class; the packed
-formats keep no tensor named `weight` that other code could read.
+Sources: transformers 5.23 (`models/*/modeling_*.py`) and torch 2.13 (`nn/modules`), surveyed class by class. Weights
+that only some containers must keep are not here: see `TensorRole.needs` and `formats.container.Container.unmet`.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _reads_in(function: types.FunctionType) -> Iterator[Read]:
 
 
 def _ids_without_quantizer(tree: ast.AST) -> Iterator[int]:
-    """Yield the ids of the nodes that need no quantizer: `if hasattr(config, "_is_quantized"): else: ...`."""
+    """Yield the ids of the nodes that run only without a quantizer: `else` of `if hasattr(config, "_is_quantized")`."""
     for branch in ast.walk(tree):
         if isinstance(branch, ast.If) and _QUANTIZED.fullmatch(ast.unparse(branch.test)):
             yield from (id(node) for statement in branch.orelse for node in ast.walk(statement))

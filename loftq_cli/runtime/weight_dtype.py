@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _REFUSAL = "this layer's weight is packed, so nothing can be computed with it: call `model.dequantize()` first."
-_ANSWERED = frozenset(
-    {"__get__", "__repr__", "__len__", "size", "dim", "numel", "stride", "element_size", "get_device", "is_complex"}
-    | {"is_floating_point", "is_contiguous", "is_sparse", "nelement", "ndimension"}
-)
+_METHODS = frozenset({"__repr__", "size", "dim", "numel", "nelement", "element_size", "get_device"})
+_ATTRIBUTES = frozenset({"dtype", "shape", "device", "layout", "ndim", "itemsize", "requires_grad", "grad", "grad_fn"})
 
 
 class StandIn(Tensor):
@@ -41,7 +39,9 @@ class StandIn(Tensor):
         Raises:
             LoftqError: `func` needs the values.
         """
-        if func.__name__ not in _ANSWERED:
+        getter = func.__name__ == "__get__"
+        name = func.__self__.__name__ if getter else func.__name__
+        if not (name in (_ATTRIBUTES if getter else _METHODS) or name.startswith("is_")):
             raise LoftqError(_REFUSAL)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ from torch import nn
 
 from loftq_cli.modules.keep_rules import ROUTER_CLASS
 from loftq_cli.modules.roles import ModuleMap, TensorRole, map_modules
-from loftq_cli.modules.weight_reads import direct_weight_reads, weight_reads
+from loftq_cli.modules.weight_reads import ReadKind, direct_weight_reads, weight_reads
 
 
 def _by_tensor(found: ModuleMap) -> dict[str, TensorRole]:
@@ -139,6 +139,18 @@ def test_weight_reads_follow_the_source() -> None:
     assert weight_reads(nn.Linear) == frozenset()
     layer = nn.TransformerEncoderLayer(8, 2)
     assert direct_weight_reads(layer, None)["self_attn.out_proj"] in ("TransformerEncoderLayer", "MultiheadAttention")
+
+
+def test_reads_of_a_dtype_and_reads_without_a_quantizer_are_told_apart() -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+    assert weight_reads(T5DenseGatedActDense) == weight_reads(T5DenseGatedActDense, ReadKind.DTYPE) == {("wo",)}
+    assert weight_reads(JambaMambaMixer, ReadKind.UNQUANTIZED) == {("dt_proj",)}
+    assert ("dt_proj",) not in weight_reads(JambaMambaMixer, ReadKind.VALUES)
+    # This class passes the weight to its fused kernel as well.
+    assert ("dt_proj",) in weight_reads(FalconMambaMixer, ReadKind.VALUES)
 
 
 def test_reads_behind_a_switch_count_when_it_is_on() -> None:

@@ -86,11 +86,13 @@ def test_linear_modules_are_the_models_own_and_only_ties_lack_a_tensor(name: str
 
 
 class Packed(nn.Linear):
-    """A Linear that computes what the original does but whose `weight` nobody can use, as in a packed format."""
+    """A Linear that computes what the original does but whose `weight` nobody can use, as in a packed format. For a
+    model that asks for it, its dtype is right."""
 
-    def __init__(self, original: nn.Module, shape: tuple[int, int]) -> None:
+    def __init__(self, original: nn.Module, shape: tuple[int, int], dtype_read: bool) -> None:
         super().__init__(shape[1], shape[0], bias=False, device="meta")
-        self.weight = nn.Parameter(torch.zeros(shape[0], shape[1] // 8, dtype=torch.uint8), requires_grad=False)
+        dtype = original.weight.dtype if dtype_read else torch.uint8
+        self.weight = nn.Parameter(torch.zeros(shape[0], shape[1] // 8, dtype=dtype), requires_grad=False)
         self.original = [original]  # in a list, so that it is no submodule
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,9 @@ def test_the_model_computes_the_same_with_all_quantizable_weights_packed(name: s
         for role in _quantizable(map_modules(config, shapes)):
             if role.kind not in ("embedding", "expert"):
                 rows, columns = shapes[role.tensor] if role.kind != "conv1d" else reversed(shapes[role.tensor])
-                model.set_submodule(role.module, Packed(model.get_submodule(role.module), (rows, columns)))
+                dtype_read = any(need.why is Why.DTYPE_READ for need in role.needs)
+                packed = Packed(model.get_submodule(role.module), (rows, columns), dtype_read)
+                model.set_submodule(role.module, packed)
         after = model(**inputs)[0]
     assert torch.equal(before, after)
 
@@ -162,7 +166,7 @@ def test_untied_embedding_and_head_may_be_quantized() -> None:
 
 KEPT = {
     "t5": {
-        "encoder.block.0.layer.1.DenseReluDense.wo.weight": "kept in float32 by transformers (_keep_in_fp32_modules)",
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight": None,
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "position embedding",
         "shared.weight": None,
     },
@@ -221,6 +225,30 @@ def test_reasons(name: str, tensor: str) -> None:
     config, shapes = checkpoint.config, checkpoint.shapes
     keep = _by_tensor(map_modules(config, shapes))[tensor].keep
     assert (keep and str(keep)) == KEPT[name][tensor]
+
+
+NEEDS = {
+    "t5": {
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight": [
+            "kept in float32 by transformers (_keep_in_fp32_modules)",
+            "its weight's dtype is read by T5DenseGatedActDense",
+        ],
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": [],
+    },
+    # The output head's values are used by the head alone.
+    "mamba": {"lm_head.weight": ["its weight's dtype is read by MambaForCausalLM"]},
+    "mixtral": {"model.layers.0.block_sparse_moe.gate.weight": []},
+}
+
+
+@pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name, needs in NEEDS.items() for tensor in needs])
+def test_needs(name: str, tensor: str) -> None:
+    """A layer with needs stays in full precision only in a container that does not meet them."""
+    checkpoint = saved(name)
+    shapes = checkpoint.shapes | ({"lm_head.weight": (96, 64)} if name == "mamba" else {})
+    untied = {"tie_word_embeddings": False} if name == "mamba" else {}
+    role = _by_tensor(map_modules(checkpoint.config | untied, shapes))[tensor]
+    assert [str(need) for need in role.needs] == NEEDS[name][tensor]
 
 
 @pytest.mark.parametrize(

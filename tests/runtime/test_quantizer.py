@@ -29,7 +29,7 @@ def mixed_bits(index: int) -> int:
 
 
 def without_fp32_modules(path: str, module: nn.Module) -> bool:
-    """T5 keeps `wo` in float32 and casts to its dtype; the planner never converts such modules."""
+    """T5 keeps `wo` in float32 and casts to its dtype; loftq 0.1 never converted such modules."""
     return handmade.every_linear(path, module) and not path.endswith("wo")
 
 
@@ -38,6 +38,7 @@ FAMILIES = {
     "gpt2": (handmade.tiny_gpt2, AutoModelForCausalLM, handmade.every_linear),
     "bert": (handmade.tiny_bert, AutoModelForMaskedLM, handmade.every_linear),
     "t5": (handmade.tiny_t5, AutoModelForSeq2SeqLM, without_fp32_modules),
+    "t5 with wo": (handmade.tiny_t5, AutoModelForSeq2SeqLM, handmade.every_linear),
     "embeddings": (handmade.tiny_llama, AutoModelForCausalLM, handmade.with_embeddings),
     "tied embeddings": (handmade.tiny_gpt2, AutoModelForCausalLM, handmade.with_embeddings),
 }
