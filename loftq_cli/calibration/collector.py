@@ -118,6 +118,7 @@ def write_moments(file: Path, collector: MomentCollector, about: Mapping[str, st
         writer.prepare()
         for path, moment in collector.collect():
             writer.write({path: moment})
+        writer.flush()
         os.replace(temporary, file)
     finally:
         writer.close()

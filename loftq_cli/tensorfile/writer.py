@@ -15,6 +15,7 @@ from torch import Tensor
 from loftq_cli.tensorfile.tensors import TensorFile
 
 _PIECE = 8 << 20
+_MOST_UNFLUSHED = 64 << 20  # bytes that may wait for a flush
 # macOS has no fdatasync.
 _flush = getattr(os, "fdatasync", os.fsync)
 
@@ -31,6 +32,8 @@ class ShardWriter:
         self._files = {file.name: file for file in files}
         self._homes = {tensor.name: (file, tensor) for file in files for tensor in (*file.tensors, *file.pieces)}
         self._handles: dict[str, int] = {}
+        self._touched: set[str] = set()
+        self.unflushed = 0  # bytes written since the last flush
 
     def prepare(self) -> None:
         """Create missing files; a file that exists already keeps its content."""
@@ -49,15 +52,19 @@ class ShardWriter:
             self._handles[file.name] = os.open(self._place(file.name), os.O_RDWR | os.O_NOFOLLOW)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors at their positions and flush them to disk."""
-        touched = set()
+        """Write tensors at their positions; `flush` makes sure that they are on disk.
+
+        A flush takes as long for a small tensor as for a large one, so it is the caller's, or comes once per
+        `_MOST_UNFLUSHED` bytes.
+        """
         for name, tensor in tensors.items():
             file, planned = self._homes[name]
             assert tensor.dtype == planned.dtype and tuple(tensor.shape) == planned.shape, f"{name} is not as planned"
             _write_all(self._handles[file.name], tensor_bytes(tensor), file.starts[name])
-            touched.add(file.name)
-        for name in touched:
-            _flush(self._handles[name])
+            self._touched.add(file.name)
+            self.unflushed += planned.nbytes
+        if self.unflushed >= _MOST_UNFLUSHED:
+            self.flush()
 
     def hash(self, name: str) -> str:
         """Return the sha256 of the bytes at a tensor's position, read in pieces."""
@@ -71,11 +78,14 @@ class ShardWriter:
         """Write part of a tensor, from byte `offset` on; `flush` writes it to disk."""
         file, _ = self._homes[name]
         _write_all(self._handles[file.name], tensor_bytes(content), file.starts[name] + offset)
+        self._touched.add(file.name)
 
     def flush(self) -> None:
-        """Flush everything to disk."""
-        for handle in self._handles.values():
-            _flush(handle)
+        """Flush everything that has been written to disk."""
+        for name in sorted(self._touched):
+            _flush(self._handles[name])
+        self._touched.clear()
+        self.unflushed = 0
 
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """Return the bytes at a tensor's position: all, or `nbytes` from `offset` on."""

@@ -19,6 +19,7 @@ from loftq_cli.engine.compute.convert import Converted, convert, convert_togethe
 from loftq_cli.engine.compute.lanes import Schedule, in_lanes
 from loftq_cli.engine.compute.stacks import Stack
 from loftq_cli.engine.compute.transfers import PendingDownload, Transfers, Upload, transfers_of
+from loftq_cli.engine.output.commits import Commits
 from loftq_cli.engine.output.journal import Entry, Journal, hash_tensor, hash_tensors
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.memory import Float32Buffer, is_out_of_memory
@@ -85,8 +86,8 @@ def run_stacks(run: Run, stacks: Iterable[Stack], writer: ShardWriter, journal: 
         while finished:  # removed one by one, so that memory is freed as soon as a unit is written
             one = finished.popleft()
             tensors = transfers.download(one.outputs)
-            writer.write(tensors)
-            journal.add(Entry(one.unit.tensor, hash_tensors(tensors), one.record, sources[one.unit.tensor]))
+            entry = Entry(one.unit.tensor, hash_tensors(tensors), one.record, sources[one.unit.tensor])
+            commits.add(entry, tensors)
             run.reporter.done(one.unit, one.record)
 
     def taken() -> Generator[Task, None, None]:
@@ -103,8 +104,8 @@ def run_stacks(run: Run, stacks: Iterable[Stack], writer: ShardWriter, journal: 
         if len(pending) > run.schedule.lanes:
             pending.popleft().result()  # bounds the memory of pending writes, and lets a failed one stop the run
 
-    tasks = taken()
-    with ThreadPoolExecutor(max_workers=1) as writing, closing(tasks):
+    tasks, commits = taken(), Commits(writer, journal)
+    with commits, ThreadPoolExecutor(max_workers=1) as writing, closing(tasks):
         in_lanes(run.schedule, tasks, work)
         for write in pending:
             write.result()

@@ -108,15 +108,15 @@ class Journal:
         self._folder.unlink(self._name)
         self._append(dataclasses.asdict(header))
 
-    def add(self, entry: Entry) -> None:
-        """Record a unit; its bytes must be on disk."""
-        self._append(dataclasses.asdict(entry))
+    def add(self, *entries: Entry) -> None:
+        """Record units; their bytes must be on disk."""
+        self._append(*map(dataclasses.asdict, entries))
 
-    def _append(self, values: Mapping[str, Any]) -> None:
+    def _append(self, *lines: Mapping[str, Any]) -> None:
         with os.fdopen(self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as handle:
             # End an incomplete last line first, so that this entry does not become part of it.
             handle.write(b"" if self._ends_with_newline() else b"\n")
-            handle.write(_line(values) + b"\n")
+            handle.write(b"".join(_line(values) + b"\n" for values in lines))
             handle.flush()
             os.fsync(handle.fileno())
 
