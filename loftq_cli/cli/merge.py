@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results, styled
+from loftq_cli.cli.terminal import gigabytes, guarded, messages, print_json, results, styled, warn
 
 if TYPE_CHECKING:
     from loftq_cli.merging.texts import MergeReport
@@ -41,6 +41,7 @@ def merge_command(
     dtype: o.FromRecipe = None,
     max_shard_size: o.FromRecipe = None,
     overwrite: o.Overwrite = False,
+    force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -63,6 +64,8 @@ def merge_command(
             dtype=dtype or "auto",
             max_shard_size=max_shard_size or "5GB",
             overwrite=overwrite,
+            force=force,
+            noted=(lambda note: None) if quiet else warn,
             progress=_Ticker(silent=quiet or json),
         )
         if json:

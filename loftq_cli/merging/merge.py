@@ -13,6 +13,7 @@ Experts that share a parameter in the running model are merged one at a time, un
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint import SideFile
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
+from loftq_cli.checkpoint.trained_on import check_trained_on, conversion_in
 from loftq_cli.engine.output.directory import claim, on_full_disk, open_writer, publish, read_back, write_files
 from loftq_cli.engine.output.journal import hash_tensors
 from loftq_cli.engine.output.lock import Lock
@@ -49,6 +51,7 @@ from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 from loftq_cli.tensorfile.layout import backbone_metadata, lay_out_shards
 
+logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 Progress = Callable[[int, int], None]
 
@@ -63,7 +66,9 @@ def merge(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress = lambda done, total: None,
+    noted: Callable[[str], None] = logger.warning,
 ) -> MergeReport:
     """Write the backbone in `directory` with the trained adapter folded in; the result needs no adapter.
 
@@ -73,7 +78,9 @@ def merge(
         to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
         overwrite: replace a finished merge, or drop an unfinished conversion.
+        force: merge an adapter that was trained on another conversion, if its shapes fit.
         progress: called with the number of tensors that are done, and the total.
+        noted: called with a note about the adapter; logged as a warning by default.
 
     Raises:
         UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.
@@ -84,6 +91,8 @@ def merge(
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = Path(directory).expanduser().resolve(), Path(output).expanduser().resolve()
     manifest, trained = read_manifest(source), read_adapter(Path(adapter).expanduser())
+    if note := check_trained_on(conversion_in(source), trained.folder, force=force):
+        noted(f"{note}.")
     inputs = {"the backbone": source, "the adapter": trained.folder.resolve()}
     try:
         with _opened(manifest, source, trained, to, dtype) as job:
