@@ -168,7 +168,8 @@ def _print_evaluation(found: Evaluation) -> None:
         table.add_row(score.model, styled((MODELS[score.model], "dim")), *cells)
     console.print(table)
     for note in found.notes:
-        warn(note)
+        console.print()
+        console.print(styled(("note:", "yellow"), f" {note}"), soft_wrap=True)
     how = f"one of {found.blocks} blocks in memory at a time" if found.blocks else "the whole model in memory"
     peak = gigabytes(found.peak_memory_bytes)
     if found.peak_device_memory_bytes:

@@ -13,27 +13,71 @@ from loftq_cli.cli.terminal import duration, gigabytes, guarded, print_json, res
 
 if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import Manifest, MatrixRecord
+    from loftq_cli.artifacts.plain_model import PlainModel
 
 
 def inspect_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Output of `loftq quantize` or `loftq merge`, or any model: a directory, or org/name on the Hub.",
+        ),
+    ],
     json: o.Json = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """Show the contents of a converted directory: every matrix with its bits and residuals, and the totals. The experts
-    of a layer share one line with their means, unless --verbose lists them.
+    of a layer share one line with their means, unless --verbose lists them. Of a model that is no conversion it shows
+    the tensors with their types and sizes.
 
     Example: loftq inspect llama-2bit
     """
     with guarded(debug):
-        from loftq_cli.artifacts.manifest import read_manifest
+        from loftq_cli.artifacts.manifest import NAME, read_manifest
+        from loftq_cli.artifacts.plain_model import describe_model
 
-        manifest = read_manifest(directory)
+        directory = Path(model).expanduser()
+        if (directory.is_dir() and not (directory / "config.json").is_file()) or (directory / NAME).exists():
+            manifest = read_manifest(directory)
+            if json:
+                print_json(dataclasses.asdict(manifest))
+            else:
+                _print_manifest(manifest, verbose)
+            return
+        described = describe_model(model)
         if json:
-            print_json(dataclasses.asdict(manifest))
+            print_json(dataclasses.asdict(described))
         else:
-            _print_manifest(manifest, verbose)
+            _print_model(described)
+
+
+def _print_model(described: PlainModel) -> None:
+    from rich.table import Table
+
+    console = results()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "type", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tensor in described.tensors:
+        shape = " × ".join(map(str, tensor.shape)) or "scalar"
+        table.add_row(tensor.name, shape, tensor.dtype, gigabytes(tensor.nbytes))
+    console.print(table)
+    how = f"quantized by {described.quantization}" if described.quantization else f"mostly {described.dtype}"
+    files = "1 file" if described.files == 1 else f"{described.files} files"
+    console.print()
+    console.print(
+        f"{described.architecture or 'checkpoint'}, not a conversion: {described.parameters:,} numbers in "
+        f"{len(described.tensors)} tensors, {gigabytes(described.nbytes)} in {files}, {how}",
+        soft_wrap=True,
+    )
+    if described.merge is not None:
+        errors = described.merge.get("errors")
+        count = len(errors) if isinstance(errors, dict) else 0
+        way = described.merge.get("way")
+        console.print(f"merged by loftq ({way}): an adapter was added to {count} matrices", soft_wrap=True)
 
 
 def _print_manifest(manifest: Manifest, verbose: bool) -> None:
@@ -78,7 +122,7 @@ def _print_manifest(manifest: Manifest, verbose: bool) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"mean residual {totals.plain_residual:.4f} plain → {totals.residual:.4f}; {duration(totals.seconds)} on "
+        f"mean residual {totals.plain_residual:.4f} plain, {totals.residual:.4f} kept; {duration(totals.seconds)} on "
         f"{manifest.device}, peak {gigabytes(totals.peak_memory_bytes)}",
         soft_wrap=True,
     )

@@ -93,6 +93,7 @@ def evaluate(
         windows = _windows(read, subjects, max_tokens, window)
         model = subjects.last.model
         objective = choose_objective(model.model, subjects.tokenizer, windows)
+        _check_comparable(subjects, objective, windows)
         if objective.labels is None and "source" not in subjects.models:
             raise LoftqError(
                 f"{type(model.model).__name__} has no language head, so only its error against another model can be "
@@ -119,6 +120,18 @@ def evaluate(
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(chosen) if chosen.type == "cuda" else 0,
     )
+
+
+def _check_comparable(subjects: Subjects, objective: Objective, windows: Windows) -> None:
+    """Raise if one of the models does not predict what the others do."""
+    for name, subject in subjects.models.items():
+        model = subject.model.model
+        if choose_objective(model, subjects.tokenizer, windows).metric != objective.metric:
+            raise LoftqError(
+                f"{subjects.source if name == 'source' else name} is a {type(model).__name__}, which has no "
+                f"{objective.metric}, so they cannot be compared: give the model it was made from, or leave --source "
+                "out."
+            )
 
 
 def _windows(text: Text, subjects: Subjects, max_tokens: int | None, window: int | None) -> Windows:

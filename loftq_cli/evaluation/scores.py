@@ -113,20 +113,23 @@ def verdict(scores: tuple[Score, ...]) -> str | None:
     if "start" not in known or "plain" not in known:
         return None
     start, plain = known["start"], known["plain"]
-    pairs = [
-        ("KL", "{:.3g} against {:.3g} nats a token", start.kl, plain.kl),
-        ("perplexity", "{:.4g} against {:.4g}", start.perplexity, plain.perplexity),
-    ]
+    pairs = [("KL", start.kl, plain.kl, " nats a token"), ("perplexity", start.perplexity, plain.perplexity, "")]
     if start.perplexity is None:
-        pairs = [("error", "{:.4g} against {:.4g}", start.loss, plain.loss)]
+        pairs = [("error", start.loss, plain.loss, "")]
     worse = [
-        f"{name} ({text.format(ours, theirs)})"
-        for name, text, ours, theirs in pairs
+        f"{name} ({_against(ours, theirs)}{unit})"
+        for name, ours, theirs, unit in pairs
         if ours is not None and theirs is not None and ours > theirs * (1 + _NOISE)
     ]
     if not worse:
         return None
     return (
-        f"on this text the start is worse than plain quantization by {' and '.join(worse)}: `--calibrate` may help, and "
-        "`--method qlora` starts at plain quantization."
+        f"on this text the start is worse than plain quantization by {' and '.join(worse)}: `--calibrate` may help, "
+        "and `--method qlora` starts at plain quantization."
     )
+
+
+def _against(ours: float, theirs: float) -> str:
+    """Return two different numbers with as many digits as show that they differ."""
+    digits = next((n for n in range(3, 9) if f"{ours:.{n}g}" != f"{theirs:.{n}g}"), 9)
+    return f"{ours:.{digits}g} against {theirs:.{digits}g}"

@@ -1,4 +1,4 @@
-"""Sums over the scored positions of a batch: negative log-likelihood, and divergence from another model's predictions."""
+"""Sums over the scored positions of a batch: negative log-likelihood, and divergence from another model."""
 
 from __future__ import annotations
 

@@ -232,12 +232,12 @@ def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, 
     output, index = Path(report.output), plan.weights.index
     texts = {
         "config.json": merged.config_of(plan.config, report),
-        merged.RECORD: merged.record_of(report),
         merged.CARD: merged.card_of(job.manifest, report, _architecture(job, plan)),
         **({INDEX: index_text(report.backbone_bytes, index)} if index else {}),
     }
     files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
     files |= write_files(output, texts, plan.side_files)
+    files |= write_files(output, {merged.RECORD: merged.record_of(report, files)})
     if job.way in ("zeros", "requantize"):
         files |= write_files(output, {MANIFEST: merged.manifest_of(job.manifest, report, files)})
     lock.check()

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.artifacts.manifest import Manifest, render, seal
+from loftq_cli.artifacts.manifest import UNSEALED, Manifest, render, seal
+from loftq_cli.artifacts.plain_model import MERGE_RECORD
 from loftq_cli.formats import get_container
 from loftq_cli.tensorfile.hashing import FileRecord
 
-RECORD = "loftq_merge.json"
+RECORD = MERGE_RECORD
 CARD = "README.md"
 
 
@@ -54,9 +55,11 @@ def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -
     return hashlib.sha256(json.dumps([manifest.fingerprint, adapter_sha256, way, dtype]).encode()).hexdigest()
 
 
-def record_of(report: MergeReport) -> bytes:
-    """Render `loftq_merge.json`."""
-    return (json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n").encode()
+def record_of(report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
+    """Render `loftq_merge.json` with the hashes of the other files, so that `loftq verify` can check them."""
+    hashes = {name: dataclasses.asdict(record) for name, record in files.items()}
+    values = {**dataclasses.asdict(report), "files": hashes, "digest": UNSEALED}
+    return seal((json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def config_of(config: Mapping[str, Any], report: MergeReport) -> bytes:

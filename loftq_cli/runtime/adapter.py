@@ -123,8 +123,8 @@ def _one_sentence_for_misfits(model: PreTrainedModel, folder: Path) -> Iterator[
         if first is None:
             raise
         raise LoftqError(
-            f"the adapter in {folder} does not fit {type(model).__name__} ({first[1]}: {first[2].rstrip('.')}): give an "
-            "adapter that was trained on this model."
+            f"the adapter in {folder} does not fit {type(model).__name__} ({first[1]}: {first[2].rstrip('.')}): give "
+            "an adapter that was trained on this model."
         ) from error
 
 

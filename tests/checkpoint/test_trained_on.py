@@ -75,7 +75,7 @@ def test_whatever_saved_it(how: str, two: tuple[Path, Path], tmp_path: Path) -> 
     kept = json.loads((adapter / "adapter_config.json").read_text())["auto_mapping"]
     assert kept == ({"loftq_fingerprint": loftq_cli.read_manifest(two[1]).fingerprint} if how != "own" else None)
     assert check_trained_on(conversion_in(two[1]), adapter) is None
-    with pytest.raises(LoftqError, match="was not trained on .*2bit"):
+    with pytest.raises(LoftqError, match=r"was not trained on .*2bit"):
         check_trained_on(conversion_in(two[0]), adapter)
 
 

@@ -212,7 +212,7 @@ def _shards(folder: Path, names: Sequence[str], chosen: Weights) -> tuple[list[s
 
 
 def _snapshot(model: HubModel, names: Sequence[str], wanted: Sequence[str] = ()) -> Path:
-    """Fetch these files, and those that match the patterns `wanted`, into the Hub's cache; return the snapshot folder."""
+    """Fetch these files, and those that match `wanted`, into the Hub's cache and return the snapshot folder."""
     patterns = [*(glob.escape(name) for name in names), *wanted]
 
     def fetch() -> Path:
