@@ -140,7 +140,7 @@ def _rewrite(rng: random.Random) -> str:
     return (
         f'User: Make this sentence shorter: "It is the case that the {what} which {who} had ordered from {where} '
         f'have not yet been delivered at this point in time."\nAssistant: "The {what} {who} ordered '
-        f'from {where} have not '
+        f"from {where} have not "
         'arrived yet."'
     )
 
@@ -156,15 +156,17 @@ def data(rng: random.Random) -> Iterator[str]:
         table = "\n".join(
             f"| {what} | {rng.randint(1, 500)} | {rng.uniform(0.5, 80):.2f} |" for what in rng.sample(_THINGS, 5)
         )
-        logs = "\n".join(
-            f"2024-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}T{rng.randint(0, "
-            f"23):02d}:{rng.randint(0, 59):02d}Z "
-            f"{rng.choice(('INFO', 'WARN', 'DEBUG'))} worker-{rng.randint(0, 7)}: {rng.choice(_THINGS)} "
-            f"{rng.choice(('loaded', 'skipped', 'retried'))} in {rng.uniform(0, 3):.3f} s"
-            for _ in range(5)
-        )
+        logs = "\n".join(_log_line(rng) for _ in range(5))
         table = f"| item | count | price |\n|---|---|---|\n{table}"
         yield "\n\n".join((f"To do:\n{listed}", table, json.dumps(rows, indent=1), logs))
+
+
+def _log_line(rng: random.Random) -> str:
+    day = f"2024-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
+    minute = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
+    level, worker = rng.choice(("INFO", "WARN", "DEBUG")), rng.randint(0, 7)
+    what, done = rng.choice(_THINGS), rng.choice(("loaded", "skipped", "retried"))
+    return f"{day}T{minute}Z {level} worker-{worker}: {what} {done} in {rng.uniform(0, 3):.3f} s"
 
 
 def make() -> bytes:
