@@ -39,7 +39,8 @@ def inspect_command(
         from loftq_cli.artifacts.plain_model import describe_model
 
         directory = Path(model).expanduser()
-        if (directory.is_dir() and not (directory / "config.json").is_file()) or (directory / NAME).exists():
+        plain = any((directory / name).is_file() for name in ("config.json", "params.json"))  # the latter is Meta's
+        if (directory / NAME).exists() or (directory.is_dir() and not plain):
             manifest = read_manifest(directory)
             if json:
                 print_json(dataclasses.asdict(manifest))

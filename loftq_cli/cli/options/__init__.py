@@ -58,7 +58,7 @@ Overwrite = Annotated[
 ]
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Use an adapter even if it was trained on another conversion.", rich_help_panel=WHAT),
+    typer.Option("--force", help="Use an adapter even if it was trained on another conversion.", rich_help_panel=RUN),
 ]
 PushTo = Annotated[
     Optional[str],
