@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from loftq_cli.artifacts.manifest import (
     unfinished,
 )
 from loftq_cli.artifacts.origin import recipe_for
-from loftq_cli.artifacts.plain_model import MERGE_RECORD
+from loftq_cli.artifacts.plain_model import MERGE_RECORD, unreadable
 from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.json_record import InvalidRecord, read_json
@@ -180,11 +180,9 @@ def _check_merged(path: Path, report: Callable[[Step], None]) -> Verification:
 
 def _check_checkpoint(path: Path, report: Callable[[Step], None]) -> Verification:
     """Read every tensor of a checkpoint. What its headers contradict is raised by opening it."""
-    import torch
-
     from loftq_cli.checkpoint import open_checkpoint
 
-    problems, bad = [], 0
+    problems = []
     found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, (), "checkpoint")
     try:
         checkpoint = open_checkpoint(path)
@@ -197,23 +195,11 @@ def _check_checkpoint(path: Path, report: Callable[[Step], None]) -> Verificatio
         for done, name in enumerate(names):
             report(Step(name, done, len(names), of_bytes=False))
             sizes[checkpoint.tensors[name].file] += checkpoint.tensors[name].nbytes
-            problem = _unreadable(checkpoint, name, torch)
+            problem = unreadable(checkpoint, name)
             problems += [] if problem is None else [Problem(name, problem)]
-            bad += problem is not None
         report(Step("", len(names), len(names), of_bytes=False))
-    return replace(
-        found, files=len(sizes), nbytes=sum(sizes.values()), tensors=len(names) - bad, problems=tuple(problems)
-    )
-
-
-def _unreadable(checkpoint: Checkpoint, name: str, torch: Any) -> str | None:
-    try:
-        tensor = checkpoint.read(name)
-    except _MISFITS as error:
-        return f"cannot be read ({_first_line(error)})"
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        return "contains NaN or infinity"
-    return None
+    good = len(names) - len(problems)
+    return replace(found, files=len(sizes), nbytes=sum(sizes.values()), tensors=good, problems=tuple(problems))
 
 
 def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:

@@ -9,10 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint import open_source
+from loftq_cli.checkpoint import Checkpoint, open_source
 from loftq_cli.checkpoint.base import name_order
 from loftq_cli.checkpoint.local import read_json
 from loftq_cli.checkpoint.quantized import quantization_method
+from loftq_cli.errors import LoftqError
 from loftq_cli.recipe.model import Recipe
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 
@@ -80,3 +81,16 @@ def describe_model(model: str) -> PlainModel:
             nbytes=sum(tensor.nbytes for tensor in tensors),
             tensors=tensors,
         )
+
+
+def unreadable(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return what is wrong with a tensor, or None if it can be read and its numbers are finite."""
+    import torch
+
+    try:
+        tensor = checkpoint.read(name)
+    except (LoftqError, OSError, ValueError, RuntimeError) as error:
+        return f"cannot be read ({' '.join(f'{type(error).__name__}: {error}'.split()):.200})"
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        return "contains NaN or infinity"
+    return None
