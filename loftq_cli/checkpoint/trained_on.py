@@ -105,7 +105,9 @@ def _judge(conversion: Conversion, adapter: Path, config: Mapping[str, Any]) -> 
         return _Verdict(f"but on its source {base:.200}")
     folder = Path(base or "").expanduser()
     if base is None or not (folder / "config.json").is_file():
-        other = _difference(conversion.start, config)
+        # A relative path that led here from another place still ends in one of the names.
+        alike = base is not None and Path(base).name in {Path(name).name for name in conversion.names}
+        other = None if alike else _difference(conversion.start, config)
         named = f"names {base:.200} as its model, which is not here" if base else "names no model"
         note = f"the adapter in {adapter} {named}, so nothing tells if it was trained on {conversion.name}"
         return _Verdict(other, note)

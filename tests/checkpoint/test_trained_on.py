@@ -174,6 +174,17 @@ def test_where_its_model_is_not_here_the_config_decides(
     assert said in str(check_trained_on(conversion_in(two[1]), other, force=True))
 
 
+def test_an_adapter_of_ones_own_named_by_a_path_from_elsewhere(
+    two: tuple[Path, Path], trained: Path, tmp_path: Path
+) -> None:
+    """Another rank than the start's is no evidence where the name fits: at most a note."""
+    own = {"auto_mapping": None, "r": 8, "target_modules": ["q_proj"]}
+    for base in ("4bit", "../runs/4bit", "org/4bit"):
+        adapter = without(trained, tmp_path / base.replace("/", "_"), base_model_name_or_path=base, **own)
+        note = check_trained_on(conversion_in(two[1]), adapter)
+        assert note is not None and f"names {base} as its model" in note
+
+
 def test_trained_on_the_full_precision_model(
     two: tuple[Path, Path], trained: Path, random_llama: Path, tmp_path: Path
 ) -> None:
