@@ -222,7 +222,7 @@ def _loaded(folder: Path, name: str, asked: Request, reason: LoftqError | None) 
     """
     from loftq_cli.runtime.load import load
 
-    options = {"dtype": torch.float32, "force": asked.force}
+    options: dict[str, Any] = {"dtype": torch.float32, "force": asked.force}
     if asked.device.type != "cpu":
         options["device_map"] = {"": str(asked.device)}
     try:

@@ -123,8 +123,8 @@ class Parameters:
     def _get(self, key: str) -> Tensor:
         path, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(path)
-        found = module._parameters.get(leaf)
-        found = module._buffers.get(leaf) if found is None else found.data
+        parameter = module._parameters.get(leaf)
+        found = module._buffers.get(leaf) if parameter is None else parameter.data
         assert found is not None
         return found
 
