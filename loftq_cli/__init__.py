@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from loftq_cli.artifacts.manifest import read_manifest as read_manifest
     from loftq_cli.batches.run import batch as batch
     from loftq_cli.errors import LoftqError as LoftqError
-    from loftq_cli.evaluation import Evaluation as Evaluation
-    from loftq_cli.evaluation import evaluate as evaluate
+    from loftq_cli.evaluation.evaluate import evaluate as evaluate
+    from loftq_cli.evaluation.scores import Evaluation as Evaluation
     from loftq_cli.merging.merge import merge as merge
     from loftq_cli.planning.plan import Plan as Plan
     from loftq_cli.publishing.push import push as push
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from loftq_cli.verification import verify as verify
 
 _HOMES = {
-    "Evaluation": "loftq_cli.evaluation",
+    "Evaluation": "loftq_cli.evaluation.scores",
     "LoftqError": "loftq_cli.errors",
     "Manifest": "loftq_cli.artifacts.manifest",
     "Plan": "loftq_cli.planning.plan",
@@ -42,7 +42,7 @@ _HOMES = {
     "batch": "loftq_cli.batches.run",
     "Verification": "loftq_cli.verification",
     "decode": "loftq_cli.artifacts.decode",
-    "evaluate": "loftq_cli.evaluation",
+    "evaluate": "loftq_cli.evaluation.evaluate",
     "load": "loftq_cli.runtime.load",
     "merge": "loftq_cli.merging.merge",
     "plan": "loftq_cli.api",

@@ -4,15 +4,18 @@ of every matrix from the files."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError
 
 from loftq_cli.artifacts.manifest import (
     NAME,
+    FileName,
     KeptRecord,
     Manifest,
     MatrixRecord,
@@ -23,9 +26,11 @@ from loftq_cli.artifacts.manifest import (
     unfinished,
 )
 from loftq_cli.artifacts.origin import recipe_for
+from loftq_cli.artifacts.plain_model import MERGE_RECORD, unreadable
 from loftq_cli.engine.output.directory import STATE
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.confined import user_path
+from loftq_cli.machine.json_record import InvalidRecord, read_json
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 
@@ -41,6 +46,14 @@ ABSOLUTE_TOLERANCE = 1e-7
 
 # Reading a tensor by a record that does not match the files raises these; a manifest can claim anything.
 _MISFITS = (LoftqError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError)
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+@dataclass(frozen=True)
+class _MergeRecord:
+    """The field of a merge's record that is checked; 0.1.0 wrote none."""
+
+    files: Mapping[FileName, FileRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class Verification:
         files, nbytes: files that were hashed, including the manifest itself.
         matrices, kept: quantized matrices whose residual was recomputed, and copied tensors that were compared; 0
             without a source.
+        kind: `conversion`, `merge`, or `checkpoint` for any other model, of which nothing records hashes.
+        tensors: tensors of a checkpoint that could be read and hold no NaN or infinity.
         largest_deviation: |recomputed - recorded| / recorded of the residuals, at most RELATIVE_TOLERANCE if correct.
     """
 
@@ -84,6 +99,8 @@ class Verification:
     largest_deviation: float
     seconds: float
     problems: tuple[Problem, ...]
+    kind: str = "conversion"
+    tensors: int = 0
 
     @property
     def ok(self) -> bool:
@@ -101,6 +118,9 @@ def verify(
 ) -> Verification:
     """Re-read and hash every file of a finished output; with `source`, recompute every residual from the files.
 
+    A merged model is checked by the hashes in its own record. Of any other model nothing records hashes: its headers
+    and index must agree with the files, and every tensor must be readable and finite.
+
     The manifest must match its own digest, every file it lists must exist with the listed size and sha256, and there
     must be no other file (names that start with a dot, such as `.gitattributes`, are ignored). With `source`, every
     matrix is decoded by the container's own decoder, and ‖W - Q - BA‖ / ‖W‖ must agree with the manifest within
@@ -108,9 +128,9 @@ def verify(
     and is skipped if any file is wrong.
 
     Args:
-        directory: output of `quantize`.
-        source: the checkpoint it was made from: a directory, or a model on the Hub as `org/name` or `org/name@revision`
-            (by default at the recorded commit).
+        directory: output of `quantize` or `merge`, or the directory of any checkpoint.
+        source: of a conversion only; the checkpoint it was made from: a directory, or a model on the Hub as `org/name`
+            or `org/name@revision` (by default at the recorded commit).
         stream: read a model on the Hub by range requests, without keeping a copy.
         progress: called before every file and tensor.
 
@@ -119,13 +139,69 @@ def verify(
     """
     started, path = time.perf_counter(), user_path(directory)
     report = progress or (lambda step: None)
+    other = _other_kind(path)
+    if source is not None and other is not None:
+        raise UsageError(
+            f"--source recomputes the residuals of a conversion, which {path} is not: leave it out, or measure the "
+            "difference with `loftq eval`."
+        )
+    if other is not None and not (path / NAME).exists():
+        found = _check_merged(path, report) if other == "merge" else _check_checkpoint(path, report)
+        return replace(found, seconds=round(time.perf_counter() - started, 3))
     manifest, problems = _check_manifest(path)
     found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))
     if manifest is not None:
         found = _check_files(path, manifest, found, report)
     if manifest is not None and source is not None and found.ok:
         found = _check_source(path, manifest, found, str(source), revision, stream, report)
-    return replace(found, seconds=round(time.perf_counter() - started, 3))
+    return replace(found, kind=other or "conversion", seconds=round(time.perf_counter() - started, 3))
+
+
+def _other_kind(path: Path) -> str | None:
+    """Return `merge` or `checkpoint` for a directory that `quantize` did not write, else None."""
+    if (path / MERGE_RECORD).is_file():
+        return "merge"
+    ours = any((path / name).exists() for name in (NAME, "loftq.yaml", STATE))
+    return "checkpoint" if path.is_dir() and not ours and any(path.iterdir()) else None
+
+
+def _check_merged(path: Path, report: Callable[[Step], None]) -> Verification:
+    """Check a dense merge by the hashes in its record, or like any checkpoint if an older loftq recorded none."""
+    empty = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, (), "merge")
+    try:
+        content = (path / MERGE_RECORD).read_bytes()
+        record = read_json(_MergeRecord, content)
+    except (OSError, InvalidRecord) as error:
+        return replace(empty, problems=(Problem(MERGE_RECORD, f"is damaged ({error})"),))
+    if not record.files:
+        return replace(_check_checkpoint(path, report), kind="merge")
+    if not is_sealed(content):
+        return replace(empty, problems=(Problem(MERGE_RECORD, "is damaged: its content does not match its digest"),))
+    return _check_listed(path, MERGE_RECORD, record.files, empty, report)
+
+
+def _check_checkpoint(path: Path, report: Callable[[Step], None]) -> Verification:
+    """Read every tensor of a checkpoint. What its headers contradict is raised by opening it."""
+    from loftq_cli.checkpoint import open_checkpoint
+
+    problems = []
+    found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, (), "checkpoint")
+    try:
+        checkpoint = open_checkpoint(path)
+    except LoftqError as error:
+        if not (path / "config.json").is_file():
+            raise
+        return replace(found, problems=(Problem("checkpoint", f"cannot be read: {error}"),))
+    with closing(checkpoint):
+        names, sizes = list(checkpoint.tensors), {info.file: 0 for info in checkpoint.tensors.values()}
+        for done, name in enumerate(names):
+            report(Step(name, done, len(names), of_bytes=False))
+            sizes[checkpoint.tensors[name].file] += checkpoint.tensors[name].nbytes
+            problem = unreadable(checkpoint, name)
+            problems += [] if problem is None else [Problem(name, problem)]
+        report(Step("", len(names), len(names), of_bytes=False))
+    good = len(names) - len(problems)
+    return replace(found, files=len(sizes), nbytes=sum(sizes.values()), tensors=good, problems=tuple(problems))
 
 
 def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
@@ -151,17 +227,24 @@ def _without_path(message: str, path: Path) -> str:
 
 
 def _check_files(path: Path, manifest: Manifest, found: Verification, report: Callable[[Step], None]) -> Verification:
+    return _check_listed(path, NAME, manifest.files, found, report)
+
+
+def _check_listed(
+    path: Path, own: str, files: Mapping[str, FileRecord], found: Verification, report: Callable[[Step], None]
+) -> Verification:
+    """Hash the files that a record lists; `own` is the record's own name."""
     problems, hashed = [], 0
-    total = sum(record.nbytes for record in manifest.files.values())
-    for name, record in manifest.files.items():
+    total = sum(record.nbytes for record in files.values())
+    for name, record in files.items():
         report(Step(name, hashed, total, of_bytes=True))
         problem = _check_file(path / name, record)
         problems += [] if problem is None else [Problem(name, problem)]
         hashed += record.nbytes
     report(Step("", total, total, of_bytes=True))
-    known = {NAME, *manifest.files}
+    known = {own, *files}
     problems += [Problem(name, "is not part of the conversion") for name in _present(path) if name not in known]
-    size = total + (path / NAME).stat().st_size
+    size = total + (path / own).stat().st_size
     return replace(found, files=len(known), nbytes=size, problems=(*found.problems, *problems))
 
 

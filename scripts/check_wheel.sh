@@ -36,6 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 shipped = files("loftq_cli.configs").joinpath("recipe.schema.json").read_text(encoding="utf-8")
 assert shipped == Path("schema.json").read_text(encoding="utf-8"), "the shipped schema is not the one that is printed"
+text = files("loftq_cli.calibration").joinpath("default", "text.txt").read_bytes()
+assert 100_000 < len(text) < 200_000, "the text of --calibrate default is not shipped"
 sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 128}
 LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained("tiny")
 END

@@ -106,11 +106,15 @@ def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         (
             "calibrated on",
-            f"input {weights} of `{Path(recipe['calibrate']).name}`, sha256 {recipe['calibration_hash']}",
+            f"input {weights} of {_text(recipe['calibrate'])}, sha256 {recipe['calibration_hash']}",
         ),
         ("mean weighted residual, plain quantization", f"{plain:8.4f}"),
         ("mean weighted residual, kept", f"{kept:8.4f}"),
     ]
+
+
+def _text(calibrate: str) -> str:
+    return "the text that ships with loftq" if calibrate == "default" else f"`{Path(calibrate).name}`"
 
 
 def _pooled_by_us(manifest: Manifest) -> bool:

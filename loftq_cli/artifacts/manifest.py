@@ -49,6 +49,9 @@ def _check_file_name(name: str) -> str:
     return name
 
 
+FileName = Annotated[str, AfterValidator(_check_file_name)]
+
+
 def _check_recipe(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Check the fields that other commands rely on; `Recipe` checks the rest when one is built from them."""
     known = recipe_fields()
@@ -216,7 +219,7 @@ class Manifest:
     recipe: Annotated[Mapping[str, Any], AfterValidator(_check_recipe)]
     totals: Totals
     notes: tuple[str, ...]
-    files: Mapping[Annotated[str, AfterValidator(_check_file_name)], FileRecord]
+    files: Mapping[FileName, FileRecord]
     matrices: Annotated[tuple[MatrixRecord, ...], Field(min_length=1)]
     kept: tuple[KeptRecord, ...]
     digest: Sha256 = UNSEALED

@@ -30,6 +30,14 @@ _WHOLE = (
 )
 
 
+DEFAULT = "default"  # names the text that ships with loftq
+
+
+def text_of(calibrate: str) -> str:
+    """Return the path or the dataset that `--calibrate` names; `default` is the text that ships with loftq."""
+    return str(Path(__file__).parent / "default" / "text.txt") if calibrate == DEFAULT else calibrate
+
+
 def is_moments_file(path: str | Path) -> bool:
     """True if `--calibrate` names a file of second moments and not a text."""
     return Path(path).suffix == ".safetensors"
@@ -43,7 +51,7 @@ def pin_calibration(recipe: Recipe) -> Recipe:
     """
     if recipe.calibrate is None:
         return recipe
-    path = user_path(recipe.calibrate)
+    path = user_path(text_of(recipe.calibrate))
     if is_moments_file(path):
         digest = _hash_of_moments(path, recipe)
     else:
@@ -55,7 +63,8 @@ def pin_calibration(recipe: Recipe) -> Recipe:
             f"{path} is not what this recipe was calibrated on (sha256 {digest[:12]}…, not "
             f"{str(recipe.calibration_hash)[:12]}…): give that file, or drop calibration_hash from the recipe."
         )
-    place = str(real_path(path)) if path.exists() else recipe.calibrate  # a dataset on the Hub keeps its name
+    # A dataset on the Hub and our own text keep their names.
+    place = str(real_path(path)) if path.exists() and recipe.calibrate != DEFAULT else recipe.calibrate
     return dataclasses.replace(recipe, calibrate=place, calibration_hash=digest)
 
 
@@ -87,11 +96,17 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
     else:
         file = moments_file(recipe, checkpoint)
         if not file.is_file():
-            reporter.note(f"calibrating on {recipe.calibration_tokens} tokens of {recipe.calibrate}, block by block")
+            reporter.note(
+                f"calibrating on {recipe.calibration_tokens} tokens of {_described(recipe.calibrate)}, block by block"
+            )
             collect_moments(plan, checkpoint, device, file, reporter)
             free_memory(device)
     _check(plan, file)
     return dataclasses.replace(plan, moments=file)
+
+
+def _described(calibrate: str) -> str:
+    return "loftq's own text" if calibrate == DEFAULT else calibrate
 
 
 def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
@@ -144,7 +159,7 @@ def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, fi
     from loftq_cli.forward.weights import SourceWeights
 
     recipe = plan.recipe
-    text = read_text(str(recipe.calibrate), "--calibrate")
+    text = read_text(text_of(str(recipe.calibrate)), "--calibrate")
     tokenizer = source_tokenizer(checkpoint)
     model = open_model(checkpoint, device)
     if not model.blocks:

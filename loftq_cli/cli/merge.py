@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loftq_cli.cli import options as o
-from loftq_cli.cli.terminal import guarded, messages, print_json, results, styled
+from loftq_cli.cli.terminal import guarded, messages, print_json, results, styled, warn
 from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def merge_command(
     dtype: o.FromRecipe = None,
     max_shard_size: o.FromRecipe = None,
     overwrite: o.Overwrite = False,
+    force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -64,6 +65,8 @@ def merge_command(
             dtype=dtype or "auto",
             max_shard_size=max_shard_size or "5GB",
             overwrite=overwrite,
+            force=force,
+            noted=(lambda note: None) if quiet else warn,
             progress=_Ticker(silent=quiet or json),
         )
         if json:

@@ -91,6 +91,7 @@ def print_summary(manifest: Manifest) -> None:
     table.add_row("", styled((parts, "dim")))
     table.add_row("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored")
     table.add_row("residual", _residual_text(manifest))
+    table.add_row("", styled(("mean error of the weights; `loftq eval` measures the model", "dim")))
     table.add_row("time", f"{duration(totals.seconds)} on {manifest.device}")
     peak = f"{size_text(totals.peak_memory_bytes)}"
     if totals.peak_device_memory_bytes:
@@ -105,9 +106,9 @@ def print_summary(manifest: Manifest) -> None:
 
 
 def _residual_text(manifest: Manifest) -> Text:
+    """Return the mean error of the weights. It says nothing about the model's output, which `loftq eval` measures."""
     totals = manifest.totals
     if not any(record.best for record in manifest.matrices):
         return styled(f"{totals.plain_residual:.4f} plain (the adapter starts at zero)")
-    gain = 1 - totals.residual / totals.plain_residual if totals.plain_residual else 0.0
     kept = (f"{totals.residual:.4f}", "bold")
-    return styled(f"{totals.plain_residual:.4f} plain → ", kept, f" with the adapter ({-gain:.0%})")
+    return styled(kept, f" with the adapter, {totals.plain_residual:.4f} plain")

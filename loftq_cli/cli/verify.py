@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize`.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Output of `loftq quantize` or `loftq merge`, or any checkpoint.")
+    ],
     source: Annotated[
         Optional[str],
         typer.Option(
@@ -39,7 +41,8 @@ def verify_command(
     """Check that a converted directory is bit for bit as it was written.
 
     The exit code is 3 if anything differs: a flipped bit, a missing or unknown file, or a residual that differs from
-    the manifest.
+    the manifest. A merged model is checked by the hashes in its record. Nothing records the hashes of any other
+    checkpoint: it must be complete, and every tensor readable and finite.
 
     Example: loftq verify llama-2bit --source path/to/Llama-2-13b
     """
@@ -67,6 +70,13 @@ def _print(found: Verification, quiet: bool) -> None:
                 ("loftq:", "bold red"),
                 f" {count} in {found.directory}: convert the model or download the directory again.",
             ),
+            soft_wrap=True,
+        )
+    elif not quiet and found.tensors:
+        results().print(
+            f"{found.directory} is complete: {found.tensors} tensors in {found.files} "
+            f"{'file' if found.files == 1 else 'files'}, {size_text(found.nbytes)}, readable and finite; no hashes are "
+            f"recorded, so changed numbers would not be seen ({duration(found.seconds)})",
             soft_wrap=True,
         )
     elif not quiet:

@@ -21,6 +21,7 @@ from loftq_cli.tensorfile.tensors import OutputTensor
 FOLDER = "loftq_init"
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 CONFIG = f"{FOLDER}/adapter_config.json"
+FINGERPRINT = "loftq_fingerprint"  # in the metadata of weights, and in the adapter's `auto_mapping`
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,13 @@ def adapter_config(
     task_type: str | None,
     base_model: str,
     fan_in_fan_out: bool,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """Return adapter_config.json. Modules have full paths; ranks other than the most common one are in `rank_pattern`.
 
-    `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ on top of ours.
+    `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ on top of ours. `auto_mapping` holds the
+    conversion's fingerprint, because PEFT keeps that field when it saves a trained adapter. Without a task type PEFT
+    itself writes the model's class there.
     """
     # If gate and up are joined, their ranks add up: B is block-diagonal.
     ranks = {target.parameter or target.module: target.rank * target.parts for target in targets}
@@ -153,6 +157,7 @@ def adapter_config(
     return {
         "peft_type": "LORA",
         "task_type": task_type,
+        **({"auto_mapping": {FINGERPRINT: fingerprint}} if task_type else {}),
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": _number(rank * scaling),

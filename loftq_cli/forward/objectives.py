@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.forward.streamed import IGNORED, Batch
+from loftq_cli.forward.losses import IGNORED
+from loftq_cli.forward.streamed import Batch
 from loftq_cli.forward.text import Windows
 
 if TYPE_CHECKING:

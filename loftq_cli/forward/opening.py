@@ -15,7 +15,7 @@ from loftq_cli.checkpoint import Checkpoint
 from loftq_cli.checkpoint.local import ADAPTER_CONFIG
 from loftq_cli.errors import LoftqError
 from loftq_cli.forward.blocks import find_blocks
-from loftq_cli.forward.parameters import Parameters, Share
+from loftq_cli.forward.parameters import LoadedParameters, Parameters, Share
 from loftq_cli.forward.streamed import Batch, StreamedModel
 from loftq_cli.machine.confined import real_path
 from loftq_cli.modules.build import build_empty, load_whole
@@ -56,6 +56,11 @@ def open_model(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
     splits = splits and trial.failure(_run_split, streams=blocks, splits=True) is None
     model = _load_base(type(empty), checkpoint.path) if rearranged else empty
     return _streamed(model, Parameters(model, names, experts, device), device, streams=blocks, splits=splits)
+
+
+def hold_model(model: PreTrainedModel, device: torch.device) -> StreamedModel:
+    """Return a model that has been loaded already, with whatever layers it has; `load` changes nothing."""
+    return _streamed(model.eval(), LoadedParameters(), device, streams=False, splits=False)
 
 
 def _load_base(model_class: type[PreTrainedModel], path: Path) -> PreTrainedModel:

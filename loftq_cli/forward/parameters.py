@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,8 @@ from loftq_cli.modules.names import RuntimeName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,30 @@ class Parameters:
         """Return zeros for every tensor, which take no memory."""
         return _Zeros({name: self._shape(name) for name in self.keys})
 
-    def fill(self, names: Iterable[str], weights: Weights) -> None:
-        """Read tensors into the model: floating-point ones as float32, integers unchanged."""
+    def outside(self, path: str) -> dict[str, Tensor]:
+        """Return the tensors that the model uses outside of the module at `path`, by name; tied ones too."""
+        inside = f"{path}."
+        used = (name for name, key in self.keys.items() if not all(k.startswith(inside) for k in self._aliases[key]))
+        return {name: self._get(self.keys[name]) for name in used}
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Use tensors that `outside` returned."""
+        for name, value in tensors.items():
+            self._put(self.keys[name], value)
+
+    def fill(self, names: Iterable[str], weights: Weights, shared: Mapping[str, Tensor] = NOTHING) -> None:
+        """Read tensors into the model: floating-point ones as float32, integers unchanged.
+
+        Args:
+            shared: tensors by name that are used in place of equal ones of `weights`.
+        """
         stacks: dict[str, Tensor] = {}
         for name in names:
             value, key = weights.read(name), self.keys[name]
             value = value.to(self._device, torch.float32) if value.is_floating_point() else value.to(self._device)
-            share = self._experts.get(name)
+            share, same = self._experts.get(name), shared.get(name)
             if share is None:
-                self._put(key, value)
+                self._put(key, same if same is not None and torch.equal(same, value) else value)
             elif share.expert.stacked:
                 self._put(key, value.mT.contiguous() if share.transposed else value)
             else:
@@ -102,6 +120,14 @@ class Parameters:
             return torch.Size((whole[0], whole[2], whole[1])) if share.transposed else whole
         return torch.Size((whole[1] // share.expert.parts, *whole[2:]))
 
+    def _get(self, key: str) -> Tensor:
+        path, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        found = module._buffers.get(leaf) if parameter is None else parameter.data
+        assert found is not None
+        return found
+
     def _put(self, key: str, value: Tensor) -> None:
         for alias in self._aliases[key]:
             self._put_one(alias, value)
@@ -113,6 +139,13 @@ class Parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+
+class LoadedParameters(Parameters):
+    """Of a model that has its weights already: nothing is read into it."""
+
+    def __init__(self) -> None:
+        self.keys = {}
 
 
 @dataclass(frozen=True)

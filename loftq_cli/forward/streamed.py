@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loftq_cli.forward.blocks import PIECE_TOKENS, run_in_pieces, windows_per_piece
+from loftq_cli.forward.losses import summed_loss
 from loftq_cli.forward.parameters import Parameters
 from loftq_cli.forward.weights import Weights
 
@@ -26,9 +27,25 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Tensor]  # input_ids [windows, tokens], and decoder_input_ids for an encoder-decoder
 
-IGNORED = -100  # label of positions that are not scored
 _HIDDEN_BYTES = 256 << 20  # hidden states of one group of windows
 _LOGIT_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A batch's outputs, kept so that its logits can be computed again, a few positions at a time.
+
+    Attributes:
+        base: the base model's output with hidden states [windows, tokens, width], if the output layers run separately.
+        head: the tensors of the output layers by their names on disk.
+        logits: [windows * tokens, vocabulary], if the output layers do not run separately.
+    """
+
+    batch: Batch
+    positions: int
+    base: Any = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
 
 
 class StreamedModel:
@@ -64,10 +81,15 @@ class StreamedModel:
             self._inside.update(names)
             block.forward = functools.partial(self._run_block, path, names, block.forward)
 
-    def load(self, weights: Weights) -> None:
-        """Use `weights` from now on; tensors outside the blocks are read at once."""
+    def load(self, weights: Weights, shared: Mapping[str, Tensor] | None = None) -> None:
+        """Use `weights` from now on; tensors outside the blocks are read at once.
+
+        Args:
+            shared: tensors by name that stay in memory anyway, which are used in place of equal ones of `weights`.
+        """
         self._weights, self._available = weights, frozenset(weights.names)
-        self.parameters.fill([name for name in self._known(self.parameters.keys) if name not in self._inside], weights)
+        outside = [name for name in self._known(self.parameters.keys) if name not in self._inside]
+        self.parameters.fill(outside, weights, shared or {})
 
     def group(self, windows: int, tokens: int) -> int:
         """Return how many of `windows` windows of `tokens` tokens to run in one call."""
@@ -96,29 +118,42 @@ class StreamedModel:
     def loss(self, batch: Batch, labels: Tensor) -> float:
         """Return the summed negative log-likelihood in nats of `labels` [windows, tokens]: the token that each position
         is to predict, or IGNORED."""
-        total, flat = 0.0, labels.reshape(-1)
-        for positions, logits in self.logits(batch):
-            wanted = flat[positions].to(self.device)
-            losses = F.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="none")
-            total += float(losses.sum(dtype=torch.float64))
-        return total
+        flat = labels.reshape(-1)
+        return sum(summed_loss(logits, flat[positions]) for positions, logits in self.logits(batch))
 
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Yield logits [positions, vocabulary] piece by piece, with their slice of the flattened windows × tokens."""
+        outputs = self.outputs(batch)
+        for cut in self.pieces(outputs):
+            yield cut, self.logits_at(outputs, cut)
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """Run a batch with the loaded weights, up to the output layers if they run separately."""
         if not self.splits:
-            found = self._call(self.model, batch).logits
-            yield slice(0, found.shape[0] * found.shape[1]), found.flatten(0, 1)
-            return
-        base_output = self._call(self.model.base_model, batch)
-        hidden = base_output.last_hidden_state
-        count = hidden.shape[0] * hidden.shape[1]
-        step = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
-        flat = {name: ids.reshape(1, -1) for name, ids in batch.items() if ids.numel() == count}
-        for start in range(0, count, step):
-            cut = slice(start, min(start + step, count))
-            with self._base_returns(type(base_output)(last_hidden_state=hidden.reshape(1, count, -1)[:, cut])):
-                output = self._call(self.model, {name: ids[:, cut] for name, ids in flat.items()})
-            yield cut, output.logits[0]
+            logits = self._call(self.model, batch).logits
+            return Outputs(batch, logits.shape[0] * logits.shape[1], logits=logits.flatten(0, 1))
+        base = self._call(self.model.base_model, batch)
+        rows, tokens = base.last_hidden_state.shape[:2]
+        return Outputs(batch, rows * tokens, base, self.parameters.outside(self.model.base_model_prefix))
+
+    def pieces(self, outputs: Outputs) -> Iterator[slice]:
+        """Yield slices of the flattened windows × tokens, whose logits are to be in memory together."""
+        step = max(1, _LOGIT_BYTES // (4 * self._vocabulary)) if self.splits else outputs.positions
+        for start in range(0, outputs.positions, step):
+            yield slice(start, min(start + step, outputs.positions))
+
+    def logits_at(self, outputs: Outputs, cut: slice) -> Tensor:
+        """Return logits [positions, vocabulary] of a slice, computed by the output layers that `outputs` remembers,
+        whatever weights have been loaded since."""
+        if outputs.logits is not None:
+            return outputs.logits[cut]
+        self.parameters.put(outputs.head)
+        count, hidden = outputs.positions, outputs.base.last_hidden_state
+        flat = {name: ids.reshape(1, -1) for name, ids in outputs.batch.items() if ids.numel() == count}
+        piece = type(outputs.base)(last_hidden_state=hidden.reshape(1, count, -1)[:, cut])
+        with self._base_returns(piece):
+            found: Tensor = self._call(self.model, {name: ids[:, cut] for name, ids in flat.items()}).logits[0]
+        return found
 
     @property
     def _width(self) -> int:

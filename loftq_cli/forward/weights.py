@@ -49,6 +49,18 @@ class SourceWeights:
         return self.checkpoint.read(name)
 
 
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Of a model that has its weights already (`opening.hold_model`): there is nothing to read."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        return ()
+
+    def read(self, name: str) -> Tensor:
+        raise KeyError(name)
+
+
 class _Converted(ABC):
     """The tensors of a conversion by their names in the checkpoint. The manifest lists stacked experts one by one;
     `read` returns the whole stack."""

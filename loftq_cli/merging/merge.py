@@ -13,6 +13,7 @@ Experts that share a parameter in the running model are merged one at a time, un
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint import SideFile
 from loftq_cli.checkpoint.safetensors import open_safetensors
 from loftq_cli.checkpoint.side_files import find_side_files
+from loftq_cli.checkpoint.trained_on import check_trained_on, conversion_in
 from loftq_cli.engine.output.directory import claim, on_full_disk, open_writer, publish, read_back, write_files
 from loftq_cli.engine.output.journal import hash_tensors
 from loftq_cli.engine.output.lock import Lock
@@ -50,6 +52,7 @@ from loftq_cli.recipe.model import DTYPE_CHOICES, parse_size
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 from loftq_cli.tensorfile.layout import backbone_metadata, lay_out_shards
 
+logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 Progress = Callable[[int, int], None]
 
@@ -64,7 +67,9 @@ def merge(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress = lambda done, total: None,
+    noted: Callable[[str], None] = logger.warning,
 ) -> MergeReport:
     """Write the backbone in `directory` with the trained adapter folded in; the result needs no adapter.
 
@@ -74,7 +79,9 @@ def merge(
         to: `dense`, `zeros`, `gguf` or `requantize`; `auto` takes `zeros` if that is exact, else `dense`.
         dtype: of dense weights; `auto` is the model's own. `float32` keeps every digit.
         overwrite: replace a finished merge, or drop an unfinished conversion.
+        force: merge an adapter that was trained on another conversion, if its shapes fit.
         progress: called with the number of tensors that are done, and the total.
+        noted: called with a note about the adapter; logged as a warning by default.
 
     Raises:
         UsageError: the way does not suit this backbone and adapter, or the output belongs to something else.
@@ -85,6 +92,8 @@ def merge(
         raise UsageError(f"--dtype cannot be '{dtype}': choose one of {', '.join(DTYPE_CHOICES)}.")
     source, target = real_path(user_path(directory)), real_path(user_path(output))
     manifest, trained = read_manifest(source), read_adapter(user_path(adapter))
+    if note := check_trained_on(conversion_in(source), trained.folder, force=force):
+        noted(f"{note}.")
     inputs = {"the backbone": source, "the adapter": real_path(trained.folder)}
     try:
         with _opened(manifest, source, trained, to, dtype) as job:
@@ -224,15 +233,14 @@ def _architecture(job: Merge, plan: MergePlan) -> str | None:
 def _finish(job: Merge, plan: MergePlan, report: MergeReport, hashes: dict[str, str], lock: Lock) -> None:
     """Read the weights back, write every other file, and publish all of them."""
     output, index = Path(report.output), plan.weights.index
-    files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
-    copied = write_files(output, {}, plan.side_files)
     texts = {
         "config.json": merged.config_of(plan.config, report),
-        merged.RECORD: merged.record_of(report, copied),
         merged.CARD: merged.card_of(job.manifest, report, _architecture(job, plan)),
         **({INDEX: index_text(report.backbone_bytes, index)} if index else {}),
     }
-    files |= write_files(output, texts) | copied
+    files: dict[str, FileRecord] = read_back(output, plan.weights.files, hashes)
+    files |= write_files(output, texts, plan.side_files)
+    files |= write_files(output, {merged.RECORD: merged.record_of(report, files)})
     if job.way in ("zeros", "requantize"):
         files |= write_files(output, {MANIFEST: merged.manifest_of(job.manifest, report, files)})
     lock.check()

@@ -25,7 +25,7 @@ from loftq_cli.checkpoint import SideFile
 from loftq_cli.engine.output.directory import STATE, clear_state, is_publishing, journal_of, partial_folder
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.confined import ConfinedFolder
-from loftq_cli.merging.texts import CARD, RECORD, SIDE_FILES
+from loftq_cli.merging.texts import CARD, FILES, RECORD
 from loftq_cli.planning.output_files import INDEX
 
 _TEXTS = frozenset({"config.json", RECORD, CARD, INDEX, MANIFEST})
@@ -130,10 +130,12 @@ def _left_by_unfinished_merge(folder: ConfinedFolder) -> set[str]:
 
 
 def _recorded(folder: ConfinedFolder) -> dict[str, str]:
-    """Return the sha256 of each copied file that the record of a finished merge names."""
+    """Return the sha256 of each file that the record of a finished merge names."""
     record = _json_of(folder, RECORD)
-    files = record.get(SIDE_FILES) if isinstance(record, dict) else None
-    return {name: str(sha256) for name, sha256 in files.items()} if isinstance(files, dict) else {}
+    files = record.get(FILES) if isinstance(record, dict) else None
+    if not isinstance(files, dict):
+        return {}
+    return {name: str(item.get("sha256")) for name, item in files.items() if isinstance(item, dict)}
 
 
 def _json_of(folder: ConfinedFolder, name: str) -> object:

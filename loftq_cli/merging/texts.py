@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.artifacts.manifest import Manifest, render, seal
+from loftq_cli.artifacts.manifest import UNSEALED, Manifest, render, seal
+from loftq_cli.artifacts.plain_model import MERGE_RECORD
 from loftq_cli.formats import get_container
 from loftq_cli.machine.printable import json_text, markdown_cell
 from loftq_cli.tensorfile.hashing import FileRecord
 
-RECORD = "loftq_merge.json"
+RECORD = MERGE_RECORD
 CARD = "README.md"
-SIDE_FILES = "side_files"  # field of the record: sha256 of the model's files that a merge has copied, by name
+FILES = "files"  # field of the record: the hashes of all other files
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def fingerprint(manifest: Manifest, adapter_sha256: str, way: str, dtype: str) -
     return hashlib.sha256(json.dumps([manifest.fingerprint, adapter_sha256, way, dtype]).encode()).hexdigest()
 
 
-def record_of(report: MergeReport, side_files: Mapping[str, FileRecord]) -> bytes:
-    """Render `loftq_merge.json`. It records the copied files, so that a later merge knows them as ours."""
-    copied = {name: record.sha256 for name, record in side_files.items()}
-    return (
-        json.dumps({**dataclasses.asdict(report), SIDE_FILES: copied}, indent=1, ensure_ascii=False) + "\n"
-    ).encode()
+def record_of(report: MergeReport, files: Mapping[str, FileRecord]) -> bytes:
+    """Render `loftq_merge.json` with the hashes of the other files: `loftq verify` checks them, and a later
+    merge knows them as ours."""
+    hashes = {name: dataclasses.asdict(record) for name, record in files.items()}
+    values = {**dataclasses.asdict(report), FILES: hashes, "digest": UNSEALED}
+    return seal((json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def config_of(config: Mapping[str, Any], report: MergeReport) -> bytes:

@@ -57,7 +57,7 @@ def lay_out_output(source: Source, choices: Choices, work: WorkUnits, output: Pa
     identity = recipe.fingerprint(f"{version} {source.fingerprint}{_later_choices(source, units)}")
     files, scratch, index = lay_out_files(units, recipe, identity, request)
     config = source.checkpoint.config
-    texts = output_texts(recipe, config, source.modules, units, request, choices.dtype, output, index)
+    texts = output_texts(recipe, config, source.modules, units, request, choices.dtype, output, index, identity)
     return Layout(identity, files, scratch, texts)
 
 
@@ -111,12 +111,14 @@ def output_texts(
     dtype: torch.dtype,
     output: Path,
     index: Mapping[str, str],
+    fingerprint: str,
 ) -> dict[str, bytes]:
     """Return every file besides the weights whose content is known now, by name.
 
     Args:
         source_config: config.json of the source.
         index: from `lay_out_files`.
+        fingerprint: of the conversion.
 
     Raises:
         UsageError: for this container, transformers would build other modules than the checkpoint has.
@@ -127,7 +129,7 @@ def output_texts(
         texts[INDEX] = index_text(sum(unit.backbone_bytes for unit in units), index)
     targets = [unit.target for unit in units if unit.target is not None]
     if targets:
-        texts[adapter.CONFIG] = _json(_adapter_config(recipe, modules, targets, output))
+        texts[adapter.CONFIG] = _json(_adapter_config(recipe, modules, targets, output, fingerprint))
     return texts
 
 
@@ -157,7 +159,7 @@ def _config(
 
 
 def _adapter_config(
-    recipe: Recipe, modules: ModuleMap, targets: Sequence[AdapterTarget], output: Path
+    recipe: Recipe, modules: ModuleMap, targets: Sequence[AdapterTarget], output: Path, fingerprint: str
 ) -> dict[str, Any]:
     return adapter.adapter_config(
         targets,
@@ -168,6 +170,7 @@ def _adapter_config(
         # Only a dense module keeps its [in, out] orientation at run time.
         fan_in_fan_out=get_container(recipe.format).keeps_conv1d
         and any(orientation_of(target.kind).transposed for target in targets),
+        fingerprint=fingerprint,
     )
 
 

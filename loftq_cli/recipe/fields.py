@@ -273,9 +273,10 @@ class RecipeFields:
         NotEmpty,
         Help(
             "Weigh errors by the layers' inputs on this text (.txt, .jsonl, .json, .parquet, a directory of them, or a "
-            "dataset on the Hub), or by second moments collected earlier (.safetensors).",
+            "dataset on the Hub, or default for a mixed text that ships with loftq), or by second moments collected "
+            "earlier (.safetensors).",
             LOFTQ,
-            metavar="FILE|DATASET",
+            metavar="FILE|DATASET|default",
         ),
     ] = None
     calibration_tokens: Annotated[From1, Help("Number of tokens of the text to use.", LOFTQ, metavar="N")] = 16384

@@ -6,7 +6,8 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,14 +98,34 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool, pla
     with warnings.catch_warnings():
         # PEFT 0.21 checks these keys against modules only and warns that it ignores those of parameters; it does not.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        if fit.changed:
-            with tempfile.TemporaryDirectory(prefix="loftq-") as fitted:
-                _write(fit, file, model, Path(fitted))
-                wrapped = PeftModel.from_pretrained(model, fitted, config=config, **options)
-        else:
-            wrapped = PeftModel.from_pretrained(model, folder, config=config, **options)
+        with _one_sentence_for_misfits(model, folder):
+            if fit.changed:
+                with tempfile.TemporaryDirectory(prefix="loftq-") as fitted:
+                    _write(fit, file, model, Path(fitted))
+                    wrapped = PeftModel.from_pretrained(model, fitted, config=config, **options)
+            else:
+                wrapped = PeftModel.from_pretrained(model, folder, config=config, **options)
     _check_complete(wrapped, fit.renames.values())
     return wrapped
+
+
+@contextmanager
+def _one_sentence_for_misfits(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Turn PEFT's error about shapes into one sentence.
+
+    Raises:
+        LoftqError: a factor has another shape than the layer needs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = re.search(r"size mismatch for (\S+): (.*)", str(error))
+        if first is None:
+            raise
+        raise LoftqError(
+            f"the adapter in {folder} does not fit {type(model).__name__} ({first[1]}: {first[2].rstrip('.')}): give "
+            "an adapter that was trained on this model."
+        ) from error
 
 
 def _fit(config: LoraConfig, keys: Iterable[str], model: PreTrainedModel) -> _FittedAdapter:

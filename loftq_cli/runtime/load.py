@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint.local import read_json
+from loftq_cli.checkpoint.trained_on import check_trained_on, conversion_in, conversion_on_hub
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import FORMATS, container_in, container_of
-from loftq_cli.formats.adapter import CONFIG, FOLDER, WEIGHTS
+from loftq_cli.formats.adapter import CONFIG, FINGERPRINT, FOLDER, WEIGHTS
 from loftq_cli.formats.loading import PLAIN, Loading, LoadRequest
 from loftq_cli.machine.pretrained import open_pretrained
 from loftq_cli.runtime.adapter import attach_adapter, find_adapter
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-FINGERPRINT = "loftq_fingerprint"
+logger = logging.getLogger(__name__)
 
 # Suffixes of the names of scales, after a module's path and after a weight's name. Those of all containers, because a
 # damaged config.json may not name the right one.
@@ -43,6 +46,7 @@ def load(
     trainable: bool = False,
     adapter: bool | str | PathLike[str] = True,
     auto_class: Any = None,
+    force: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> nn.Module:
     """Load a model that `loftq quantize` wrote: the backbone, wrapped with the adapter.
@@ -53,6 +57,7 @@ def load(
         adapter: True for the initial adapter, False for the bare backbone, or the path of an adapter saved after
             training.
         auto_class: a transformers Auto class or model class, or the name of one. By default the class in config.json.
+        force: use an adapter that was trained on another conversion, with a warning.
         from_pretrained_kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, `revision`, `token`, ...).
 
     Returns:
@@ -77,6 +82,8 @@ def load(
     if refusal := loading.refuse(request):
         raise LoftqError(refusal)
     folder = _adapter_folder(name, adapter, source)
+    if folder is not None and adapter is not True:
+        _check_trained_on(name, folder, source, force)
     options = {**loading.options(dataclasses.replace(request, adapter=folder is not None)), **options}
     model_class = _model_class(config, auto_class)
     if "config" not in options:
@@ -103,6 +110,23 @@ def _adapter_folder(name: str, adapter: bool | str | PathLike[str], source: Mapp
         if not (folder / Path(file).name).is_file():
             raise LoftqError(f"{folder} has no {Path(file).name}: give a folder that PEFT's save_pretrained wrote.")
     return folder
+
+
+def _check_trained_on(name: str, adapter: Path, source: Mapping[str, Any], force: bool) -> None:
+    """Raise if the adapter was trained on another conversion; with `force`, or if nothing tells, log a warning."""
+    folder = Path(name)
+    conversion = conversion_in(folder) if folder.is_dir() else conversion_on_hub(name, _start_on_hub(name, source))
+    note = check_trained_on(conversion, adapter, force=force)
+    if note is not None:
+        logger.warning("%s.", note)
+
+
+def _start_on_hub(name: str, source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of a repository's starting adapter; empty if it has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(name, CONFIG, **source, _raise_exceptions_for_missing_entries=False)
+    return {} if found is None else read_json(Path(found), "")
 
 
 def _select(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -310,3 +310,39 @@ def test_moments_of_another_model_are_refused(text: Path, tmp_path: Path, random
         loftq_cli.quantize(source, output=tmp_path / "c", calibrate=kept, calibrate_kind="full")
     with pytest.raises(LoftqError, match="holds no second moments"):
         loftq_cli.quantize(source, output=tmp_path / "d", calibrate=source / "model.safetensors")
+
+
+def test_the_shipped_text_needs_nothing(tmp_path: Path, own_cache: Path) -> None:
+    """In the manifest, the recipe and the card under its name, hashed; repeated, resumed and refused like any text."""
+    import hashlib
+    from importlib.resources import files
+
+    shipped = files("loftq_cli.calibration").joinpath("default", "text.txt").read_bytes()
+    digest, about = hashlib.sha256(shipped).hexdigest(), files("loftq_cli.calibration").joinpath("default", "README.md")
+    assert digest in about.read_text(encoding="utf-8") and len(shipped) < 200_000
+    source = llama(tmp_path / "llama")
+    (tmp_path / "copy.txt").write_bytes(shipped)
+    options = {"bits": 2, "rank": 4, "iters": 1, "calibration_tokens": 250, "method": "refined"}
+    plain = loftq_cli.quantize(source, output=tmp_path / "plain", **options)
+    first = loftq_cli.quantize(source, output=tmp_path / "a", calibrate="default", **options)
+    assert first.recipe["calibrate"] == "default" and first.recipe["calibration_hash"] == digest
+    assert first.fingerprint != plain.fingerprint and first.matrices[0].weighted_residual is not None
+    assert "the text that ships with loftq, sha256 " + digest in (tmp_path / "a" / "README.md").read_text()
+    (kept,) = (own_cache / "loftq" / "moments").glob("*.safetensors")
+    assert open_moments(kept).about["text_sha256"] == digest
+    again = loftq_cli.quantize(config=tmp_path / "a" / "loftq.yaml", output=tmp_path / "b")
+    copied = loftq_cli.quantize(source, output=tmp_path / "c", calibrate=tmp_path / "copy.txt", **options)
+    assert again.fingerprint == copied.fingerprint == first.fingerprint
+    assert again.files["model.safetensors"] == copied.files["model.safetensors"] == first.files["model.safetensors"]
+    with pytest.raises(LoftqError, match="is not what this recipe was calibrated on"):
+        loftq_cli.quantize(source, output=tmp_path / "d", calibrate="default", calibration_hash="0" * 64, **options)
+
+
+def test_the_shipped_text_holds_every_domain_from_the_start() -> None:
+    """Within the default 16384 tokens, about four bytes each."""
+    from importlib.resources import files
+
+    start = files("loftq_cli.calibration").joinpath("default", "text.txt").read_text(encoding="utf-8")[:40_000]
+    for part in (" Alice ", "def ", "```bash", "#### ", "Assistant: ", "| item | count |", '"city": ', " INFO worker-"):
+        assert start.count(part) > 1, part
+    assert start.isprintable() or set(start) - {"\n"} == {c for c in start if c.isprintable()}

@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_and_the_configs(distributions: tuple[Path, 
     assert {name.removeprefix(prefix): held[name] for name in held if name.startswith(prefix)} == expected
     assert "recipe.schema.json" in expected and "ci/quantize.yml" in expected
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loftq_cli").rglob("*.py")}
-    assert {name for name in held if not name.startswith(prefix)} == code | {"loftq_cli/py.typed"}
+    text = {f"loftq_cli/calibration/default/{name}" for name in ("text.txt", "README.md")}
+    assert {name for name in held if not name.startswith(prefix)} == code | text | {"loftq_cli/py.typed"}
 
 
 def test_the_metadata_is_complete(distributions: tuple[Path, Path]) -> None:

@@ -34,6 +34,7 @@ from loftq_cli.hub.retry import OPENING_ATTEMPTS, HubModel, is_transient, with_r
 from loftq_cli.machine.confined import user_path
 
 _BESIDE = ("config.json", "README.md", ADAPTER_CONFIG, MODELOPT)  # the card names the licence
+_MANIFEST = "loftq.json"
 _META_RANK = re.compile(r"consolidated\.\d+\.pth")
 _FOREIGN = re.compile(r".*\.(gguf|ggml|h5|msgpack|onnx|ckpt|npz|pth|pt|bin|safetensors)")
 
@@ -142,6 +143,17 @@ def _open_parts(
     return pickled.read_lists(folder, files, index, reader)
 
 
+def fetch_conversion(model: HubModel) -> Path | None:
+    """Return a copy of a conversion that was pushed to the Hub, with its adapter; None if the repository holds none.
+
+    Raises:
+        LoftqError: the user has no access to the model, or the Hub cannot be reached.
+    """
+    with hub_errors(model, stream=False):
+        folder = _snapshot(model, [], [_MANIFEST])
+        return _snapshot(model, [], ["*"]) if (folder / _MANIFEST).is_file() else None
+
+
 def choose_weights(model: HubModel, names: Sequence[str]) -> Weights:
     """Choose the weights of a repository with these files, as `open_checkpoint` does in a directory.
 
@@ -211,9 +223,9 @@ def _shards(folder: Path, names: Sequence[str], chosen: Weights) -> tuple[list[s
     return sorted(set(index.values())), index
 
 
-def _snapshot(model: HubModel, names: Sequence[str]) -> Path:
-    """Fetch these files into the Hub's cache and return the snapshot folder."""
-    patterns = [glob.escape(name) for name in names]
+def _snapshot(model: HubModel, names: Sequence[str], wanted: Sequence[str] = ()) -> Path:
+    """Fetch these files, and those that match `wanted`, into the Hub's cache and return the snapshot folder."""
+    patterns = [*(glob.escape(name) for name in names), *wanted]
 
     def fetch() -> Path:
         try:

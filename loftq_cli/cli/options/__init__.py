@@ -15,6 +15,7 @@ __all__ = [
     "Config",
     "Debug",
     "Device",
+    "Force",
     "FromRecipe",
     "Json",
     "MaxMemory",
@@ -54,6 +55,10 @@ Output = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a finished output, or discard an unfinished one.", rich_help_panel=WHERE),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Use an adapter even if it was trained on another conversion.", rich_help_panel=RUN),
 ]
 PushTo = Annotated[
     Optional[str],
