@@ -38,7 +38,9 @@ class BlockColumns:
     def learn(self, target: Tensor, quantized: Quantized, column_weight: Tensor) -> BlockColumns:
         if not self.grid.codebook.fitted:
             return self
-        return replace(self, levels=fit_levels(target, _blocks(quantized), self.grid, column_weight))
+        found = _blocks(quantized)
+        found = found if found.levels is not None else replace(found, levels=self.used_levels(target.device))
+        return replace(self, levels=fit_levels(target, found, self.grid, column_weight))
 
     def parameters(self, quantized: Quantized, columns: Columns) -> tuple[Tensor, ...]:
         found = _blocks(quantized)
