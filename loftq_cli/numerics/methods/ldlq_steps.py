@@ -101,7 +101,7 @@ class Metric:
         return product
 
 
-def metric(moment: Tensor, *, damping: float = DAMPING) -> Metric:
+def metric(moment: Tensor, device: torch.device | str = "cpu", *, damping: float = DAMPING) -> Metric:
     """Return the metric of a second moment, [in] or [in, in], scaled to a mean variance of 1 and damped.
 
     For a layer that saw only zeros, return the identity.
@@ -109,10 +109,10 @@ def metric(moment: Tensor, *, damping: float = DAMPING) -> Metric:
     matrix = torch.diag(moment.double()) if moment.ndim == 1 else moment.double()
     mean = matrix.diagonal().mean()
     if not float(mean) > 0:
-        return Metric(torch.eye(moment.shape[0], dtype=torch.float32, device=moment.device))
+        return Metric(torch.eye(moment.shape[0], dtype=torch.float32, device=device))
     matrix = matrix / mean
     matrix.diagonal().add_(damping)
-    return Metric(_upper_root(matrix).float())
+    return Metric(_upper_root(matrix).float().to(device))
 
 
 def _upper_root(matrix: Tensor) -> Tensor:
