@@ -45,7 +45,7 @@ class IntegerColumns:
     def move(self, quantized: Quantized, columns: Columns, parameter: int, change: Tensor) -> Moved:
         found = _groups(quantized)
         now = self.affine(found, columns)
-        before = (now.scale if parameter == SCALE else now.offset)[:, 0]
+        before = (now.scale if parameter == SCALE else now.offset)[:, 0].clone()
         dtype = self.grid.scale_dtype if parameter == SCALE else self.grid.zero_dtype
         after = round_to(before + change, dtype)
         if parameter == SCALE and self.grid.zero != "none":
