@@ -216,8 +216,8 @@ class RecipeFields:
         str | None,
         Choices(c.INITS),
         Help(
-            "Starting point of refined and ldlq (the best low-rank part of the weights, or a zero adapter as in LoftQ) and of qa-lora "
-            "(the low-rank part of the error, or zero over a plainly quantized backbone).",
+            "Starting point of refined and ldlq (the best low-rank part of the weights, or a zero adapter as in LoftQ) "
+            "and of qa-lora (the low-rank part of the error, or zero over a plainly quantized backbone).",
             LOFTQ,
             default="svd",
         ),
@@ -239,8 +239,8 @@ class RecipeFields:
         str | None,
         Choices(c.LEVELS),
         Help(
-            "Levels of refined and ldlq: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or fitted to "
-            "each matrix (packed only).",
+            "Levels of refined and ldlq: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or "
+            "fitted to each matrix (packed only).",
             LOFTQ,
             default="those of --data-type",
         ),

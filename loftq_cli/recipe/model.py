@@ -98,7 +98,9 @@ class Recipe(RecipeFields):
     def _check_calibration(self) -> None:
         if self.calibrate is None:
             if self.method == CALIBRATED:
-                raise UsageError(f"--method {self.method} needs --calibrate: give a text like those the model will read.")
+                raise UsageError(
+                    f"--method {self.method} needs --calibrate: give a text like those the model will read."
+                )
             return
         if self.plain:
             raise UsageError(

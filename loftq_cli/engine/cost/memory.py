@@ -15,7 +15,7 @@ from loftq_cli.planning.units import Unit
 _WORKING_SET = 12  # bytes per weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 _REFINED_SET = 10  # further bytes per weight for `refined`: target and feedback in float32, BA in bfloat16
 _LDLQ_SET = 26  # for `ldlq`: target, errors, values, targets with feedback and E M in float32, two sets of codes
-# Bytes per squared number of inputs for `ldlq`: the second moment and its two roots, in float64 while they are computed.
+# Bytes per squared number of inputs for `ldlq`: the second moment and its roots, in float64 at first.
 _MOMENT_SET = 32
 _SPARE = 120 << 20  # allocator, thread stacks, buffers being written
 # Bytes per weight on a device, where quantizing makes several passes over memory: measured 30 alone, 33 in a stack.
