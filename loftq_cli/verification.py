@@ -174,7 +174,7 @@ def _other_kind(path: Path) -> str | None:
 
 def _check_merged(path: Path, report: Callable[[Step], None]) -> Verification:
     """Check a dense merge by the hashes in its record, or like any checkpoint if an older loftq recorded none."""
-    empty = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, (), "merge")
+    empty = Verification(str(path), None, 0, 0, 0, 0, 0, 0.0, 0.0, (), "merge")
     try:
         content = (path / MERGE_RECORD).read_bytes()
         record = read_json(_MergeRecord, content)
@@ -192,7 +192,7 @@ def _check_checkpoint(path: Path, report: Callable[[Step], None]) -> Verificatio
     from loftq_cli.checkpoint import open_checkpoint
 
     problems = []
-    found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, (), "checkpoint")
+    found = Verification(str(path), None, 0, 0, 0, 0, 0, 0.0, 0.0, (), "checkpoint")
     try:
         checkpoint = open_checkpoint(path)
     except LoftqError as error:
