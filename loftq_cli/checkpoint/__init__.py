@@ -38,8 +38,9 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
         UsageError: a revision or `stream` is given for a directory.
         LoftqError: the checkpoint does not exist or cannot be read.
     """
-    source: Path | HubModel = Path(recipe.model).expanduser()
-    if recipe.revision is not None or not source.exists():
+    local = Path(recipe.model).expanduser()
+    source: Path | HubModel = local
+    if recipe.revision is not None or not local.exists():
         # Imports huggingface_hub, which a model on this machine does not need.
         from loftq_cli.checkpoint.remote.model import open_hub, parse_model
 

@@ -30,7 +30,7 @@ from loftq_cli.progress import Reporter
 
 runner = typer.testing.CliRunner()
 QUICK = {"bits": 2, "rank": 4, "iters": 1}
-SLOW = {**QUICK, "bits": 4, "iters": 250}  # at 2 bits, this many steps may diverge, which stops the iteration
+SLOW = {**QUICK, "bits": 4, "iters": 600}  # at 2 bits, this many steps may diverge, which stops the iteration
 
 
 def write(path: Path, **values: object) -> Path:
