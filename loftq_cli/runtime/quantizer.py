@@ -182,8 +182,8 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
     if any(group.modules for group in groups) and not grids:
         raise LoftqError(
             f"none of the packed modules of this checkpoint is in {type(model).__name__}: load it as the class in its "
-            f"config.json, or as another class of the same family, or load {type(model).__name__} from the model that "
-            "was converted, since it is in full precision here."
+            "config.json, or as another class of the same family, or convert the model again with --include for the "
+            "layers of this class, which are in full precision here."
         )
     owners: dict[str, str] = {}
     for tied_paths in _tied_modules(model):

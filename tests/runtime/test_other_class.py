@@ -100,6 +100,21 @@ def test_one_tower_of_a_composite_checkpoint_starts_at_the_source(form: str, nam
         loftq_cli.load(tmp_path / "out", auto_class="CLIPVisionModel")
 
 
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_a_vision_tower_that_was_included_starts_at_the_source(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text, vision = {**_BERT, "vocab_size": 96, "max_position_embeddings": 32}, {**_BERT, "image_size": 28}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config={**vision, "patch_size": 14})
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path / "source")
+    how = {"bits": 4, "rank": 64, "iters": 1, "format": "packed", "include": ("vision_model*",)}
+    loftq_cli.quantize(tmp_path / "source", output=tmp_path / "out", **how)
+    image, tower = torch.randn(1, 3, 28, 28), f"{name}VisionModel"
+    with torch.no_grad():
+        wanted = getattr(transformers, tower).from_pretrained(tmp_path / "source").eval()(image)[0]
+        found = loftq_cli.load(tmp_path / "out", auto_class=tower, dtype=torch.float32).eval()(image)[0]
+    assert (found - wanted).norm() / wanted.norm() < 1e-3
+
+
 def test_a_moved_prefix_is_found_in_both_kinds_of_names() -> None:
     config = transformers.Qwen3_5TextConfig(**_TEXT)
     with torch.device("meta"):
