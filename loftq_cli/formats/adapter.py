@@ -6,7 +6,7 @@ Adapters are in a subfolder because transformers would load an adapter in the ro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ def decode_factors(target: AdapterTarget, tensors: Mapping[str, Tensor], scaling
 
 def adapter_config(
     targets: Sequence[AdapterTarget],
-    linear_modules: Sequence[str],
+    modules: Sequence[str],
     *,
     scaling: float,
     task_type: str | None,
@@ -144,6 +144,9 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Return adapter_config.json. Modules have full paths; ranks other than the most common one are in `rank_pattern`.
 
+    Args:
+        modules: the paths of all modules of the model, or at least of those that PEFT can adapt.
+
     `init_lora_weights` stays true: "loftq" would make PEFT run its own LoftQ on top of ours. `auto_mapping` holds the
     conversion's fingerprint, because PEFT keeps that field when it saves a trained adapter. Without a task type PEFT
     itself writes the model's class there.
@@ -151,9 +154,9 @@ def adapter_config(
     # If gate and up are joined, their ranks add up: B is block-diagonal.
     ranks = {target.parameter or target.module: target.rank * target.parts for target in targets}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: other for name, other in ranks.items() if other != rank}
-    modules = [target.module for target in targets if not target.parameter]
-    parameters = [name for name in ranks if name not in set(modules)]
+    others = _rank_pattern(ranks, rank)
+    layers = [target.module for target in targets if not target.parameter]
+    parameters = [name for name in ranks if name not in set(layers)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -162,7 +165,7 @@ def adapter_config(
         "r": rank,
         "lora_alpha": _number(rank * scaling),
         "lora_dropout": 0.0,
-        "target_modules": _target_modules(modules, linear_modules),
+        "target_modules": _target_modules(layers, modules),
         **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": others,
         "alpha_pattern": {module: _number(other * scaling) for module, other in others.items()},
@@ -181,13 +184,27 @@ def _pooling(groups: set[int]) -> dict[str, Any]:
     return {} if group == 1 else {"use_qalora": True, "qalora_group_size": group}
 
 
-def _target_modules(targets: list[str], linear_modules: Sequence[str]) -> list[str] | str:
+def _target_modules(targets: list[str], modules: Sequence[str]) -> list[str] | str:
     """Return a list, which matches paths and suffixes, or one exact regex if a suffix would match other modules too."""
     chosen = set(targets)
-    ambiguous = any(
-        module not in chosen and any(module.endswith(f".{target}") for target in targets) for module in linear_modules
-    )
+    ambiguous = any(module not in chosen and _ends_like(module, chosen) for module in modules)
     return "|".join(target.replace(".", r"\.") for target in targets) if ambiguous else targets
+
+
+def _rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """Return the ranks other than `rank` by name. PEFT takes the first key that is the name or its end, so a name that
+    ends like another one is listed too, before it."""
+    others = {name: other for name, other in ranks.items() if other != rank}
+    shadowed = {name: ranks[name] for name in ranks if _ends_like(name, others)}
+    if not shadowed:
+        return others
+    return dict(sorted((others | shadowed).items(), key=lambda item: -item[0].count(".")))
+
+
+def _ends_like(name: str, paths: Container[str]) -> bool:
+    """True if `name` is one of `paths` with a prefix; takes time in proportion to its parts, not to the paths."""
+    parts = name.split(".")
+    return any(".".join(parts[first:]) in paths for first in range(1, len(parts)))
 
 
 def _number(value: float) -> float | int:

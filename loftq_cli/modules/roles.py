@@ -82,6 +82,8 @@ class ModuleMap:
         linear_modules: every module that a quantizer or PEFT would treat as a Linear, with or without a tensor on
             disk (a tied head, parts of a split matrix); a format's skip list is this less what was quantized.
         expert_parameters: the stacked parameters of experts in the model's order, in which PEFT wraps them.
+        modules: every module of the model; empty if names and shapes were used.
+        splits_patterns: PEFT reduces a pattern in `target_modules` to the last parts of the modules it matches.
         unbuilt: why the class could not be built, as the start of a sentence; "" if it was.
         rebuilt_for: values of `quant_method` for which transformers loads other modules than the config describes.
     """
@@ -96,6 +98,8 @@ class ModuleMap:
     linear_modules: tuple[str, ...]
     expert_parameters: tuple[str, ...] = ()
     rebuilt_for: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
+    splits_patterns: bool = False
     unbuilt: str = ""
 
 
@@ -136,6 +140,8 @@ def map_modules(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         linear_modules=view.linear_modules,
         expert_parameters=tuple(name for name, _ in model.named_parameters() if name in experts),
         rebuilt_for=view.rebuilt_for,
+        modules=tuple(view.modules),
+        splits_patterns=bool(view.expert_names),
     )
 
 

@@ -73,7 +73,7 @@ class ModelView:
             readers=direct_weight_reads(model, model.config),
             unquantized_readers=partial_weight_reads(model, ReadKind.UNQUANTIZED),
             dtype_readers=partial_weight_reads(model, ReadKind.DTYPE),
-            expert_names=_expert_names(model),
+            expert_names=expert_names(model),
             heads=heads,
             embedding=_paths(modules, _call_getter(model, "get_input_embeddings")),
             base=f"{prefix}." if prefix and model.base_model is not model else "",
@@ -186,8 +186,12 @@ def float32_patterns(model: PreTrainedModel) -> dict[str, re.Pattern[str]]:
     }
 
 
-def _expert_names(model: PreTrainedModel) -> frozenset[str]:
-    """Look up `keep_rules.PEFT_EXPERT_NAMES`; empty if transformers lacks the table that PEFT uses."""
+def expert_names(model: PreTrainedModel) -> frozenset[str]:
+    """Return the last parts of module paths that PEFT takes for experts (`keep_rules.PEFT_EXPERT_NAMES`).
+
+    For such a model PEFT also reduces a pattern in `target_modules` to last parts. Empty for other models, or if
+    transformers lacks the table that PEFT uses.
+    """
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:

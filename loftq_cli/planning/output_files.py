@@ -161,9 +161,14 @@ def _config(
 def _adapter_config(
     recipe: Recipe, modules: ModuleMap, targets: Sequence[AdapterTarget], output: Path, fingerprint: str
 ) -> dict[str, Any]:
-    return adapter.adapter_config(
+    """Return adapter_config.json.
+
+    Raises:
+        UsageError: PEFT would put adapters on other modules too.
+    """
+    config = adapter.adapter_config(
         targets,
-        modules.linear_modules,
+        modules.modules or modules.linear_modules,
         scaling=recipe.scaling,
         task_type=modules.task_type,
         base_model=str(output),
@@ -172,6 +177,12 @@ def _adapter_config(
         and any(orientation_of(target.kind).transposed for target in targets),
         fingerprint=fingerprint,
     )
+    if modules.splits_patterns and isinstance(config["target_modules"], str):
+        raise UsageError(
+            f"PEFT cannot adapt the chosen modules of {modules.architecture} alone, because others have paths that "
+            "end like theirs: choose those too, or leave both out with --exclude."
+        )
+    return config
 
 
 def index_text(size: int, index: Mapping[str, str]) -> bytes:

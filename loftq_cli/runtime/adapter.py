@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.adapter import CONFIG, WEIGHTS
+from loftq_cli.modules.view import expert_names
 from loftq_cli.runtime.paths import find_path, moved_prefixes
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _rename_config(
     aside = {name.rpartition(".")[0] for name in config.target_parameters or ()}
     layers = sorted({_split(key)[0] for key in keys if ".lora_" in key} - aside)
     # In models with experts PEFT splits a pattern into its parts, and would adapt every module that ends like one.
-    config.target_modules = layers if aside else "|".join(re.escape(path) for path in layers)
+    config.target_modules = layers if aside or expert_names(model) else "|".join(re.escape(path) for path in layers)
     for field in ("rank_pattern", "alpha_pattern"):
         kept = {key: value for key, value in getattr(config, field).items() if key not in dropped}
         setattr(config, field, {find_path(key, places, prefix, moved) or key: value for key, value in kept.items()})

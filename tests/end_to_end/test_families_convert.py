@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES
-from support.loading import load_plainly, place_of
+from support.loading import check_start, load_plainly, place_of
 
 import loftq_cli
 from loftq_cli.artifacts.decode import decode_matrix, decode_product
@@ -57,6 +57,7 @@ def test_family(name: str, tmp_path: Path) -> None:
         manifest = loftq_cli.quantize(source, output=out, bits=2, rank=8, iters=2, format=form)
         assert not any("transformers ignores" in note for note in manifest.notes), manifest.notes
         loaded = load_plainly(out, family.auto_class).eval()
+        check_start(out, manifest, loaded, model)
         twin = twin_of(family(), out, manifest)
         expected = first_output(twin, family.dummy_inputs(twin))
         actual = first_output(loaded, family.dummy_inputs(loaded))

@@ -192,6 +192,15 @@ FAMILIES: Final[dict[str, Family]] = {
         "Qwen2MoeForCausalLM", **_DECODER, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=WIDTH
     ),
     "deepseek_v2": _causal("DeepseekV2ForCausalLM", **_DEEPSEEK),
+    "mistral4": Family(  # no AutoModelForCausalLM: transformers lists its causal class with the multimodal ones
+        "AutoModelForImageTextToText",
+        "Mistral4ForCausalLM",
+        {
+            **{key: value for key, value in _DEEPSEEK.items() if key != "first_k_dense_replace"},
+            "n_group": 1,
+        },
+        _text,
+    ),
     "olmoe": _causal(
         "OlmoeForCausalLM", **{**_DECODER, "intermediate_size": WIDTH}, num_experts=4, num_experts_per_tok=2
     ),

@@ -66,6 +66,51 @@ def check_matrices(path: Path, manifest: Manifest, model, weights: dict[str, tor
         assert float(left) < float(torch.linalg.vector_norm(w - q) / torch.linalg.vector_norm(w))
 
 
+def check_start(path: Path, manifest: Manifest, model, source) -> None:
+    """Check that every adapted matrix of the loaded PEFT model is the files' Q + BA, as far from W as recorded.
+
+    Args:
+        model: from `load_plainly` or `loftq_cli.load`; `source` is the model that was converted.
+    """
+    adapted = [record for record in manifest.matrices if record.rank]
+    assert {record.parameter or record.module for record in adapted} == _adapted_places(model, manifest)
+    for record in adapted:
+        w, found = place_of(source, record).detach().float(), effective_weight(model, record)
+        expected = decode_matrix(path, manifest, record) + decode_product(path, manifest, record)
+        scale = torch.linalg.vector_norm(w)
+        assert float(torch.linalg.vector_norm(found - expected) / scale) < 1e-6, f"{record.module} is elsewhere"
+        assert float(torch.linalg.vector_norm(w - found) / scale) == pytest.approx(record.residual, rel=1e-4)
+
+
+def _adapted_places(model, manifest: Manifest) -> set[str]:
+    """Return the modules and parameters that PEFT adapts, without those that start at zero over a dense weight."""
+    kept = {record.module for record in manifest.kept if record.rank}
+    places = set()
+    for path, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            own = path.replace(".base_layer", "")
+            places.add(f"{own}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else own)
+    return {place for place in places if place not in kept and place.removesuffix(".weight") not in kept}
+
+
+def effective_weight(model, record) -> torch.Tensor:
+    """Return the matrix [out, in] that a loaded PEFT model multiplies by, Q + scaling · BA, by PEFT's own functions."""
+    if not record.parameter:
+        layer = model.base_model.model.get_submodule(record.module)
+        delta = layer.get_delta_weight("default").detach().float()
+        return dense_weight(layer.base_layer) + (delta.T if layer.fan_in_fan_out else delta)
+    path, _, name = record.parameter.rpartition(".")
+    layer = model.base_model.model.get_submodule(path)
+    while layer.parameter_name != name:  # PEFT wraps a module once per parameter
+        layer = layer.base_layer
+    whole = (layer.get_param() + layer.get_delta_weight("default")).detach().float()
+    if record.expert is None:
+        return whole
+    one = whole[record.expert.index]
+    one = one.T if getattr(layer.get_base_layer(), "is_transposed", False) else one
+    return one[record.expert.part * record.shape[0] : (record.expert.part + 1) * record.shape[0]]
+
+
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:
     """Return the matrix that a loaded layer multiplies by, [out, in]."""
     if hasattr(module, "dequantized_weight"):
