@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from loftq_cli.artifacts.manifest import (
+    MOST_BYTES,
     NAME,
     KeptRecord,
     Manifest,
@@ -26,6 +27,7 @@ from loftq_cli.engine.output.directory import STATE
 from loftq_cli.errors import LoftqError
 from loftq_cli.machine.confined import user_path
 from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.regular_file import read_bounded
 from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # difference W - Q has fewer digits left.
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-7
+
+_ADVICE = ("convert the model again", "download it again")
 
 # Reading a tensor by a record that does not match the files raises these; a manifest can claim anything.
 _MISFITS = (LoftqError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError)
@@ -135,7 +139,7 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
         read_manifest(path)
         raise unfinished(path)
     try:
-        content = (path / NAME).read_bytes()
+        content = read_bounded(path / NAME, MOST_BYTES)
         sealed, manifest = is_sealed(content), parse_manifest(path / NAME, content)
     except OSError as error:
         return None, [Problem(NAME, f"cannot be read ({error.strerror})")]
@@ -146,7 +150,8 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
 
 def _without_path(message: str, path: Path) -> str:
     """Return an error about a file as a problem, which names the file itself and needs no advice."""
-    return message.removeprefix(f"{path} ").removesuffix(": convert the model again.").removesuffix(".")
+    what, _, advice = message.removeprefix(f"{path} ").removesuffix(".").rpartition(": ")
+    return what if advice in _ADVICE else f"{what}: {advice}" if what else advice
 
 
 def _check_files(path: Path, manifest: Manifest, found: Verification, report: Callable[[Step], None]) -> Verification:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, ConfigDict, Field, with_config
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.json_record import Amount, Count, InvalidRecord, Sha256, Size, json_record, one_of, read_json
+from loftq_cli.machine.regular_file import read_bounded
 from loftq_cli.modules.experts import Expert
 from loftq_cli.modules.orientation import Orientation, orientation_of
 from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
@@ -29,6 +30,7 @@ from loftq_cli.tensorfile.hashing import FileRecord
 NAME = "loftq.json"
 MERGE_MARK = "merge"  # in `.loftq`, while a merge into the directory is unfinished
 MANIFEST_VERSION = 1
+MOST_BYTES = 500_000_000  # ten times that of the largest models
 UNSEALED = "0" * 64
 # JSON strings contain no line feeds, so this can only match the field itself.
 _DIGEST = re.compile(rb'(?<=\n "digest": ")[0-9a-f]{64}(?=")')
@@ -276,11 +278,11 @@ def read_manifest(directory: Path | str) -> Manifest:
     """Read the manifest of a finished output directory.
 
     Raises:
-        LoftqError: it is missing or damaged, or a newer loftq wrote it.
+        LoftqError: it is missing, damaged or no file of a manifest's size, or a newer loftq wrote it.
     """
     path = Path(directory) / NAME
     try:
-        return parse_manifest(path, path.read_bytes())
+        return parse_manifest(path, read_bounded(path, MOST_BYTES))
     except FileNotFoundError:
         raise _missing(Path(directory)) from None
     except OSError as error:

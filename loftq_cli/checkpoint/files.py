@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -11,37 +10,10 @@ from typing import BinaryIO
 import torch
 
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.regular_file import open_regular
 
 _PIECE = 16 << 20  # bytes read at a time
 MAX_TOKENIZER = 64 << 20  # bytes; the largest published tokenizer.model has 10 MB
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, without waiting for a FIFO or a device.
-
-    Raises:
-        LoftqError: it is not a regular file.
-        OSError: it cannot be opened.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise LoftqError(f"{path} is not a regular file: download it again.")
-    return os.fdopen(handle, "rb")
-
-
-def read_bounded(path: Path, most: int) -> bytes:
-    """Return the content of a regular file of at most `most` bytes.
-
-    Raises:
-        LoftqError: it is larger, or not a regular file.
-        OSError: it cannot be read.
-    """
-    with open_regular(path) as handle:
-        content = handle.read(most + 1)
-    if len(content) > most:
-        raise LoftqError(f"{path} has more than {most} bytes, which no such file has: download it again.")
-    return content
 
 
 class LocalFile:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from loftq_cli.checkpoint.base import SideFile, TensorInfo, entry, fingerprint
-from loftq_cli.checkpoint.files import LocalFile, open_regular
+from loftq_cli.checkpoint.files import LocalFile
 from loftq_cli.checkpoint.local import CONFIG_HINT, check_file, collect, find_files, read_index, read_json
 from loftq_cli.checkpoint.side_files import find_side_files
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.regular_file import open_regular
 from loftq_cli.tensorfile.dtypes import TORCH_DTYPES
 
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit

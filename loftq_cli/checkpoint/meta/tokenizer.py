@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.base import SideFile
-from loftq_cli.checkpoint.files import MAX_TOKENIZER, read_bounded
+from loftq_cli.checkpoint.files import MAX_TOKENIZER
 from loftq_cli.checkpoint.local import check_file
 from loftq_cli.checkpoint.side_files import made_file
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.regular_file import read_bounded
 
 # llama3/tokenizer.py, Tokenizer.pat_str
 _LLAMA3_SPLIT = (
