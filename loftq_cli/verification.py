@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 1e-7
 
+_ADVICE = ("convert the model again", "download it again")
+
 # Reading a tensor by a record that does not match the files raises these; a manifest can claim anything.
 _MISFITS = (LoftqError, SafetensorError, KeyError, IndexError, ValueError, RuntimeError, ArithmeticError)
 
@@ -230,7 +232,8 @@ def _check_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
 
 def _without_path(message: str, path: Path) -> str:
     """Return an error about a file as a problem, which names the file itself and needs no advice."""
-    return message.removeprefix(f"{path} ").removesuffix(": convert the model again.").removesuffix(".")
+    what, _, advice = message.removeprefix(f"{path} ").removesuffix(".").rpartition(": ")
+    return what if advice in _ADVICE else f"{what}: {advice}" if what else advice
 
 
 def _check_files(path: Path, manifest: Manifest, found: Verification, report: Callable[[Step], None]) -> Verification:

@@ -291,7 +291,7 @@ def read_manifest(directory: Path | str) -> Manifest:
     """Read the manifest of a finished output directory.
 
     Raises:
-        LoftqError: it is missing or damaged, or a newer loftq wrote it.
+        LoftqError: it is missing, damaged or no file of a manifest's size, or a newer loftq wrote it.
     """
     path = Path(directory) / NAME
     try:

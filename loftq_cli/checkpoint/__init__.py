@@ -46,7 +46,7 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
 
         source = parse_model(recipe.model, recipe.revision)
     if isinstance(source, Path):
-        if stream and source.exists():
+        if stream and local.exists():
             raise UsageError(f"--stream is for a model on the Hub, but {recipe.model} is a local path: leave it out.")
         checkpoint = open_checkpoint(source, recipe.meta_version)
     else:

@@ -60,12 +60,12 @@ class _Commands(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, command_with_options(name) if name in _COMMANDS else command, rest
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **given: Any) -> Any:  # type: ignore[override]
         """Run the command line; its errors are one sentence each, as those of the commands are."""
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return super().main(args, standalone_mode=False, **given)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, standalone_mode=False, **given)
         except typer.Abort:
             code = ExitCode.FAILED
         except Exception as error:

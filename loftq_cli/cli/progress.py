@@ -117,9 +117,9 @@ class LineReporter(_Counting):
         if record is None:
             return
         if self._verbose:
-            now = f"residual {record.plain_residual:.4f} → {record.residual:.4f}"
+            residuals = f"residual {record.plain_residual:.4f} → {record.residual:.4f}"
             what = f"{record.module} {list(record.shape)} {record.bits} bits"
-            self.console.print(f"{len(self.records)}/{self.matrices} {what}, {now}", soft_wrap=True)
+            self.console.print(f"{len(self.records)}/{self.matrices} {what}, {residuals}", soft_wrap=True)
             return
         now = time.monotonic()
         if now - self._last >= (_LINE_EVERY if now - self.started < _FIRST else _LATER_EVERY):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from support.fuzzing.judge import judge, snapshot
 from support.fuzzing.odd_values import SECRETS
 from support.fuzzing.runner import KINDS, Fuzzer
 from support.fuzzing.table import Table
-from support.fuzzing.watch import Memory, Watch
+from support.fuzzing.watch import Clock, Hang, Memory, Watch, deadline
 from support.hub_server import HubServer, talking_to
 
 CASES = 300
@@ -96,6 +97,13 @@ def test_the_fuzzer_sees_files_that_change_and_memory_that_grows(tmp_path: Path)
     content = b"x" * 50_000_000
     del content
     assert 40e6 < memory.growth() < 200e6
+
+
+def test_the_fuzzer_sees_what_takes_too_long() -> None:
+    clock = Clock()
+    with pytest.raises(Hang), deadline(1):
+        time.sleep(60)
+    assert 1 <= clock.seconds() <= clock.wall() < 30
 
 
 def test_verify_must_see_what_differs_and_a_resumed_run_must_not_differ(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.commands import loftq, sentence
 
+from loftq_cli.engine.workers.session import Session
+from loftq_cli.errors import LoftqError
 from loftq_cli.machine.confined import real_path, user_path
 
 FLAGS = ("--bits", "2", "--rank", "2", "--iters", "1", "--device", "cpu", "-q")
@@ -79,3 +82,50 @@ def test_merge_of_a_backbone_with_odd_architectures(value: object, converted: Pa
     (backbone / "config.json").write_text(json.dumps(config | {"architectures": value}))
     result = loftq("merge", backbone, backbone / "loftq_init", "-o", tmp_path / "out")
     assert result.stderr == "" and (tmp_path / "out" / "config.json").is_file()
+
+
+ODD_FILES: dict[str, Callable[[Path], object]] = {
+    "a file of a terabyte": lambda path: (path.write_bytes(b"{}"), os.truncate(path, 1 << 40)),
+    "a FIFO": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+READERS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
+    "inspect": lambda path, model, out: ("inspect", path),
+    "push": lambda path, model, out: ("push", path, "a/b", "--dry-run"),
+    "merge": lambda path, model, out: ("merge", path, path / "loftq_init", "-o", out),
+    "overwrite": lambda path, model, out: ("quantize", model, "-o", path, *FLAGS, "--overwrite"),
+    "eval": lambda path, model, out: ("eval", path, "--text", path / "README.md"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+def test_manifests_that_are_no_file_of_a_manifests_size(
+    odd: str, converted: Path, random_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "converted"
+    shutil.copytree(converted, folder)
+    (folder / "loftq.json").unlink()
+    ODD_FILES[odd](folder / "loftq.json")
+    for words in READERS.values():
+        said = sentence(loftq(*words(folder, random_llama, tmp_path / "out"), code=1))
+        assert "loftq.json" in said and "unexpected" not in said
+    result = loftq("verify", folder, code=3)
+    assert "loftq.json" in result.stdout and "unexpected" not in result.output
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+def test_journals_that_are_no_file_of_a_journals_size(odd: str, random_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".loftq").mkdir(parents=True)
+    ODD_FILES[odd](tmp_path / "out" / ".loftq" / "journal")
+    said = sentence(loftq("quantize", random_llama, "-o", tmp_path / "out", *FLAGS, code=1))
+    assert "journal" in said and "unexpected" not in said
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+@pytest.mark.parametrize("name", ["units", "status.1"])
+def test_work_lists_and_statuses_that_are_no_small_files(name: str, odd: str, tmp_path: Path) -> None:
+    session = Session(tmp_path, "a")
+    session.path.mkdir(parents=True)
+    ODD_FILES[odd](session.path / name)
+    with pytest.raises(LoftqError, match=name):
+        session.work_list() if name == "units" else session.statuses()

@@ -23,10 +23,12 @@ from typing import Any
 from torch import Tensor
 
 from loftq_cli.artifacts.manifest import MatrixRecord
+from loftq_cli.errors import LoftqError
 from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.machine.json_record import InvalidRecord, Sha256, json_record, read_json
 from loftq_cli.tensorfile.writer import tensor_bytes
 
+_MOST_BYTES = 2_000_000_000  # ten times that of the largest models
 _CHECKED_LINE = re.compile(rb'(\{.+), "check": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
@@ -70,7 +72,7 @@ class Journal:
     """An append-only file of finished units.
 
     Raises:
-        LoftqError: from every method, if the file is a link or not a regular file.
+        LoftqError: from every method, if the file is a link, not a regular file, or far too large.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,6 +138,11 @@ class Journal:
     def _content(self, name: str) -> bytes:
         try:
             with self._folder.read(name) as handle:
+                if os.fstat(handle.fileno()).st_size > _MOST_BYTES:
+                    raise LoftqError(
+                        f"{self._folder.root / name} is larger than any journal: remove it, then run the same command "
+                        "again to start from the beginning."
+                    )
                 return handle.read()
         except FileNotFoundError:
             return b""

@@ -25,6 +25,7 @@ from loftq_cli.engine.output.directory import STATE
 from loftq_cli.engine.output.lock import Holder, ProcessId
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.json_record import Count, InvalidRecord, json_record, read_json
+from loftq_cli.machine.regular_files import read_bounded
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 
@@ -32,6 +33,7 @@ MAIN = "main"
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0  # without a heartbeat, after which a worker of another launcher counts as dead
 _STATUS_BYTES = 4096
+_MOST_BYTES = 500_000_000  # of a work list, which has some bytes for each unit
 _STATUS_READS = 3  # attempts before a status counts as damaged: its owner may be writing it
 _REREAD_SECONDS = 0.05
 
@@ -119,7 +121,7 @@ class Session:
         """
         path = self.path / "units"
         try:
-            return read_json(WorkList, path.read_bytes())
+            return read_json(WorkList, read_bounded(path, _MOST_BYTES))
         except InvalidRecord as error:
             raise _damaged(path, error) from error
 
@@ -178,7 +180,7 @@ def _read_status(path: Path) -> WorkerStatus | None:
     for attempt in range(_STATUS_READS):
         time.sleep(_REREAD_SECONDS if attempt else 0.0)
         try:
-            return read_json(WorkerStatus, path.read_bytes())
+            return read_json(WorkerStatus, read_bounded(path, _MOST_BYTES))
         except OSError:
             return None
         except InvalidRecord as error:
