@@ -13,7 +13,7 @@ _PARAMETER = re.compile(
     r"(?i)\b((?:x-amz-|x-goog-)?(?:signature|credential|security-token)|sig|key-pair-id|policy)=[^\s&'\"<>]+"
 )
 _HINT = re.compile(r"(?i)hf_|api_org_|bearer|basic|http|=")  # every pattern above has one of these
-_SHORTEST_TOKEN = 8  # a shorter value would remove ordinary words
+_SHORTEST_TOKEN = 4  # a shorter value would remove ordinary words
 
 
 def without_secrets(text: str, token: str | None = None) -> str:
