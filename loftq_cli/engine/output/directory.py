@@ -61,9 +61,7 @@ def claim(output: Path, inputs: Mapping[str, Path], prepare: Callable[[], None])
             `prepare` raises.
         LoftqError: the directory cannot be written.
     """
-    _refuse_overlap(output, inputs)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {output} is a file: choose another -o.")
+    check_place(output, inputs)
     lock = _lock(output, prepare)
     try:
         yield lock
@@ -71,7 +69,17 @@ def claim(output: Path, inputs: Mapping[str, Path], prepare: Callable[[], None])
         _abandon(output, lock)
 
 
-def _refuse_overlap(output: Path, inputs: Mapping[str, Path]) -> None:
+def check_place(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Check that the output can be a directory of its own.
+
+    Args:
+        inputs: directories that are read, by the name to use in a message.
+
+    Raises:
+        UsageError: it overlaps with an input, or is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"the output {output} is a file: choose another -o.")
     for name, path in inputs.items():
         if output == path or path in output.parents or output in path.parents:
             raise UsageError(f"the output {output} and {name} {path} overlap: choose another -o.")

@@ -9,7 +9,7 @@ from typing import Any
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
 from loftq_cli.checkpoint import Checkpoint
-from loftq_cli.engine.output.directory import STATE, clear_state, journal_of, partial_folder, remove_files
+from loftq_cli.engine.output.directory import STATE, check_place, clear_state, journal_of, partial_folder, remove_files
 from loftq_cli.engine.output.finished import find_finished
 from loftq_cli.engine.output.journal import Header
 from loftq_cli.engine.output.preflight import (
@@ -77,8 +77,12 @@ def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
         LoftqError: the directory holds a damaged manifest.
     """
     output = plan.output
+    try:
+        check_place(output, {"the model": plan.source})
+    except UsageError as error:
+        return f"quantize would refuse: {error}"
     if not output.is_dir():
-        return f"{output} is a file: quantize would refuse it." if output.exists() else ""
+        return ""
     header = journal_of(output).read_header()
     if header is not None:
         files = sample_source(checkpoint)
