@@ -190,8 +190,8 @@ def pack_modules(model: nn.Module, groups: Sequence[PackedGroup]) -> None:
         if listed is not None:
             owners |= {path: listed for path in tied_paths if path not in grids}
             grids |= dict.fromkeys(tied_paths, grids[listed])
-    tied = {path for tied_paths in _tied_modules(model) for path in tied_paths}
-    read = partial_weight_reads(model, ReadKind.DTYPE).keys() - tied
+    shared = {path for tied_paths in _tied_modules(model) for path in tied_paths}
+    read = partial_weight_reads(model, ReadKind.DTYPE).keys() - shared
     for path, grid in grids.items():
         weight_dtype = dense_dtype(model, path, modules[path].weight.dtype) if path in read else None
         model.set_submodule(path, _packed_module(path, modules[path], grid, weight_dtype))
@@ -255,10 +255,10 @@ def _packed_module(path: str, module: nn.Module, grid: Grid, weight_dtype: torch
         return LoftqEmbedding(*shape, grid, padding_idx=module.padding_idx, **place)
     conv1d = isinstance(module, Conv1D)
     n_in, n_out = weight.shape if conv1d else reversed(weight.shape)
-    shape = n_in, n_out, module.bias is not None, grid
+    features = n_in, n_out, module.bias is not None, grid
     if weight_dtype is None:
-        return LoftqLinear(*shape, conv1d=conv1d, **place)
-    return DtypeLinear(*shape, conv1d=conv1d, weight_dtype=weight_dtype, **place)
+        return LoftqLinear(*features, conv1d=conv1d, **place)
+    return DtypeLinear(*features, conv1d=conv1d, weight_dtype=weight_dtype, **place)
 
 
 def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:

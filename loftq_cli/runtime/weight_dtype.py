@@ -47,7 +47,7 @@ class StandIn(Tensor):
             return func(*args, **(kwargs or {}))
 
     @property
-    def data(self) -> Tensor:
+    def data(self) -> Tensor:  # type: ignore[override]
         """The stand-in itself: `weight.data += delta` is refused too."""
         return self
 
