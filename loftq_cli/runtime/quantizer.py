@@ -257,10 +257,10 @@ def _packed_module(path: str, module: nn.Module, grid: Grid, weight_dtype: torch
         )
     conv1d = isinstance(module, Conv1D)
     n_in, n_out = weight.shape if conv1d else reversed(weight.shape)
-    shape = n_in, n_out, module.bias is not None, grid
+    features = n_in, n_out, module.bias is not None, grid
     if weight_dtype is None:
-        return LoftqLinear(*shape, conv1d=conv1d, **place)
-    return DtypeLinear(*shape, conv1d=conv1d, weight_dtype=weight_dtype, **place)
+        return LoftqLinear(*features, conv1d=conv1d, **place)
+    return DtypeLinear(*features, conv1d=conv1d, weight_dtype=weight_dtype, **place)
 
 
 def _dense_module(module: PackedWeight, dtype: torch.dtype) -> nn.Module:
