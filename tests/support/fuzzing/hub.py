@@ -38,8 +38,6 @@ def publish(hub: HubServer, rng: random.Random, folder: Path) -> str:
     """Make the files of a folder a repository, some of whose requests may fail, and return its name."""
     hub.repos.clear()
     hub.failures.clear()
-    hub.links.clear()
-    hub.blobs.clear()
     files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size < _LARGEST]
     hub.add(REPO, {path.name: path.read_bytes() for path in files})
     if rng.random() < 0.3:
