@@ -14,8 +14,8 @@ from typing import Any
 
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.confined import real_path, user_path
-from loftq_cli.recipe.field import shown_value
-from loftq_cli.recipe.model import MATRIX, PLACES, make_recipe, read_yaml, recipe_fields
+from loftq_cli.recipe.field import FieldError, shown_value
+from loftq_cli.recipe.model import MATRIX, PLACES, located, make_recipe, read_yaml, recipe_fields
 from loftq_cli.recipe.yaml_file import check_text
 
 _IN_DEFAULT_NAME = ("model", "revision", "method", "bits", "rank")
@@ -106,8 +106,12 @@ def _job(file: Path, fields: Mapping[str, Any], varied: tuple[str, ...], parent:
         if output is None or (varied and "{" not in str(fields["output"])):
             output = str(Path(output or parent) / name)
         target = user_path(output)
+        if str(target).startswith("~"):  # a shell would not have left it
+            raise UsageError(f"{output:.200} names the home directory of a user who does not exist: give another path.")
         real_path(target)
         return Job(target.name, file, recipe, target, _filled(fields.get("push_to"), words, varied))
+    except FieldError as error:
+        return Job(fallback, file, recipe, parent / fallback, problem=str(located(error, file)))
     except (LoftqError, OSError, RuntimeError, ValueError) as error:  # of a home or a link that cannot be resolved
         return Job(fallback, file, recipe, parent / fallback, problem=" ".join(str(error).split()))
 

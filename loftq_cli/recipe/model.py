@@ -219,7 +219,12 @@ def make_recipe(given: Mapping[str, Any], config: Path | None = None) -> Recipe:
     except FieldError as error:
         if config is None or error.name not in in_file:
             raise
-        raise UsageError(f"{place_of(config, error.name)}: {error.name} {error.predicate}") from error
+        raise located(error, config) from error
+
+
+def located(error: FieldError, config: Path) -> UsageError:
+    """Return the error with the place in the recipe file instead of the flag."""
+    return UsageError(f"{place_of(config, error.name)}: {error.name} {error.predicate}")
 
 
 def write_yaml(recipe: Recipe) -> str:

@@ -248,7 +248,7 @@ def test_default_names_are_readable(fields: dict[str, object], names: list[str],
         ({"model": "m", "output": "~nobody-here/x"}, "home directory"),
         ({"model": "m", "output": "x" * 5000}, "too long"),
         ({"model": "m", "output": 3}, "not a valid output or push_to"),
-        ({"model": "m", "bits": 5}, "--bits cannot be 5"),
+        ({"model": "m", "bits": 5}, "line 2: bits cannot be 5"),
     ],
 )
 def test_invalid_files_are_reported(fields: dict[str, object], said: str, tmp_path: Path) -> None:
