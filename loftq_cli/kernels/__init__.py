@@ -13,9 +13,12 @@ from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.quantizers.block import BlockQuantizer
 from loftq_cli.numerics.quantizers.integer import AffineQuantizer
 from loftq_cli.numerics.quantizers.protocols import Quantizer
+from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
+from loftq_cli.numerics.quantizers.viterbi import Encode
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
@@ -29,6 +32,8 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     if isinstance(grid, AffineGrid):
         groups = _groups_on_gpu(device) if device.type == "cuda" else compiled.groups if compiled else None
         return AffineQuantizer(grid) if groups is None else groups(grid)
+    if isinstance(grid, TrellisGrid):
+        return TrellisQuantizer(grid, compiled.encode) if compiled else TrellisQuantizer(grid)
     if grid.nested:  # such scales are known only once all blocks are
         return BlockQuantizer(grid)
     blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
@@ -45,6 +50,7 @@ def load_kernels(grids: Iterable[Grid], device: torch.device) -> None:
 class _Compiled:
     blocks: Callable[[BlockGrid], Quantizer]
     groups: Callable[[AffineGrid], Quantizer]
+    encode: Encode
 
 
 @cache
@@ -53,6 +59,7 @@ def _compiled_quantizers() -> _Compiled | None:
     try:
         from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
         from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
+        from loftq_cli.kernels.cpu.viterbi import encode
 
         trial = torch.linspace(-1, 1, 128).reshape(2, 64)
         CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
@@ -61,7 +68,7 @@ def _compiled_quantizers() -> _Compiled | None:
     except Exception as error:  # a compiler may raise anything, and the plain twin always works
         _warn("compiled quantizer", error, "several times slower")
         return None
-    return _Compiled(CompiledQuantizer, CompiledAffineQuantizer)
+    return _Compiled(CompiledQuantizer, CompiledAffineQuantizer, encode)
 
 
 @cache

@@ -15,6 +15,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
+from loftq_cli.numerics.grids.codebooks import TRELLIS
 from loftq_cli.recipe.choices import BITS, DTYPE_CHOICES, FORMAT_NAMES, ITERS, PAPER_WIDTHS, STARTS
 from loftq_cli.recipe.field import Spec, refusal, refusal_of, specs_of
 from loftq_cli.recipe.fields import RecipeFields
@@ -100,7 +101,9 @@ class Recipe(RecipeFields):
         if self.init is not None and self.method not in STARTS:
             needed = " or ".join(STARTS)
             raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
-        if self.levels is not None and self.method != "refined":
+        if self.levels == TRELLIS and self.method == "qa-lora":
+            raise UsageError("--levels trellis has no zero points, which --method qa-lora needs: remove one of the two.")
+        if self.levels not in (None, TRELLIS) and self.method != "refined":
             raise UsageError(f"--levels {self.levels} needs --method refined: {self.method} does not support it.")
         if self.levels and self.data_type not in ("auto", "nf"):
             raise UsageError(f"--levels {self.levels} replaces --data-type {self.data_type}: give one of the two.")

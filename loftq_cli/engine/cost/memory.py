@@ -9,11 +9,14 @@ import torch
 from loftq_cli.engine.compute.lanes import KEPT_BYTES, LANE_BYTES, Schedule
 from loftq_cli.engine.compute.stacks import Stack, form_stacks
 from loftq_cli.machine.usage import resident_memory
+from loftq_cli.numerics.grids.trellis import PANEL, TrellisGrid
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 
 _WORKING_SET = 12  # bytes per weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 _REFINED_SET = 10  # further bytes per weight for `refined`: target and feedback in float32, BA in bfloat16
+# Bytes per weight of the rows that a trellis quantizes at a time: targets, gains, sequences, states.
+_TRELLIS_SET = 64
 _SPARE = 120 << 20  # allocator, thread stacks, buffers being written
 # Bytes per weight on a device, where quantizing makes several passes over memory: measured 30 alone, 33 in a stack.
 _DEVICE_SET = 33
@@ -63,7 +66,8 @@ def working_set(unit: Unit, method: str = "loftq") -> int:
     if unit.matrix is None:
         return 2 * unit.source.nbytes
     per_weight = _WORKING_SET + (_REFINED_SET if method == "refined" else 0)
-    return unit.source.nbytes + per_weight * unit.matrix.weights + unit.backbone_bytes + 3 * unit.adapter_bytes
+    panel = _TRELLIS_SET * min(unit.matrix.weights, PANEL) if isinstance(unit.matrix.grid, TrellisGrid) else 0
+    return unit.source.nbytes + per_weight * unit.matrix.weights + panel + unit.backbone_bytes + 3 * unit.adapter_bytes
 
 
 def device_set(unit: Unit, method: str = "loftq") -> int:
