@@ -239,7 +239,8 @@ def _cell(text: str) -> str:
 def _command(plan: Plan) -> str:
     """Return the command with every flag that differs from its default."""
     words = ["loftq", "quantize", source_name(plan), "-o", str(plan.output)]
-    defaults = {**Recipe("", method=plan.recipe.method).as_dict(), "method": recipe_fields()["method"]}
+    others = Recipe("", method=plan.recipe.method, calibrate=plan.recipe.calibrate).as_dict()
+    defaults = {**others, "method": recipe_fields()["method"], "calibrate": None}
     for name, value in plan.recipe.as_dict().items():
         if name in ("model", "calibration_hash") or value == defaults[name] or value in ([], None):
             continue

@@ -186,7 +186,7 @@ def matrix_record(
 
 
 def _widest_record(unit: Unit, plan: Plan) -> MatrixRecord:
-    adapted = unit.target is not None or plan.recipe.method == "refined"  # it fits scales even without an adapter
+    adapted = unit.target is not None or plan.recipe.fits_scales
     steps = plan.recipe.iters if adapted and not plan.recipe.plain else 0
     return matrix_record(
         unit,

@@ -15,9 +15,13 @@ from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.quantizers.block import BlockQuantizer
+from loftq_cli.numerics.quantizers.block_columns import BlockColumns
+from loftq_cli.numerics.quantizers.columns import ColumnQuantizer
 from loftq_cli.numerics.quantizers.integer import AffineQuantizer
+from loftq_cli.numerics.quantizers.integer_columns import IntegerColumns
 from loftq_cli.numerics.quantizers.protocols import Quantizer
 from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
+from loftq_cli.numerics.quantizers.trellis_columns import TrellisColumns
 from loftq_cli.numerics.quantizers.viterbi import Encode
 
 
@@ -38,6 +42,18 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
         return BlockQuantizer(grid)
     blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
     return BlockQuantizer(grid) if blocks is None else blocks(grid)
+
+
+def column_quantizer(grid: Grid, device: torch.device | str) -> ColumnQuantizer:
+    """Return the fastest quantizer of a grid that goes column by column, compiled on the CPU."""
+    compiled = _compiled_quantizers() if torch.device(device).type == "cpu" else None
+    if isinstance(grid, TrellisGrid):
+        return TrellisColumns(grid, compiled.encode) if compiled else TrellisColumns(grid)
+    if compiled is not None:
+        from loftq_cli.kernels.cpu.column_quantizer import CompiledBlockColumns, CompiledIntegerColumns
+
+        return CompiledIntegerColumns(grid) if isinstance(grid, AffineGrid) else CompiledBlockColumns(grid)
+    return IntegerColumns(grid) if isinstance(grid, AffineGrid) else BlockColumns(grid)
 
 
 def load_kernels(grids: Iterable[Grid], device: torch.device) -> None:

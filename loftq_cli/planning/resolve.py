@@ -32,7 +32,7 @@ def resolve(recipe: Recipe, modules: ModuleMap, decisions: Mapping[str, Decision
     recipe = dataclasses.replace(recipe, data_type=data_type)
     recipe = dataclasses.replace(recipe, format=_format(recipe, modules, decisions))
     if data_type != "int":
-        return dataclasses.replace(recipe, scale="mse" if recipe.method == "refined" else "absmax")
+        return dataclasses.replace(recipe, scale="mse" if recipe.fits_scales else "absmax")
     if recipe.levels:
         raise UsageError(f"--levels {recipe.levels} applies to codebooks only: drop it, or drop --data-type int.")
     container = get_container(recipe.format)
@@ -84,7 +84,7 @@ def _refuse_integer_flags(recipe: Recipe, data_type: str) -> None:
         )
     if recipe.symmetric is not None:
         raise UsageError("--symmetric and --asymmetric apply to integers only: give --data-type int, or drop them.")
-    own = "mse" if recipe.method == "refined" else "absmax"
+    own = "mse" if recipe.fits_scales else "absmax"
     if recipe.scale not in ("auto", own):
         raise UsageError(
             f"--scale {recipe.scale} does not work with --method {recipe.method} and '{data_type}', whose blocks are "

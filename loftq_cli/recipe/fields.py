@@ -205,7 +205,8 @@ class RecipeFields:
         str,
         Choices(c.METHODS),
         Help(
-            "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; qlora "
+            "loftq alternates as published; refined also fits scales, starts from the SVD and feeds errors back; ldlq "
+            "minimises the error of the layers' outputs on a text (--calibrate) and rounds column by column; qlora "
             "quantizes plainly and starts the adapter at zero; qa-lora pools the adapter's input over integer groups "
             "(--group-size), so that it merges into their zero points.",
             LOFTQ,
@@ -215,7 +216,7 @@ class RecipeFields:
         str | None,
         Choices(c.INITS),
         Help(
-            "Starting point of refined (the rank-r SVD of the weights, or a zero adapter as in LoftQ) and of qa-lora "
+            "Starting point of refined and ldlq (the best low-rank part of the weights, or a zero adapter as in LoftQ) and of qa-lora "
             "(the low-rank part of the error, or zero over a plainly quantized backbone).",
             LOFTQ,
             default="svd",
@@ -232,14 +233,14 @@ class RecipeFields:
         ),
     ] = None
     iters: Annotated[
-        From0, UnsetIsNone, Help("Number of alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16")
+        From0, UnsetIsNone, Help("Number of alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16; ldlq: 6")
     ] = None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
     levels: Annotated[
         str | None,
         Choices(c.LEVELS),
         Help(
-            "Levels of refined: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or fitted to "
-            "each matrix (packed only). trellis works with loftq and qlora too: levels that depend on the codes before, "
+            "Levels of refined and ldlq: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or "
+            "fitted to each matrix (packed only). trellis works with loftq and qlora too: levels that depend on the codes before, "
             "much closer at the same size and slower to find (2 to 4 bits, packed or dense).",
             LOFTQ,
             default="those of --data-type",
@@ -282,9 +283,14 @@ class RecipeFields:
     calibration_tokens: Annotated[From1, Help("Number of tokens of the text to use.", LOFTQ, metavar="N")] = 16384
     calibrate_kind: Annotated[
         str,
+        UnsetIsNone,
         Choices(c.CALIBRATE_KINDS),
-        Help("Weigh by the variance of each input, or by all covariances (slower, more disk space).", LOFTQ),
-    ] = "diagonal"
+        Help(
+            "Weigh by the variance of each input, or by all covariances (slower, more disk space).",
+            LOFTQ,
+            default="diagonal; ldlq: full",
+        ),
+    ] = None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
     calibration_hash: Annotated[
         Text | None,
         NotEmpty,

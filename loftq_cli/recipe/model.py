@@ -16,7 +16,16 @@ from pydantic.dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
 from loftq_cli.numerics.grids.codebooks import TRELLIS
-from loftq_cli.recipe.choices import BITS, DTYPE_CHOICES, FORMAT_NAMES, ITERS, PAPER_WIDTHS, STARTS
+from loftq_cli.recipe.choices import (
+    BITS,
+    CALIBRATED,
+    DTYPE_CHOICES,
+    FITTING,
+    FORMAT_NAMES,
+    ITERS,
+    PAPER_WIDTHS,
+    STARTS,
+)
 from loftq_cli.recipe.field import Spec, refusal, refusal_of, specs_of
 from loftq_cli.recipe.fields import RecipeFields
 from loftq_cli.recipe.rules import Rule, exact_rule, parse_rule, parse_size
@@ -69,6 +78,8 @@ class Recipe(RecipeFields):
         """Set the fields that depend on others, and refuse combinations that contradict each other."""
         if self.iters is None:
             object.__setattr__(self, "iters", ITERS[self.method])
+        if self.calibrate_kind is None:
+            object.__setattr__(self, "calibrate_kind", "full" if self.method == CALIBRATED else "diagonal")
         if self.method in STARTS and self.init is None:
             object.__setattr__(self, "init", "svd")
         if isinstance(self.bits, float) and self.bits.is_integer():
@@ -87,6 +98,8 @@ class Recipe(RecipeFields):
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:
+            if self.method == CALIBRATED:
+                raise UsageError(f"--method {self.method} needs --calibrate: give a text like those the model will read.")
             return
         if self.plain:
             raise UsageError(
@@ -103,8 +116,9 @@ class Recipe(RecipeFields):
             raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
         if self.levels == TRELLIS and self.method == "qa-lora":
             raise UsageError("--levels trellis has no zero points, which --method qa-lora needs: remove one of the two.")
-        if self.levels not in (None, TRELLIS) and self.method != "refined":
-            raise UsageError(f"--levels {self.levels} needs --method refined: {self.method} does not support it.")
+        if self.levels not in (None, TRELLIS) and self.method not in FITTING:
+            needed = " or ".join(FITTING)
+            raise UsageError(f"--levels {self.levels} needs --method {needed}: {self.method} does not support it.")
         if self.levels and self.data_type not in ("auto", "nf"):
             raise UsageError(f"--levels {self.levels} replaces --data-type {self.data_type}: give one of the two.")
         if self.double_quant and self.method == "refined":
@@ -133,6 +147,11 @@ class Recipe(RecipeFields):
     def plain(self) -> bool:
         """True for plain quantization with an adapter that starts at zero: QLoRA, which is LoftQ with T = 0."""
         return self.method == "qlora" or self.iters == 0 or (self.method == "qa-lora" and self.init == "zero")
+
+    @property
+    def fits_scales(self) -> bool:
+        """True if scales are fitted whatever the rank, so that even a matrix without an adapter has steps."""
+        return self.method in FITTING
 
     @property
     def pooling(self) -> int:

@@ -19,12 +19,14 @@ from loftq_cli.engine.compute.finite import first_nonfinite
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import encode_adapter
-from loftq_cli.kernels import block_quantizer
+from loftq_cli.kernels import block_quantizer, column_quantizer
 from loftq_cli.machine.memory import Float32Buffer
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.numerics.lowrank.truncate import SAFE_NORM, frobenius
+from loftq_cli.numerics.methods.ldlq import ldlq
+from loftq_cli.numerics.methods.ldlq_steps import metric
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.methods.qalora import PooledStep
 from loftq_cli.numerics.methods.refined import Init, refined
@@ -196,10 +198,13 @@ def _quantize(
     weight = weight.contiguous()
     quantizer = block_quantizer(unit.matrix.grid, weight.device)
     rank = unit.target.rank if unit.target else 0
-    if recipe.plain or (rank == 0 and recipe.method != "refined"):
+    if recipe.plain or (rank == 0 and not recipe.fits_scales):
         return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling), None
+    if recipe.method == "ldlq" and (moment is not None or _is_nested(unit.matrix.grid)):
+        found = _ldlq(weight, quantizer, rank, unit.matrix.grid, recipe, generator, moment)
+        return found.result, None if moment is None else found
     whitening = None if moment is None else whiten(moment.to(device))
-    if recipe.method == "refined":
+    if recipe.fits_scales:
         return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
     step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
     if recipe.pooling > 1:
@@ -253,6 +258,33 @@ def _refine(
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )
     return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
+
+
+def _ldlq(
+    weight: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    grid: Grid,
+    recipe: Recipe,
+    generator: torch.Generator,
+    moment: Tensor | None,
+) -> WeightedResult:
+    """Run LDLQ. Without a moment, of a layer whose inputs are not seen, all inputs count the same."""
+    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
+    return ldlq(
+        weight,
+        quantizer,
+        column_quantizer(grid, weight.device),
+        metric(torch.ones(weight.shape[1]) if moment is None else moment, weight.device),
+        rounds=recipe.iters,
+        low_rank=step if rank else None,
+        from_zero=recipe.init == "zero",
+        keep_last=recipe.keep_last,
+    )
+
+
+def _is_nested(grid: Grid) -> bool:
+    return isinstance(grid, BlockGrid) and grid.nested
 
 
 def _copy(unit: Unit, tensor: Tensor, recipe: Recipe, generator: torch.Generator) -> Converted:

@@ -77,14 +77,14 @@ class WeightedStep:
 
     def __call__(self, residual: Tensor, previous: LowRank | None) -> LowRank:
         white = self.inner(self.whitening.apply(residual), None if previous is None else self._whitened(previous))
-        return _product(white.u, self.whitening.undo((white.v * white.s).T))
+        return product_of(white.u, self.whitening.undo((white.v * white.s).T))
 
     def _whitened(self, previous: LowRank) -> LowRank:
         """Return the start: the row space of an earlier BA R."""
         return LowRank(previous.u, previous.s, torch.linalg.qr(self.whitening.apply(previous.v.T).T).Q)
 
 
-def _product(u: Tensor, rows: Tensor) -> LowRank:
+def product_of(u: Tensor, rows: Tensor) -> LowRank:
     """Return `u` [out, r] times `rows` [r, in] as an SVD; the columns of `u` must be orthonormal or zero."""
     q, triangle = torch.linalg.qr(rows.T.double())  # rowsᵀ = q · triangle
     left, s, right = torch.linalg.svd(triangle.T)
