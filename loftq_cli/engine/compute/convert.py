@@ -24,12 +24,13 @@ from loftq_cli.machine.memory import Float32Buffer
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.lowrank.truncate import SAFE_NORM, frobenius
 from loftq_cli.numerics.methods.ldlq import ldlq
 from loftq_cli.numerics.methods.ldlq_steps import metric
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.methods.qalora import PooledStep
-from loftq_cli.numerics.methods.refined import Init, refined
+from loftq_cli.numerics.methods.refined import TRELLIS_FEEDBACK, USUAL_FEEDBACK, Init, refined
 from loftq_cli.numerics.methods.refined_steps import LowRankSteps, shallow_steps
 from loftq_cli.numerics.methods.stacked import stacked_loftq
 from loftq_cli.numerics.methods.weighted import (
@@ -253,6 +254,7 @@ def _refine(
         init=cast(Init, recipe.init),
         levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
+        schedule=TRELLIS_FEEDBACK if isinstance(grid, TrellisGrid) else USUAL_FEEDBACK,
         # Integer groups are fitted without column weights; the adapter and the choice of the step are weighted.
         column_weight=None if whitening is None or isinstance(grid, AffineGrid) else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
