@@ -30,7 +30,9 @@ from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loftq_cli.calibration.moments import Moments
     from loftq_cli.checkpoint import Checkpoint
+    from loftq_cli.recipe.model import Recipe
 
 # The manifest keeps eight digits of a float32 computation whose order depends on the machine; at 8 bits the float32
 # difference W - Q has fewer digits left.
@@ -70,6 +72,8 @@ class Verification:
         files, nbytes: files that were hashed, including the manifest itself.
         matrices, kept: quantized matrices whose residual was recomputed, and copied tensors that were compared; 0
             without a source.
+        weighted: matrices whose weighted residual was recomputed as well, from the calibration text; 0 without one, or
+            if it is not where the recipe says.
         largest_deviation: |recomputed - recorded| / recorded of the residuals, at most RELATIVE_TOLERANCE if correct.
     """
 
@@ -79,6 +83,7 @@ class Verification:
     nbytes: int
     matrices: int
     kept: int
+    weighted: int
     largest_deviation: float
     seconds: float
     problems: tuple[Problem, ...]
@@ -102,7 +107,8 @@ def verify(
     The manifest must match its own digest, every file it lists must exist with the listed size and sha256, and there
     must be no other file (names that start with a dot, such as `.gitattributes`, are ignored). With `source`, every
     matrix is decoded by the container's own decoder, and ‖W - Q - BA‖ / ‖W‖ must agree with the manifest within
-    RELATIVE_TOLERANCE; copied tensors must equal the source's, bit for bit. This keeps one matrix in memory at a time,
+    RELATIVE_TOLERANCE, and so must the weighted residual if it was calibrated; the second moments come from the cache
+    or from the text, which may take a run of the model. Copied tensors must equal the source's, bit for bit. This keeps one matrix in memory at a time,
     and is skipped if any file is wrong.
 
     Args:
@@ -118,7 +124,7 @@ def verify(
     started, path = time.perf_counter(), Path(directory).expanduser()
     report = progress or (lambda step: None)
     manifest, problems = _check_manifest(path)
-    found = Verification(str(path), None, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))
+    found = Verification(str(path), None, 0, 0, 0, 0, 0, 0.0, 0.0, tuple(problems))
     if manifest is not None:
         found = _check_files(path, manifest, found, report)
     if manifest is not None and source is not None and found.ok:
@@ -201,62 +207,127 @@ def _check_source(
             what = "is not the model the conversion was made from: its config or its tensors' shapes differ"
             return replace(found, problems=(Problem(source, what),))
         records: tuple[MatrixRecord | KeptRecord, ...] = (*manifest.matrices, *manifest.kept)
-        problems, largest = [], 0.0
+        problems, largest, weighted = [], 0.0, 0
+        moments = _moments(resolved, checkpoint)
         for done, record in enumerate(records):
             report(Step(record.tensor, done, len(records), of_bytes=False))
-            difference, deviation = _compare(path, manifest, record, checkpoint)
-            problems += [] if difference is None else [Problem(record.tensor, difference)]
-            largest = max(largest, deviation)
+            compared = _compare(path, manifest, record, checkpoint, moments)
+            problems += [] if compared.difference is None else [Problem(record.tensor, compared.difference)]
+            largest, weighted = max(largest, compared.deviation), weighted + compared.weighted
         report(Step("", len(records), len(records), of_bytes=False))
     return replace(
         found,
         matrices=len(manifest.matrices),
         kept=len(manifest.kept),
+        weighted=weighted,
         largest_deviation=float(f"{largest:.3g}"),
         problems=tuple(problems),
     )
 
 
+def _moments(recipe: Recipe, checkpoint: Checkpoint) -> Moments | None:
+    """Return the second moments of the conversion, None if it has none or they cannot be had."""
+    import torch
+
+    from loftq_cli.calibration.calibrate import moments_again
+    from loftq_cli.calibration.moments import open_moments
+
+    file = moments_again(recipe, checkpoint, torch.device("cpu"))
+    return None if file is None else open_moments(file)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """How a record differs from the source, or None; the largest relative deviation of its residuals, and whether the
+    weighted one is among them."""
+
+    difference: str | None
+    deviation: float = 0.0
+    weighted: bool = False
+
+
 def _compare(
-    path: Path, manifest: Manifest, record: MatrixRecord | KeptRecord, checkpoint: Checkpoint
-) -> tuple[str | None, float]:
-    """Return how a record differs from the source, or None, and the relative deviation of its residual."""
+    path: Path,
+    manifest: Manifest,
+    record: MatrixRecord | KeptRecord,
+    checkpoint: Checkpoint,
+    moments: Moments | None,
+) -> _Compared:
+    """Compare a record with the source."""
     from loftq_cli.checkpoint.base import read_named
 
     try:
         original = read_named(checkpoint, record.tensor)
     except (KeyError, ValueError, IndexError):
-        return "is not a tensor of the source", 0.0
+        return _Compared("is not a tensor of the source")
     try:
         if isinstance(record, KeptRecord):
-            return (None if _is_copied(path, record, original) else "differs from the source's tensor"), 0.0
+            return _Compared(None if _is_copied(path, record, original) else "differs from the source's tensor")
         shape = tuple(original.shape[::-1] if record.orientation.transposed else original.shape)
         if shape != record.shape:
-            return f"is {list(shape)} in the source, but {list(record.shape)} in the manifest", 0.0
-        residual = recompute_residual(path, manifest, record, original)
+            return _Compared(f"is {list(shape)} in the source, but {list(record.shape)} in the manifest")
+        moment = None
+        if moments is not None and record.weighted_residual is not None:
+            moment = moments.of(record.module, manifest.recipe["calibrate_kind"])
+        found = recompute_residuals(path, manifest, record, original, moment)
     except _MISFITS as error:
-        return f"cannot be read from the files as {NAME} describes it ({_first_line(error)})", 0.0
-    deviation = _deviation(residual, record.residual)
-    if not _agrees(residual, record.residual):
-        return f"has a residual of {residual:.8g}, but {record.residual:.8g} in the manifest", deviation
-    return None, deviation
+        return _Compared(f"cannot be read from the files as {NAME} describes it ({_first_line(error)})")
+    return _compare_residuals(found, record)
 
 
-def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:
-    """Return ‖W - Q - BA‖_F / ‖W‖_F of one matrix, with Q and BA read from the files.
+def _compare_residuals(found: Residuals, record: MatrixRecord) -> _Compared:
+    deviation = _deviation(found.plain, record.residual)
+    if not _agrees(found.plain, record.residual):
+        return _Compared(f"has a residual of {found.plain:.8g}, but {record.residual:.8g} in the manifest", deviation)
+    if found.weighted is None or record.weighted_residual is None:
+        return _Compared(None, deviation)
+    deviation = max(deviation, _deviation(found.weighted, record.weighted_residual))
+    if not _agrees(found.weighted, record.weighted_residual):
+        numbers = f"{found.weighted:.8g}, but {record.weighted_residual:.8g} in the manifest"
+        return _Compared(f"has a weighted residual of {numbers}", deviation, weighted=True)
+    return _Compared(None, deviation, weighted=True)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Residuals of one matrix read from the files: ‖W - Q - BA‖_F / ‖W‖_F, and ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ
+    the second moment of the layer's inputs; None without one."""
+
+    plain: float
+    weighted: float | None
+
+
+def recompute_residuals(
+    path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor, moment: Tensor | None
+) -> Residuals:
+    """Return the residuals of one matrix, with Q and BA read from the files.
 
     Args:
         weight: W, stored as in the source; it is overwritten.
+        moment: second moment of the layer's inputs, [in] or [in, in].
     """
     from loftq_cli.artifacts.decode import decode_matrix, read_factors
     from loftq_cli.numerics.lowrank.truncate import frobenius
+    from loftq_cli.numerics.methods.weighted import whiten
 
     error = record.orientation.turn(weight).float().contiguous()
     norm = frobenius(error)
+    whitening = None if moment is None else whiten(moment)
+    weighted_norm = 0.0 if whitening is None else frobenius(whitening.apply(error))
     error -= decode_matrix(path, manifest, record)
     if record.rank:
         error.addmm_(*read_factors(path, manifest, record), alpha=-1)
-    return frobenius(error) / norm if norm else 0.0
+    weighted = None if whitening is None else _share(frobenius(whitening.apply(error)), weighted_norm)
+    return Residuals(_share(frobenius(error), norm), weighted)
+
+
+def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:
+    """Return ‖W - Q - BA‖_F / ‖W‖_F of one matrix, with Q and BA read from the files; `weight` is overwritten."""
+    return recompute_residuals(path, manifest, record, weight, None).plain
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _first_line(error: Exception) -> str:

@@ -93,6 +93,31 @@ def calibrated(plan: Plan, checkpoint: Checkpoint, device: torch.device, reporte
     return dataclasses.replace(plan, moments=file)
 
 
+def moments_again(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Path | None:
+    """Return the second moments that a finished conversion was made with, collected again if they are not cached.
+
+    Returns:
+        None if the recipe has no calibration, or its text or file is not here any more.
+    """
+    from loftq_cli._version import __version__
+    from loftq_cli.planning.plan import make_plan
+    from loftq_cli.progress import Reporter
+
+    if recipe.calibrate is None:
+        return None
+    try:
+        pinned = pin_calibration(recipe)
+    except (UsageError, LoftqError):
+        return None
+    if is_moments_file(str(pinned.calibrate)):
+        return Path(str(pinned.calibrate))
+    file = moments_file(pinned, checkpoint)
+    if not file.is_file():
+        plan = make_plan(pinned.unmixed(), checkpoint, checkpoint.path, __version__)
+        collect_moments(plan, checkpoint, device, file, Reporter())
+    return file
+
+
 def known_moments(plan: Plan, checkpoint: Checkpoint) -> Plan:
     """Return the plan with its file of second moments, which another process has collected.
 

@@ -84,6 +84,8 @@ def _print(found: Verification, quiet: bool) -> None:
                 f"; {found.matrices} residuals recomputed from {found.source} agree within "
                 f"{found.largest_deviation:.1e}, {found.kept} tensors are copied exactly"
             )
+            if found.weighted:
+                text += f"; {found.weighted} weighted residuals agree as well"
         results().print(f"{text} ({duration(found.seconds)})", soft_wrap=True)
 
 

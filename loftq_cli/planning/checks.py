@@ -12,6 +12,8 @@ from loftq_cli.planning.select import Decision
 from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
+_MUCH = 50_000_000  # bytes of second moments that are worth a note
+
 
 def refuse_together(matrices: Sequence[QuantizedMatrix], recipe: Recipe, request: Request) -> None:
     """Let the container check the output as a whole: the model (no matrices yet), or these matrices in one file.
@@ -53,8 +55,23 @@ def expert_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
 
 def calibration_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
     """Return a note on the quantized matrices that calibration does not cover."""
+    if recipe.calibrate is None:
+        return []
+    return [*_moment_notes(units, recipe), *_unseen_notes(units)]
+
+
+def _moment_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
+    """Return a note on the memory for all covariances, if it is much."""
+    seen = [unit.matrix for unit in units if unit.matrix is not None and unit.kind not in UNWEIGHTED]
+    size = 4 * max((matrix.in_features for matrix in seen), default=0) ** 2
+    if recipe.calibrate_kind != "full" or size < _MUCH:
+        return []
+    return [f"the second moments of one layer's inputs take up to {size / 1e9:.1f} GB, in float32."]
+
+
+def _unseen_notes(units: Sequence[Unit]) -> list[str]:
     aside = [unit for unit in units if unit.kind in UNWEIGHTED and unit.matrix is not None]
-    if recipe.calibrate is None or not aside:
+    if not aside:
         return []
     kinds = " and ".join(sorted({"experts" if unit.kind == "expert" else "embeddings" for unit in aside}))
     return [f"{len(aside)} matrices of {kinds} are fitted without weights: calibration sees inputs of linear layers."]

@@ -30,7 +30,7 @@ from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import versions
 from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.planning.plan import Plan
-from loftq_cli.planning.units import Unit
+from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
 _TRIAL_WEIGHTS = 16_000_000  # large enough for the time to be proportional to it, small enough for a second or two
@@ -119,12 +119,13 @@ class _Trials:
         stored = matrix.orientation.turn_shape(shape)
         trial = replace(unit, source=replace(unit.source, shape=stored), matrix=matrix, target=target)
         weight = torch.randn(stored, generator=torch.Generator().manual_seed(0)).to(unit.source.dtype)
+        moment = torch.eye(shape[1]) if recipe.method == "ldlq" and unit.kind not in UNWEIGHTED else None
 
         def work() -> None:
             if together > 1:
                 convert_together([trial] * together, [weight] * together, recipe, self._device)
             else:
-                convert(trial, weight, recipe, self._device)
+                convert(trial, weight, recipe, self._device, moment)
 
         best = float("inf")
         with lane_pool(schedule) as pool:

@@ -17,6 +17,9 @@ _WORKING_SET = 12  # bytes per weight: W and W - Q in float32, W - Q in bfloat16
 _REFINED_SET = 10  # further bytes per weight for `refined`: target and feedback in float32, BA in bfloat16
 # Bytes per weight of the rows that a trellis quantizes at a time: targets, gains, sequences, states.
 _TRELLIS_SET = 64
+_LDLQ_SET = 26  # for `ldlq`: target, errors, values, targets with feedback and E M in float32, two sets of codes
+# Bytes per squared number of inputs for `ldlq`: the second moment and its two roots, in float64 while they are computed.
+_MOMENT_SET = 32
 _SPARE = 120 << 20  # allocator, thread stacks, buffers being written
 # Bytes per weight on a device, where quantizing makes several passes over memory: measured 30 alone, 33 in a stack.
 _DEVICE_SET = 33
@@ -65,9 +68,11 @@ def working_set(unit: Unit, method: str = "loftq") -> int:
     """Return the bytes that one unit needs at its peak: its source tensor and everything computed from it."""
     if unit.matrix is None:
         return 2 * unit.source.nbytes
-    per_weight = _WORKING_SET + (_REFINED_SET if method == "refined" else 0)
+    per_weight = _WORKING_SET + {"refined": _REFINED_SET, "ldlq": _LDLQ_SET}.get(method, 0)
+    moments = _MOMENT_SET * unit.matrix.in_features**2 if method == "ldlq" else 0
     panel = _TRELLIS_SET * min(unit.matrix.weights, PANEL) if isinstance(unit.matrix.grid, TrellisGrid) else 0
-    return unit.source.nbytes + per_weight * unit.matrix.weights + panel + unit.backbone_bytes + 3 * unit.adapter_bytes
+    outputs = unit.backbone_bytes + 3 * unit.adapter_bytes
+    return unit.source.nbytes + per_weight * unit.matrix.weights + moments + panel + outputs
 
 
 def device_set(unit: Unit, method: str = "loftq") -> int:

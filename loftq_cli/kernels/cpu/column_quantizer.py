@@ -12,6 +12,8 @@ from loftq_cli.kernels.cpu import block_scales as scales_kernel
 from loftq_cli.kernels.cpu import blocks as blocks_kernel
 from loftq_cli.kernels.cpu import columns as kernel
 from loftq_cli.kernels.cpu.block_quantizer import _KINDS, _Fit, _padded, _share
+from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
+from loftq_cli.numerics.grids.affine import QuantizedGroups
 from loftq_cli.numerics.grids.blocks import midpoints
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.quantizers.block_columns import BlockColumns, BlockSweep
@@ -70,6 +72,11 @@ class CompiledIntegerColumns(IntegerColumns):
         sweep = super().sweep(weight, column_weight, before)
         assert isinstance(sweep, IntegerSweep)
         return CompiledIntegerSweep(self, sweep.codes, sweep.scales, sweep.zeros)
+
+    def fit(self, target: Tensor) -> QuantizedGroups:
+        found = CompiledAffineQuantizer(self.grid).quantize_fitted(target, target).quantized
+        assert isinstance(found, QuantizedGroups)
+        return found
 
 
 @dataclass

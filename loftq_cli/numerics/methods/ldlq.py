@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loftq_cli.numerics.grids.grid import Quantized, dequantize
 from loftq_cli.numerics.lowrank.truncate import LowRank, frobenius
-from loftq_cli.numerics.methods.ldlq_steps import ABSORBED, Metric, Swept, refit, sweep_columns
+from loftq_cli.numerics.methods.ldlq_steps import Metric, Swept, refit, sweep_columns
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep
 from loftq_cli.numerics.methods.weighted import WeightedResult, product_of
 from loftq_cli.numerics.quantizers.columns import ColumnQuantizer
@@ -62,21 +62,23 @@ def ldlq(
         keep_last: keep the last round instead of the best one.
     """
     assert rounds >= 1, "without a round there is only plain quantization: use plain_start"
-    norm, weighted_norm = frobenius(weight), frobenius(metric.apply(weight))
+    image = metric.apply(weight)
+    norm, weighted_norm = frobenius(weight), frobenius(image)
+    white = None if low_rank is None or from_zero else low_rank(image, None)
+    del image
     plain = quantizer.quantize_residual(weight, weight).residual
-    white = None if low_rank is None or from_zero else low_rank(metric.apply(weight), None)
     found = _correction(white, metric)
     swept: Swept | None = None
     kept: _Kept | None = None
     residuals: list[float] = []
     for number in range(1, rounds + 1):
         target = weight if found is None else weight - found.product()
-        eased = metric if white is None else metric.without(white.v, ABSORBED)
+        eased = metric.without(None if white is None else white.v)
         if swept is not None:
             columns = columns.learn(swept.target, swept.quantized, eased.conditional_variances)
         before = None if swept is None else swept.quantized
         sweep = columns.sweep(target, eased.conditional_variances, before)
-        swept = refit(sweep_columns(target, sweep, eased), target, columns, sweep.block, eased)
+        swept = refit(sweep_columns(target, sweep, columns, eased), target, columns, sweep.block, eased)
         error = metric.apply(weight - swept.values)
         white = None if low_rank is None else low_rank(error, white)
         found = _correction(white, metric)

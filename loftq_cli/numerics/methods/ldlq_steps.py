@@ -13,13 +13,16 @@ H' = M (I - (1 - ε) V Vᵀ) Mᵀ.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from loftq_cli.numerics.grids.grid import Quantized
-from loftq_cli.numerics.lowrank.deterministic import cholesky
+from loftq_cli.numerics.lowrank.deterministic import cholesky, product
+from loftq_cli.numerics.lowrank.truncate import half_is_faster
 from loftq_cli.numerics.quantizers.columns import (
     ColumnQuantizer,
     Columns,
@@ -31,7 +34,8 @@ from loftq_cli.numerics.quantizers.columns import (
 DAMPING = 0.01  # share of the mean variance added to every input's (GPTQ)
 ABSORBED = 0.05  # ε, the share of an error's energy that counts although the correction absorbs it
 RUN = 64  # columns whose errors are fed back one by one; later columns receive them as one product
-_STRIP = 256  # columns of a product with a triangular factor
+_PANEL = 512  # columns that receive the errors of all earlier ones as one product
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -39,66 +43,130 @@ class Metric:
     """A positive definite H = M Mᵀ.
 
     Attributes:
+        matrix: H, float32 [in, in].
         root: M, float32 [in, in], upper triangular with a positive diagonal.
     """
 
+    matrix: Tensor
     root: Tensor
 
-    @property
-    def variances(self) -> Tensor:
-        """The diagonal of H, float32 [in]."""
-        return self.root.square().sum(dim=1)
+    def apply(self, error: Tensor) -> Tensor:
+        """Return E M for E [rows, in]."""
+        width = self.root.shape[0]
+        image = torch.empty_like(error)
+        for start in range(0, width, _PANEL):
+            stop = min(start + _PANEL, width)
+            torch.mm(error[:, :stop], self.root[:stop, start:stop], out=image[:, start:stop])
+        return image
+
+    def undo(self, rows: Tensor) -> Tensor:
+        """Return X M⁻¹ for X [rows, in]."""
+        return torch.linalg.solve_triangular(self.root, rows, upper=True, left=False)
+
+    def without(self, directions: Tensor | None, kept: float = ABSORBED) -> Eased:
+        """Return M (I - (1 - ε) V Vᵀ) Mᵀ for orthonormal columns V [in, r] and ε = `kept`; None for no columns.
+
+        The factor of the middle is upper triangular: K Kᵀ = I - (1 - ε) V Vᵀ, found from its last block of columns to
+        its first. Above the diagonal blocks it has rank r, so the product M K costs r multiplications an entry.
+        """
+        if directions is None:
+            return Eased(self.matrix, self.root, self.root[:, :0])
+        factor = _SlimFactor.of(directions.double(), 1 - kept)
+        return Eased(self.matrix, factor.times(self.root, directions), (1 - kept) ** 0.5 * (self.root @ directions))
+
+
+@dataclass(frozen=True)
+class _SlimFactor:
+    """The upper triangular K with K Kᵀ = I - c V Vᵀ, by blocks of `RUN` columns.
+
+    Attributes:
+        corners: the diagonal blocks, float64.
+        shares: above the diagonal, the block's columns are V times the transpose of this, float64 [RUN, r].
+    """
+
+    pieces: list[Columns]
+    corners: list[Tensor]
+    shares: list[Tensor]
+
+    @classmethod
+    def of(cls, v: Tensor, c: float) -> _SlimFactor:
+        """Factorise for V float64 [in, r] and 0 <= c < 1."""
+        left = c * torch.eye(v.shape[1], dtype=torch.float64, device=v.device)  # I - V left Vᵀ is still to factorise
+        pieces = list(Columns(0, v.shape[0]).pieces(RUN))
+        corners: list[Tensor] = []
+        shares: list[Tensor] = []
+        for columns in reversed(pieces):
+            image = v[columns.slice] @ left
+            corner = _upper_root(_identity_minus(image @ v[columns.slice].T))
+            share = -torch.linalg.solve_triangular(corner, image, upper=True)
+            left = left + share.T @ share
+            corners.append(corner)
+            shares.append(share)
+        return cls(pieces, corners[::-1], shares[::-1])
+
+    def times(self, root: Tensor, directions: Tensor) -> Tensor:
+        """Return M K for an upper triangular M."""
+        found = torch.zeros_like(root)
+        before = torch.zeros_like(directions)  # M V over the columns so far
+        for columns, corner, share in zip(self.pieces, self.corners, self.shares):
+            rows = slice(0, columns.stop)
+            strip = root[rows, columns.slice]
+            found[rows, columns.slice] = strip @ corner.float() + before[rows] @ share.T.float()
+            before[rows] += strip @ directions[columns.slice]
+        return found
+
+
+@dataclass(frozen=True)
+class Eased:
+    """H' = H - P Pᵀ = M' M'ᵀ, a metric in which errors that the correction absorbs cost almost nothing.
+
+    Attributes:
+        matrix: H, float32 [in, in].
+        root: M', float32 [in, in], upper triangular with a positive diagonal.
+        absorbed: P, float32 [in, r].
+    """
+
+    matrix: Tensor
+    root: Tensor
+    absorbed: Tensor
 
     @property
     def conditional_variances(self) -> Tensor:
         """The variance of each input given all later ones, float32 [in]."""
         return self.root.diagonal().square()
 
-    def apply(self, error: Tensor) -> Tensor:
-        """Return E M for E [rows, in]."""
-        width = self.root.shape[0]
-        product = torch.empty_like(error)
-        for start in range(0, width, _STRIP):
-            stop = min(start + _STRIP, width)
-            torch.mm(error[:, :stop], self.root[:stop, start:stop], out=product[:, start:stop])
-        return product
+    def square(self, columns: slice) -> Tensor:
+        """Return H' for some columns, [width, width]."""
+        part = self.absorbed[columns]
+        return torch.addmm(self.matrix[columns, columns], part, part.T, alpha=-1)
 
-    def undo(self, rows: Tensor) -> Tensor:
-        """Return X M⁻¹ for X [rows, in]."""
-        return torch.linalg.solve_triangular(self.root, rows, upper=True, left=False)
+    def feedback(self, columns: Columns, tile: int) -> Tensor:
+        """Return what the columns' targets take of the errors of every column up to their end, [stop, width].
 
-    def without(self, directions: Tensor, kept: float) -> Metric:
-        """Return M (I - (1 - ε) V Vᵀ) Mᵀ for orthonormal columns V [in, r] and ε = `kept`.
-
-        The factor of the middle is upper triangular: K Kᵀ = I - (1 - ε) V Vᵀ, found from its last block of columns to
-        its first. Above the diagonal block it has rank r, so the product M K costs r multiplications an entry.
+        It is zero from a column's own tile on.
         """
-        width, rank = directions.shape
-        v = directions.double()
-        left = (1 - kept) * torch.eye(rank, dtype=torch.float64, device=v.device)
-        pieces = list(Columns(0, width).pieces(RUN))
-        corners: list[Tensor] = []
-        shares: list[Tensor] = []
-        for columns in reversed(pieces):
-            here = v[columns.slice]
-            image = here @ left
-            corner = _upper_root(_identity_minus(image @ here.T))
-            share = -torch.linalg.solve_triangular(corner, image, upper=True)
-            left = left + share.T @ share
-            corners.append(corner)
-            shares.append(share)
-        return Metric(self._times(pieces, directions, corners[::-1], shares[::-1]))
+        root, here = self.root[: columns.stop, columns.slice], columns.slice
+        if tile == 1:
+            shares = root / root.diagonal(-columns.start)
+        else:
+            shares = torch.zeros_like(root)
+            for piece in Columns(0, columns.width).pieces(tile):
+                stop = columns.start + piece.start
+                corner = root[stop : stop + piece.width, piece.slice]
+                above = root[:stop, piece.slice]
+                shares[:stop, piece.slice] = torch.linalg.solve_triangular(corner, above, upper=True, left=False)
+        width = columns.width
+        tiles = torch.arange(width, device=root.device) // tile
+        own = shares[columns.start :]
+        shares[columns.start :] = torch.where(tiles.unsqueeze(1) < tiles, own, 0.0)
+        return shares
 
-    def _times(self, pieces: list[Columns], directions: Tensor, corners: list[Tensor], shares: list[Tensor]) -> Tensor:
-        """Return M K."""
-        product = torch.zeros_like(self.root)
-        before = torch.zeros_like(directions)  # M V over the columns so far
-        for columns, corner, share in zip(pieces, corners, shares):
-            rows = slice(0, columns.stop)
-            strip = self.root[rows, columns.slice]
-            product[rows, columns.slice] = strip @ corner.float() + before[rows] @ share.T.float()
-            before[rows] += strip @ directions[columns.slice]
-        return product
+    def variances(self, columns: Columns, tile: int) -> Tensor:
+        """Return the variance of each input given the inputs of all later tiles, [width]."""
+        if tile == 1:
+            return self.root.diagonal()[columns.slice].square()
+        corners = [self.root[piece.slice, piece.slice] for piece in columns.pieces(tile)]
+        return torch.cat([corner.square().sum(dim=1) for corner in corners])
 
 
 def metric(moment: Tensor, device: torch.device | str = "cpu", *, damping: float = DAMPING) -> Metric:
@@ -109,10 +177,11 @@ def metric(moment: Tensor, device: torch.device | str = "cpu", *, damping: float
     matrix = torch.diag(moment.double()) if moment.ndim == 1 else moment.double()
     mean = matrix.diagonal().mean()
     if not float(mean) > 0:
-        return Metric(torch.eye(moment.shape[0], dtype=torch.float32, device=device))
-    matrix = matrix / mean
+        identity = torch.eye(moment.shape[0], dtype=torch.float32, device=device)
+        return Metric(identity, identity)
+    matrix = matrix.div_(mean) if matrix is not moment else matrix / mean
     matrix.diagonal().add_(damping)
-    return Metric(_upper_root(matrix).float().to(device))
+    return Metric(matrix.float().to(device), _upper_root(matrix).float().to(device))
 
 
 def _upper_root(matrix: Tensor) -> Tensor:
@@ -120,7 +189,7 @@ def _upper_root(matrix: Tensor) -> Tensor:
     factor, failed = cholesky(matrix.flip(0, 1))
     if int(failed):
         raise torch.linalg.LinAlgError("the second moment is not positive definite")
-    return factor.flip(0, 1).contiguous()
+    return factor.flip(0, 1)
 
 
 def _identity_minus(matrix: Tensor) -> Tensor:
@@ -143,72 +212,167 @@ class Swept:
     target: Tensor
 
 
-def sweep_columns(weight: Tensor, sweep: Sweep, found: Metric) -> Swept:
+def sweep_columns(weight: Tensor, sweep: Sweep, quantizer: ColumnQuantizer, eased: Eased) -> Swept:
     """Quantize `weight` X, float32 [out, in], from the first column to the last, with errors fed back."""
-    width = weight.shape[1]
-    feedback, variances = _feedback(found, sweep.tile)
-    errors, values, target = torch.empty_like(weight), torch.empty_like(weight), torch.empty_like(weight)
-    for block in Columns(0, width).pieces(sweep.block):
-        whole = block.slice
-        target[:, whole] = torch.addmm(weight[:, whole], errors[:, : block.start], feedback[: block.start, whole])
-        sweep.begin_block(block, target[:, whole], variances[whole])
-        for run in block.pieces(RUN):
-            here, inside = run.slice, slice(block.start, run.start)
-            if run.start > block.start:
-                target[:, here] += errors[:, inside] @ feedback[inside, here]
-            values[:, here] = _quantize_run(sweep, run, target[:, here], weight[:, here], feedback[here, here])
-            errors[:, here] = weight[:, here] - values[:, here]
-    return Swept(sweep.quantized(), values, target)
+    swept = _Sweeping(weight, sweep, quantizer, eased, *(torch.empty_like(weight) for _ in range(3)))
+    for panel in _panels(weight.shape[1], sweep.block):
+        swept.do_panel(panel)
+    return Swept(sweep.quantized(), swept.values, swept.target)
 
 
-def _quantize_run(sweep: Sweep, run: Columns, target: Tensor, weight: Tensor, feedback: Tensor) -> Tensor:
-    quantize = sweep.quantize_columns if isinstance(sweep, FusedSweep) else None
-    if quantize is None:
-        return quantize_by_tiles(sweep, run, target, weight, feedback)
-    return quantize(run, target, weight, feedback)
+def _panels(width: int, block: int) -> Iterator[Columns]:
+    """Yield the columns in whole blocks, about `_PANEL` at a time."""
+    return Columns(0, width).pieces(max(1, _PANEL // block) * block)
 
 
-def _feedback(found: Metric, tile: int) -> tuple[Tensor, Tensor]:
-    """Return the shares of earlier errors [in, in], zero inside tiles, and the variances given later tiles [in]."""
-    root = found.root
-    if tile == 1:
-        shares = root / root.diagonal()
-        shares.diagonal().zero_()
-        return shares, root.diagonal().square()
-    shares, variances = torch.zeros_like(root), torch.empty_like(root.diagonal())
-    for columns in Columns(0, root.shape[0]).pieces(tile):
-        here, before = columns.slice, slice(0, columns.start)
-        corner = root[here, here]
-        shares[before, here] = torch.linalg.solve_triangular(corner, root[before, here], upper=True, left=False)
-        variances[here] = corner.square().sum(dim=1)
-    return shares, variances
+@dataclass(frozen=True)
+class _Sweeping:
+    """A sweep in progress; `errors` is X - Q of the columns done so far."""
+
+    weight: Tensor
+    sweep: Sweep
+    quantizer: ColumnQuantizer
+    eased: Eased
+    errors: Tensor
+    values: Tensor
+    target: Tensor
+
+    def do_panel(self, panel: Columns) -> None:
+        """Quantize a panel: the errors of all earlier columns reach it as one product."""
+        feedback = self.eased.feedback(panel, self.sweep.tile)
+        before = slice(0, panel.start)
+        base = self.weight[:, panel.slice] + _multiply(self.errors[:, before], feedback[before])
+        variances = self.eased.variances(panel, self.sweep.tile)
+        for block in panel.pieces(self.sweep.block):
+            inside = slice(block.start - panel.start, block.stop - panel.start)
+            done = slice(panel.start, block.start)
+            target = torch.addmm(base[:, inside], self.errors[:, done], feedback[done, inside])
+            self.sweep.begin_block(block, target, variances[inside])
+            self._do_block(block, target, feedback[block.slice, inside])
+
+    def _do_block(self, block: Columns, start: Tensor, feedback: Tensor) -> None:
+        """Choose a block's codes, then its parameters for these codes, then its codes again."""
+        weight = self.weight[:, block.slice].contiguous()
+        first = self._quantize(block, start.clone(), weight, feedback)
+        settled = self._settle(block, start, weight, feedback, first) if block.width <= RUN else first
+        self.values[:, block.slice], self.target[:, block.slice] = settled.values, settled.target
+        self.errors[:, block.slice] = weight - settled.values
+
+    def _quantize(self, block: Columns, target: Tensor, weight: Tensor, feedback: Tensor) -> _Block:
+        values = torch.empty_like(target)
+        quantize = self.sweep.quantize_columns if isinstance(self.sweep, FusedSweep) else partial(
+            quantize_by_tiles, self.sweep
+        )
+        for run in Columns(0, block.width).pieces(RUN):
+            here, earlier = run.slice, slice(0, run.start)
+            if run.start:
+                target[:, here] += (weight[:, earlier] - values[:, earlier]) @ feedback[earlier, here]
+            place = Columns(block.start + run.start, block.start + run.stop)
+            values[:, here] = quantize(place, target[:, here], weight[:, here], feedback[here, here])
+        return _Block(target, values)
+
+    def _settle(self, block: Columns, start: Tensor, weight: Tensor, feedback: Tensor, first: _Block) -> _Block:
+        """Fit the parameters to the codes under all feedback, choose the codes again, and keep what is better by row.
+
+        The block's part of E M' is the difference between targets and values, times the tiles' corners of M'.
+        """
+        quantized, corner = self.sweep.quantized(), self.eased.root[block.slice, block.slice]
+        codes = self.sweep.codes[:, block.slice].clone()
+        left = first.remaining(corner, self.sweep.tile)
+        cost, moved = left.square().sum(dim=1), []
+        for number, direction in enumerate(self.quantizer.parameters(quantized, block)):
+            image = direction @ corner
+            change = _best_change((left * image).sum(dim=1), image.square().sum(dim=1))
+            moved.append(self.quantizer.move(quantized, block, number, change))
+            self.quantizer.put(quantized, block, number, moved[-1].after)
+            left = left - image * (moved[-1].after - moved[-1].before).unsqueeze(1)
+        if not moved:
+            return first
+        second = self._quantize(block, start.clone(), weight, feedback)
+        better = second.remaining(corner, self.sweep.tile).square().sum(dim=1) < cost
+        for number, change_made in enumerate(moved):
+            chosen = torch.where(better, change_made.after, change_made.before)
+            self.quantizer.put(quantized, block, number, chosen)
+        rows = better.unsqueeze(1)
+        self.sweep.codes[:, block.slice] = torch.where(rows, self.sweep.codes[:, block.slice], codes)
+        return _Block(torch.where(rows, second.target, first.target), torch.where(rows, second.values, first.values))
 
 
-def refit(swept: Swept, weight: Tensor, quantizer: ColumnQuantizer, block: int, found: Metric) -> Swept:
-    """Change the parameters of every block, from the first to the last, so that ‖E M‖ falls with fixed codes.
+@dataclass(frozen=True)
+class _Block:
+    """Targets with all feedback, and values, of a block, float32 [out, width]."""
 
-    For one parameter with Q's derivative D [out, width], the best change is ⟨E H, D⟩ / ⟨D H, D⟩ by row, both over the
-    block's columns. It is rounded as the container stores it, and taken over in the rows where ‖E M‖ then falls.
+    target: Tensor
+    values: Tensor
+
+    def remaining(self, corner: Tensor, tile: int) -> Tensor:
+        """Return the block's columns of E M', for its corner of M'."""
+        difference = self.target - self.values
+        if tile == 1:
+            return difference * corner.diagonal()
+        tiles = torch.arange(corner.shape[0], device=corner.device) // tile
+        return difference @ torch.where(tiles.unsqueeze(1) == tiles, corner, 0.0)
+
+
+def _best_change(slope: Tensor, curve: Tensor) -> Tensor:
+    return torch.where(curve > 0, slope / curve.clamp(min=_TINY), 0.0)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply errors [out, k] by what they are fed back with, in bfloat16 where that is faster.
+
+    An error of 2⁻⁹ in the part of a target that makes up for others changes codes only if they were nearly ties.
+    """
+    if not left.shape[1] or not half_is_faster(left):
+        return left @ right
+    return product(left.bfloat16(), right.bfloat16()).float()
+
+
+def refit(swept: Swept, weight: Tensor, quantizer: ColumnQuantizer, block: int, eased: Eased) -> Swept:
+    """Change the parameters of every block, from the first to the last, so that ‖E M'‖ falls with fixed codes.
+
+    For one parameter with Q's derivative D [out, width], the best change is ⟨E H', D⟩ / ⟨D H', D⟩ by row, both over the
+    block's columns. It is rounded as the container stores it, and taken over in the rows where ‖E M'‖ then falls. The
+    product E H' is computed for a panel of blocks and then corrected for the changes inside the panel.
     """
     values, quantized = swept.values, swept.quantized
     errors = weight - values
-    for columns in Columns(0, weight.shape[1]).pieces(block):
-        here = columns.slice
-        rows = found.root[here, columns.start :]  # H = M Mᵀ, where these rows of M begin
-        corner = rows @ rows.T
-        slope = None
-        for number, direction in enumerate(quantizer.parameters(quantized, columns)):
-            if slope is None:
-                slope = errors @ (found.root[:, columns.start :] @ rows.T)
-            curve = ((direction @ corner) * direction).sum(dim=1)
-            change = torch.where(curve > 0, (slope * direction).sum(dim=1) / curve.clamp(min=1e-30), 0.0)
-            moved = quantizer.move(quantized, columns, number, change)
-            step = moved.values - values[:, here]
-            cost = ((step @ corner) * step).sum(dim=1) - 2 * (step * slope).sum(dim=1)
-            better = cost < 0
-            quantizer.put(quantized, columns, number, torch.where(better, moved.after, moved.before))
-            step = torch.where(better.unsqueeze(1), step, 0.0)
-            values[:, here] += step
-            errors[:, here] -= step
-            slope = slope - step @ corner
+    absorbed = errors @ eased.absorbed
+    for panel in _panels(weight.shape[1], block):
+        slope = _multiply(errors, eased.matrix[:, panel.slice])
+        slope.addmm_(absorbed, eased.absorbed[panel.slice].T, alpha=-1)
+        square = eased.square(panel.slice)
+        for columns in panel.pieces(block):
+            inside = slice(columns.start - panel.start, columns.stop - panel.start)
+            rest = slice(inside.start, panel.width)
+            step = _refit_block(values[:, columns.slice], quantized, columns, quantizer, slope[:, rest], square[inside, rest])
+            values[:, columns.slice] += step
+            errors[:, columns.slice] -= step
+            absorbed.addmm_(step, eased.absorbed[columns.slice], alpha=-1)
     return Swept(quantized, values, swept.target)
+
+
+def _refit_block(
+    values: Tensor, quantized: Quantized, columns: Columns, quantizer: ColumnQuantizer, slope: Tensor, square: Tensor
+) -> Tensor:
+    """Change one block's parameters and return the change of its values.
+
+    Args:
+        values: of the block, float32 [out, width].
+        slope: E H' from the block's first column to the panel's last, [out, rest]; it is updated.
+        square: H' of the block with the same columns, [width, rest].
+    """
+    corner, width = square[:, : columns.width], columns.width
+    total = torch.zeros_like(values)
+    for number, direction in enumerate(quantizer.parameters(quantized, columns)):
+        curve = ((direction @ corner) * direction).sum(dim=1)
+        change = _best_change((slope[:, :width] * direction).sum(dim=1), curve)
+        moved = quantizer.move(quantized, columns, number, change)
+        step = moved.values - (values + total)
+        cost = ((step @ corner) * step).sum(dim=1) - 2 * (step * slope[:, :width]).sum(dim=1)
+        better = cost < 0
+        quantizer.put(quantized, columns, number, torch.where(better, moved.after, moved.before))
+        step = torch.where(better.unsqueeze(1), step, 0.0)
+        slope.addmm_(step, square, alpha=-1)
+        total += step
+    return total

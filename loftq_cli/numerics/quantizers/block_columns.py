@@ -50,7 +50,7 @@ class BlockColumns:
 
     def move(self, quantized: Quantized, columns: Columns, parameter: int, change: Tensor) -> Moved:
         found = _blocks(quantized)
-        before = self._scales(found)[:, columns.start // self.grid.block_size]
+        before = self._scales(found)[:, columns.start // self.grid.block_size].clone()
         after = round_to(before + change, self.grid.scale_dtype)
         if not self.grid.signed:
             after = torch.where(after > 0, after, before)

@@ -47,10 +47,12 @@ class Sweep(Protocol):
     Attributes:
         block: columns that share parameters; blocks begin at its multiples.
         tile: columns whose codes are chosen together; a divisor of `block`, or equal to it.
+        codes: uint8 [out, in]; or more bytes a weight, if one does not hold a code.
     """
 
     block: int
     tile: int
+    codes: Tensor
 
     def begin_block(self, columns: Columns, target: Tensor, weight: Tensor) -> None:
         """Choose the parameters of a block.

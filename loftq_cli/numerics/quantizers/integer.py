@@ -40,7 +40,6 @@ REFITS = 4  # alternations of codes and scale after the search; more would reduc
 
 # The smallest share of the min-max range that is tried. With few codes the best range excludes outliers.
 _LEAST_SHARE = {2: 0.2, 3: 0.25, 4: 0.35, 8: 0.8}
-_SMALLEST_SQUARES, _FLAT = 1e-30, 1e-5
 _N_SHARES = {"float": 12, "integer": 8, "none": 8}  # more would reduce the error by less than 0.2 %
 
 
@@ -94,17 +93,6 @@ def quantize(x: Tensor, grid: AffineGrid, *, start: QuantizedGroups | None = Non
     return QuantizedGroups(codes, scales, zeros)
 
 
-def fit_groups(x: Tensor, grid: AffineGrid, weight: Tensor) -> Affine:
-    """Return scales and zeros with the least weighted squared error of groups x, float32 [rows, groups, width].
-
-    Args:
-        weight: float32 [width], positive: the weight of every element's squared error. Its scale does not matter.
-    """
-    weight = weight / weight.mean()
-    low, high = x.amin(-1), x.amax(-1)
-    return _refine(x, _search(x, low, high, grid, weight), grid, weight)
-
-
 def _store(part: Part, found: Affine, grid: AffineGrid, scales: Tensor, zeros: Tensor | None) -> None:
     scales[part.rows, part.groups] = found.scale
     if zeros is not None:
@@ -144,14 +132,14 @@ def _point(low: Tensor, scale: Tensor, grid: AffineGrid) -> Tensor:
     return (-low * reciprocal(scale)).round_().clamp_(grid.least_zero, grid.top)
 
 
-def _search(x: Tensor, low: Tensor, high: Tensor, grid: AffineGrid, weight: Tensor | None = None) -> Affine:
+def _search(x: Tensor, low: Tensor, high: Tensor, grid: AffineGrid) -> Affine:
     """Return the best of the min-max grid and the least-squares fits of all shrunk ranges."""
     best = _spanning(low, high, grid, absolute=False)
-    least = _error(x, assign(x, best, grid), best, grid, weight)
+    least = _error(x, assign(x, best, grid), best, grid)
     for share in shares(grid):
         for candidate in _candidates(low * share, high * share, grid):
-            fitted = _fit(x, assign(x, candidate, grid), candidate, grid, weight)
-            error = _error(x, assign(x, fitted, grid), fitted, grid, weight)
+            fitted = _fit(x, assign(x, candidate, grid), candidate, grid)
+            error = _error(x, assign(x, fitted, grid), fitted, grid)
             better = error < least
             best, least = fitted.where(better, best), torch.where(better, error, least)
     return best
@@ -168,82 +156,67 @@ def _candidates(low: Tensor, high: Tensor, grid: AffineGrid) -> list[Affine]:
     return [replace(middle, point=point.clamp(grid.least_zero, grid.top)) for point in points]
 
 
-def _refine(x: Tensor, start: Affine, grid: AffineGrid, weight: Tensor | None = None) -> Affine:
+def _refine(x: Tensor, start: Affine, grid: AffineGrid) -> Affine:
     """Alternate codes and least-squares fits from `start`, keeping for each group what lowers the error."""
     best = start
     codes = assign(x, best, grid)
-    least = _error(x, codes, best, grid, weight)
+    least = _error(x, codes, best, grid)
     for _ in range(REFITS):
-        fitted = _fit(x, codes, best, grid, weight)
+        fitted = _fit(x, codes, best, grid)
         codes = assign(x, fitted, grid)
-        error = _error(x, codes, fitted, grid, weight)
+        error = _error(x, codes, fitted, grid)
         better = error < least
         best, least = fitted.where(better, best), torch.where(better, error, least)
     return best
 
 
-def _error(x: Tensor, codes: Tensor, affine: Affine, grid: AffineGrid, weight: Tensor | None = None) -> Tensor:
-    """Return the (weighted) squared error of each group, with the loader's arithmetic."""
-    return _lane_sum(_weighed((x - values(codes, affine, grid)).square_(), weight))
+def _error(x: Tensor, codes: Tensor, affine: Affine, grid: AffineGrid) -> Tensor:
+    """Return the squared error of each group, with the loader's arithmetic."""
+    return _lane_sum((x - values(codes, affine, grid)).square_())
 
 
-def _weighed(terms: Tensor, weight: Tensor | None) -> Tensor:
-    return terms if weight is None else terms * weight
-
-
-def _fit(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid, weight: Tensor | None = None) -> Affine:
+def _fit(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Affine:
     """Return scale and zero of least squared error for given codes, rounded to the stored dtypes.
 
     If the codes do not determine them (all equal, or all at the zero), return `start`.
     """
     if grid.zero == "float":
-        return _fit_line(x, codes, start, grid, weight)
+        return _fit_line(x, codes, start, grid)
     point = start.point
     if grid.zero == "integer":
-        point = _fitted_point(x, codes, start, grid, weight)
+        point = _fitted_point(x, codes, start, grid)
     q = codes - point.unsqueeze(-1)
-    squares = _lane_sum(_weighed(q.square(), weight))
-    # Unweighted squares are 0 or at least 1.
-    scale = _lane_sum(_weighed(q.mul_(x), weight)) / squares.clamp(min=1 if weight is None else _SMALLEST_SQUARES)
+    squares = _lane_sum(q.square())
+    scale = _lane_sum(q.mul_(x)) / squares.clamp(min=1)
     scale = torch.where(squares == 0, start.scale, round_to(scale, grid.scale_dtype))
     return Affine(scale, point, start.offset)
 
 
-def _fitted_point(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid, weight: Tensor | None) -> Tensor:
+def _fitted_point(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Tensor:
     """Return the zero point nearest to that of the regression line."""
-    slope, low = _line(x, codes, weight)
+    slope, low = _line(x, codes)
     usable = slope > 0
     inverse = torch.where(usable, slope, 1.0).reciprocal()
     point = (-low * inverse).round_().clamp_(grid.least_zero, grid.top).float()
     return torch.where(usable, point, start.point)
 
 
-def _fit_line(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid, weight: Tensor | None) -> Affine:
-    slope, _ = _line(x, codes, weight)
+def _fit_line(x: Tensor, codes: Tensor, start: Affine, grid: AffineGrid) -> Affine:
+    slope, _ = _line(x, codes)
     scale = torch.where(slope > 0, round_to(slope.float(), grid.scale_dtype), start.scale)
     # The best offset for the rounded scale.
-    total, ones, n = _totals(x, codes, weight)
-    offset = (total - scale.double() * ones) / n
+    offset = (_lane_sum(x).double() - scale.double() * _lane_sum(codes).double()) / x.shape[-1]
     return Affine(scale, start.point, round_to(offset.float(), grid.zero_dtype))
 
 
-def _totals(x: Tensor, codes: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Return Σ w x and Σ w c, float64, and Σ w."""
-    if weight is None:
-        return _lane_sum(x).double(), _lane_sum(codes).double(), x.shape[-1]
-    return _lane_sum(x * weight).double(), _lane_sum(codes * weight).double(), _lane_sum(weight).double()
-
-
-def _line(x: Tensor, codes: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _line(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return slope and intercept, float64, of the regression of x on codes; slope 0 if all codes are equal."""
-    total, ones, n = _totals(x, codes, weight)
-    product = _lane_sum(_weighed(x * codes, weight)).double()
-    squares = _lane_sum(_weighed(codes.square(), weight)).double()
+    n = x.shape[-1]
+    total, product = _lane_sum(x).double(), _lane_sum(x * codes).double()
+    ones, squares = _lane_sum(codes).double(), _lane_sum(codes.square()).double()
     spread = n * squares - ones.square()
-    # Unweighted spreads are 0 or at least 1; weighted sums of equal codes differ from 0 by rounding errors.
-    flat = spread == 0 if weight is None else spread <= _FLAT * n * squares
-    slope = (n * product - ones * total) / torch.where(flat, 1.0, spread)
-    slope = torch.where(flat, 0.0, slope)
+    slope = (n * product - ones * total) / spread.clamp(min=1)
+    slope = torch.where(spread == 0, 0.0, slope)
     return slope, (total - slope * ones) / n
 
 

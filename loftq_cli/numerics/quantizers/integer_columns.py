@@ -11,7 +11,7 @@ from loftq_cli.numerics.grids.affine import Affine, AffineGrid, QuantizedGroups,
 from loftq_cli.numerics.grids.blocks import round_to
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.quantizers.columns import Columns, Moved, Sweep
-from loftq_cli.numerics.quantizers.integer import fit_groups
+from loftq_cli.numerics.quantizers.integer import AffineQuantizer
 
 SCALE, ZERO = range(2)  # the parameters of a group
 
@@ -21,10 +21,15 @@ class IntegerColumns:
     """A `columns.ColumnQuantizer` of an integer grid.
 
     Scales and zeros have the least squared error on a group's targets when the group begins, whatever the grid's rule.
-    Later, scales and float zeros change with fixed codes; integer zeros stay.
+    Later, scales and float zeros change with fixed codes, by the weights of LDLQ's metric; integer zeros stay.
     """
 
     grid: AffineGrid
+
+    def fit(self, target: Tensor) -> QuantizedGroups:
+        """Return scales and zeros [out, 1] for the targets of one group, [out, width]."""
+        found = AffineQuantizer(self.grid).quantize_fitted(target, target).quantized
+        return _groups(found)
 
     def sweep(self, weight: Tensor, column_weight: Tensor, before: Quantized | None) -> Sweep:
         n_out, n_in = weight.shape
@@ -45,7 +50,7 @@ class IntegerColumns:
     def move(self, quantized: Quantized, columns: Columns, parameter: int, change: Tensor) -> Moved:
         found = _groups(quantized)
         now = self.affine(found, columns)
-        before = (now.scale if parameter == SCALE else now.offset)[:, 0]
+        before = (now.scale if parameter == SCALE else now.offset)[:, 0].clone()
         dtype = self.grid.scale_dtype if parameter == SCALE else self.grid.zero_dtype
         after = round_to(before + change, dtype)
         if parameter == SCALE and self.grid.zero != "none":
@@ -91,11 +96,11 @@ class IntegerSweep:
         return self.quantizer.grid.width(self.codes.shape[1])
 
     def begin_block(self, columns: Columns, target: Tensor, weight: Tensor) -> None:
-        found = fit_groups(target.unsqueeze(1), self.quantizer.grid, weight)
-        group = columns.start // self.block
-        self.scales[:, group] = found.scale[:, 0]
+        found, group = self.quantizer.fit(target), columns.start // self.block
+        self.scales[:, group] = found.scales[:, 0]
         if self.zeros is not None:
-            self.zeros[:, group] = (found.offset if self.quantizer.grid.zero == "float" else found.point)[:, 0]
+            assert found.zeros is not None, "the grid has zeros"
+            self.zeros[:, group] = found.zeros[:, 0]
 
     def quantize(self, columns: Columns, target: Tensor) -> Tensor:
         affine = self.quantizer.affine(self.quantized(), columns)
