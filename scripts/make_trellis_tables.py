@@ -25,8 +25,8 @@ TARGET = Path(__file__).parents[1] / "loftq_cli" / "numerics" / "grids" / "trell
 SCALE = 4096
 LENGTH = 256  # numbers in a sequence: a whole tile
 SEQUENCES = 1024  # new ones in every round
-ROUNDS = 40
-WIDTHS = ((2, 10), (3, 10), (4, 10))  # bits, state_bits
+ROUNDS = {8: 120, 10: 40}  # by state_bits
+WIDTHS = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (4, 10))  # bits, state_bits
 TEMPLATE = '''"""Tables of the trellis, trained on Gaussian numbers. Written by scripts/make_trellis_tables.py.
 
 Mean squared error on Gaussian numbers of variance 1:
@@ -80,7 +80,7 @@ def train(bits: int, state_bits: int) -> tuple[Tensor, float]:
     """Return a table, int64 in units of 1 / SCALE, and its mean squared error on other numbers."""
     generator = torch.Generator().manual_seed(bits)
     table = quantiles(2**state_bits, generator)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS[state_bits]):
         x = torch.randn(SEQUENCES, LENGTH, generator=generator)
         found = encoded(x, table, bits).flatten()
         counts = torch.bincount(found, minlength=table.numel()).double()

@@ -114,9 +114,9 @@ class Recipe(RecipeFields):
         if self.init is not None and self.method not in STARTS:
             needed = " or ".join(STARTS)
             raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
-        if self.levels == TRELLIS and self.method == "qa-lora":
-            raise UsageError("--levels trellis has no zero points, which --method qa-lora needs: remove one of the two.")
-        if self.levels not in (None, TRELLIS) and self.method not in FITTING:
+        if self.levels in TRELLIS and self.method == "qa-lora":
+            raise UsageError(f"--levels {self.levels} has no zero points, as --method qa-lora needs: remove one of the two.")
+        if self.levels not in (None, *TRELLIS) and self.method not in FITTING:
             needed = " or ".join(FITTING)
             raise UsageError(f"--levels {self.levels} needs --method {needed}: {self.method} does not support it.")
         if self.levels and self.data_type not in ("auto", "nf"):

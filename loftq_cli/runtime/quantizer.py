@@ -76,7 +76,7 @@ class LoftqConfig(QuantizationConfigMixin):
 
 def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedGroup:
     scale_dtype = DTYPES[group["scale_dtype"]]
-    if group["data_type"] == TRELLIS:
+    if group["data_type"] in TRELLIS:
         trellis = TrellisGrid(
             int(group["bits"]), int(group["state_bits"]), int(group["block_size"]), scale_dtype, value_dtype
         )

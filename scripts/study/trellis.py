@@ -26,18 +26,19 @@ from torch import Tensor
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
-from loftq_cli.numerics.grids.trellis import STATE_BITS, TrellisGrid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.methods.refined import TRELLIS_FEEDBACK, refined
 from loftq_cli.numerics.methods.refined_steps import shallow_steps
 
 FILE, REPORT = RESULTS / "trellis.json", RESULTS / "trellis.md"
 FITTED = "refined, fitted"
+STATES = {"trellis": 10, "trellis-fast": 8}  # levels, and bits of a state
 BLOCK = 64
 
 
-def trellis_residual(weight: Tensor, dtype: torch.dtype, bits: int, rank: int) -> float:
+def trellis_residual(weight: Tensor, dtype: torch.dtype, bits: int, rank: int, state_bits: int) -> float:
     """The residual with a trellis."""
-    grid = TrellisGrid(bits, STATE_BITS, BLOCK, dtype, dtype)
+    grid = TrellisGrid(bits, state_bits, BLOCK, dtype, dtype)
     steps = shallow_steps(rank, torch.Generator().manual_seed(0))
     return refined(weight, block_quantizer(grid, "cpu"), low_rank=steps, schedule=TRELLIS_FEEDBACK).residual
 
@@ -55,7 +56,7 @@ def known(name: str, key: str) -> dict[str, dict[str, float]]:
     return json.loads(file.read_text())["runs"].get(key, {}) if file.exists() else {}
 
 
-def study(name: str, model: Path, bits: int, rank: int, every: int) -> None:
+def study(name: str, model: Path, bits: int, rank: int, every: int, levels: list[str]) -> None:
     """Measure what is missing."""
     key = f"{bits} bits r {rank}"
     dtype, weights = matrices(model)
@@ -65,30 +66,35 @@ def study(name: str, model: Path, bits: int, rank: int, every: int) -> None:
     before = known(name, key)
     for tensor, weight in order:
         kept: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"runs": {}}
-        if tensor in kept["runs"].get(name, {}).get(key, {}):
+        have = kept["runs"].get(name, {}).get(key, {}).get(tensor, {})
+        todo = [kind for kind in levels if kind not in have]
+        if not todo:
             continue
         fitted = before[tensor][FITTED] if tensor in before else fitted_residual(weight, dtype, bits, rank)
-        found = {"fitted": fitted, "trellis": trellis_residual(weight, dtype, bits, rank)}
+        found = {"fitted": fitted, **{kind: trellis_residual(weight, dtype, bits, rank, STATES[kind]) for kind in todo}}
         kept = json.loads(FILE.read_text()) if FILE.exists() else {"runs": {}}
         kept["machine"] = describe_machine()
         runs = kept["runs"].setdefault(name, {}).setdefault(key, {})
-        runs[tensor] = {kind: round(value, 6) for kind, value in found.items()}
+        runs[tensor] = {**have, **{kind: round(value, 6) for kind, value in found.items()}}
         FILE.write_text(json.dumps(kept, indent=1) + "\n")
-        print(name, key, tensor, runs[tensor], f"{found['trellis'] / fitted:.3f}", flush=True)
+        print(name, key, tensor, runs[tensor], flush=True)
 
 
 def report() -> None:
     """Write the table."""
-    lines = ["# Trellis", "", "| model | | matrices | fitted levels | trellis | share |", "|---" * 6 + "|"]
+    lines = ["# Trellis", "", "| model | | levels | matrices | fitted levels | trellis | share |", "|---" * 7 + "|"]
     kept = json.loads(FILE.read_text())
     for name, keys in kept["runs"].items():
         for key, found in keys.items():
-            fitted, trellis = (sum(one[kind] for one in found.values()) / len(found) for kind in ("fitted", "trellis"))
-            share = f"{trellis / fitted:.3f}"
-            lines.append(f"| {name} | {key} | {len(found)} | {fitted:.4f} | {trellis:.4f} | {share} |")
+            for kind in STATES:
+                both = [one for one in found.values() if kind in one]
+                if both:
+                    fitted, trellis = (sum(one[which] for one in both) / len(both) for which in ("fitted", kind))
+                    row = [name, key, kind, len(both), f"{fitted:.4f}", f"{trellis:.4f}", f"{trellis / fitted:.3f}"]
+                    lines.append(f"| {' | '.join(map(str, row))} |")
     lines += [
         "",
-        "Mean ‖W - Q - BA‖ / ‖W‖ of `refined`, at most 16 steps, blocks of 64, no data; 1024 states.",
+        "Mean ‖W - Q - BA‖ / ‖W‖ of `refined`, at most 16 steps, blocks of 64, no data. A trellis has 1024 states, trellis-fast 256.",
         "",
         f"Machine: {json.dumps(kept['machine'])}",
         "",
@@ -104,13 +110,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--every", type=int, default=1, help="take only every n-th matrix")
+    parser.add_argument("--levels", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
         report()
         return
     for bits in args.bits:
-        study(args.name, minilm() if args.model is None else args.model, bits, args.rank, args.every)
+        study(args.name, minilm() if args.model is None else args.model, bits, args.rank, args.every, args.levels)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ class BnbFormat(FormatDefaults):
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         if request.data_type == "int":
             return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, not integers: {INSTEAD}", fatal=True)
-        if request.data_type == TRELLIS:
-            return Refusal(f"only packed and dense files can hold --levels trellis: {INSTEAD}", fatal=True)
+        if request.data_type in TRELLIS:
+            return Refusal(f"only packed and dense files can hold --levels {request.data_type}: {INSTEAD}", fatal=True)
         book = codebook(request.data_type, request.bits)
         if nf4_codes_of(book) is None:
             reason = (

@@ -51,7 +51,7 @@ from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
 from loftq_cli.numerics.grids.codebooks import TRELLIS, codebook
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_rows
-from loftq_cli.numerics.grids.trellis import STATE_BITS, TrellisGrid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.grids.trellis_tables import TABLE_NUMBER
 from loftq_cli.tensorfile.tensors import OutputTensor
 
@@ -80,8 +80,9 @@ class PackedFormat(FormatDefaults):
             rule = request.scale_rule
             value_dtype = torch.float32 if request.unrounded else dtype
             return AffineGrid(request.bits, request.block_size, zero, dtype, value_dtype, scale_rule=rule)
-        if request.data_type == TRELLIS and request.bits != 8:
-            return TrellisGrid(request.bits, STATE_BITS, request.block_size, scale_dtype=dtype, value_dtype=dtype)
+        if request.data_type in TRELLIS and request.bits != 8:
+            state_bits = TRELLIS[request.data_type]
+            return TrellisGrid(request.bits, state_bits, request.block_size, scale_dtype=dtype, value_dtype=dtype)
         book = codebook(request.data_type, request.bits)
         if request.parameter and book.fitted:
             return _NO_TABLE

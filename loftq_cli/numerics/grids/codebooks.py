@@ -13,8 +13,9 @@ from loftq_cli.errors import UsageError
 
 DataType = Literal["nf", "nf-sym", "uniform"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
-TRELLIS = "trellis"  # `numerics.grids.trellis`, which has no codebook
-LEVELS = ("nf", "nf4-subset", "fitted", TRELLIS)
+# `numerics.grids.trellis`, which has no codebook: bits of a state. What a name means never changes; files record it.
+TRELLIS = {"trellis": 10, "trellis-fast": 8}
+LEVELS = ("nf", "nf4-subset", "fitted", *TRELLIS)
 
 _NF: dict[int, tuple[float, ...]] = {
     2: (-1.0, 0.0, 0.33791524171829224, 1.0),
@@ -79,7 +80,7 @@ def codebook(data_type: str, bits: int) -> Codebook:
     Raises:
         UsageError: there is no such codebook.
     """
-    if data_type not in (*DATA_TYPES, *LEVELS) or (data_type == TRELLIS and bits != 8):
+    if data_type not in (*DATA_TYPES, *LEVELS) or (data_type in TRELLIS and bits != 8):
         raise UsageError(f"there is no data type '{data_type}': choose one of {', '.join(DATA_TYPES)}.")
     if bits not in (2, 3, 4, 8):
         raise UsageError(f"{bits} bits is not a width of '{data_type}': choose 2, 3, 4 or 8.")

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.grids.blocks import Layout, QuantizedBlocks, round_to
+from loftq_cli.numerics.grids.codebooks import TRELLIS
 from loftq_cli.numerics.grids.trellis_tables import TABLE_SCALE, table_values
 
 TILE = 16  # rows and columns of a tile
-STATE_BITS = 10  # of the grids that are written; the loader reads every width that has a table
 
 PANEL = 1 << 20  # elements processed together on the CPU; more on a GPU
 _PANEL_GPU = 1 << 25
@@ -51,7 +51,7 @@ class TrellisGrid:
     @property
     def data_type(self) -> str:
         """The name of the levels in a recipe."""
-        return "trellis"
+        return next(name for name, state_bits in TRELLIS.items() if state_bits == self.state_bits)
 
     @property
     def layout(self) -> Layout:

@@ -25,7 +25,7 @@ TABLES = {
 
 
 def grid(bits: int = 2, dtype: torch.dtype = torch.float32, block_size: int = 32) -> TrellisGrid:
-    return TrellisGrid(bits, trellis.STATE_BITS, block_size, dtype, dtype)
+    return TrellisGrid(bits, 10, block_size, dtype, dtype)
 
 
 def value(codes: Tensor, row: int, column: int, own: TrellisGrid) -> float:
