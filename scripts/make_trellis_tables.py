@@ -24,8 +24,8 @@ from loftq_cli.numerics.grids.trellis import states
 TARGET = Path(__file__).parents[1] / "loftq_cli" / "numerics" / "grids" / "trellis_tables.py"
 SCALE = 4096
 LENGTH = 256  # numbers in a sequence: a whole tile
-SEQUENCES = 1024  # new ones in every round
-ROUNDS = {8: 120, 10: 40}  # by state_bits
+SEQUENCES = {8: 512, 10: 1024}  # new ones in every round, by state_bits
+ROUNDS = 40
 WIDTHS = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (4, 10))  # bits, state_bits
 TEMPLATE = '''"""Tables of the trellis, trained on Gaussian numbers. Written by scripts/make_trellis_tables.py.
 
@@ -80,15 +80,15 @@ def train(bits: int, state_bits: int) -> tuple[Tensor, float]:
     """Return a table, int64 in units of 1 / SCALE, and its mean squared error on other numbers."""
     generator = torch.Generator().manual_seed(bits)
     table = quantiles(2**state_bits, generator)
-    for _ in range(ROUNDS[state_bits]):
-        x = torch.randn(SEQUENCES, LENGTH, generator=generator)
+    for _ in range(ROUNDS):
+        x = torch.randn(SEQUENCES[state_bits], LENGTH, generator=generator)
         found = encoded(x, table, bits).flatten()
         counts = torch.bincount(found, minlength=table.numel()).double()
         sums = torch.bincount(found, x.flatten().double(), minlength=table.numel())
         table = torch.where(counts > 0, sums / counts.clamp(min=1), table.double()).float()
     rounded = (table * SCALE).round().long()
     table = rounded / SCALE
-    x = torch.randn(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(99))
+    x = torch.randn(SEQUENCES[state_bits], LENGTH, generator=torch.Generator().manual_seed(99))
     return rounded, float((x - table[encoded(x, table, bits)]).square().mean())
 
 

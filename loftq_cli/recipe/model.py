@@ -99,7 +99,9 @@ class Recipe(RecipeFields):
     def _check_calibration(self) -> None:
         if self.calibrate is None:
             if self.method == CALIBRATED:
-                raise UsageError(f"--method {self.method} needs --calibrate: give a text like those the model will read.")
+                raise UsageError(
+                    f"--method {self.method} needs --calibrate: give a text like those the model will read."
+                )
             return
         if self.plain:
             raise UsageError(
@@ -115,7 +117,9 @@ class Recipe(RecipeFields):
             needed = " or ".join(STARTS)
             raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
         if self.levels in TRELLIS and self.method == "qa-lora":
-            raise UsageError(f"--levels {self.levels} has no zero points, as --method qa-lora needs: remove one of the two.")
+            raise UsageError(
+                f"--levels {self.levels} has no zero points, as --method qa-lora needs: remove one of the two."
+            )
         if self.levels not in (None, *TRELLIS) and self.method not in FITTING:
             needed = " or ".join(FITTING)
             raise UsageError(f"--levels {self.levels} needs --method {needed}: {self.method} does not support it.")

@@ -77,9 +77,7 @@ def decode_rows(
     return out
 
 
-def _decode_trellis(
-    packed: Tensor, scales: Tensor, grid: TrellisGrid, columns: int, dtype: torch.dtype
-) -> Tensor:
+def _decode_trellis(packed: Tensor, scales: Tensor, grid: TrellisGrid, columns: int, dtype: torch.dtype) -> Tensor:
     """Decode rows that begin at a tile's first row."""
     out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
     table = grid.table(packed.device)

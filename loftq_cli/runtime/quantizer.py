@@ -82,7 +82,7 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
         )
         if group["table"] != TABLE_NUMBER or not has_table(trellis.bits, trellis.state_bits):
             raise LoftqError(
-                f"this checkpoint has table {group['table']} of {trellis.bits} bits and {trellis.state_bits} state bits, "
+                f"this checkpoint has table {group['table']} of {trellis.bits} and {trellis.state_bits} bits, "
                 "which this loftq lacks: run `pip install -U loftq-cli`."
             )
         return _group_of(trellis, group)

@@ -65,7 +65,12 @@ def windows(arguments: argparse.Namespace, text: str) -> Tensor:
 
 
 def one(
-    arguments: argparse.Namespace, model: torch.nn.Module, texts: dict[str, Tensor], method: Method, bits: int, rank: int
+    arguments: argparse.Namespace,
+    model: torch.nn.Module,
+    texts: dict[str, Tensor],
+    method: Method,
+    bits: int,
+    rank: int,
 ) -> dict[str, Any]:
     path, manifest = converted(
         arguments.work, arguments.model, method, bits, rank, arguments.calibrate, arguments.calibration_tokens

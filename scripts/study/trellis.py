@@ -94,7 +94,8 @@ def report() -> None:
                     lines.append(f"| {' | '.join(map(str, row))} |")
     lines += [
         "",
-        "Mean ‖W - Q - BA‖ / ‖W‖ of `refined`, at most 16 steps, blocks of 64, no data. A trellis has 1024 states, trellis-fast 256.",
+        "Mean ‖W - Q - BA‖ / ‖W‖ of `refined`, at most 16 steps, blocks of 64, no data. `trellis` has 1024 states, "
+        "`trellis-fast` 256. Where not all matrices were measured, they are spread over the model.",
         "",
         f"Machine: {json.dumps(kept['machine'])}",
         "",

@@ -1,4 +1,4 @@
-"""Trellis-coded quantization: a weight's value depends on its own code and on the codes before it (QTIP, arXiv 2406.11235).
+"""Trellis-coded quantization: a value depends on its own code and on the codes before it (QTIP, arXiv 2406.11235).
 
 A matrix [out, in] is cut into tiles of 16 rows by 16 columns. Tiles at the lower and right edge are smaller where the
 shape is not a multiple of 16. The weights of a tile, row by row, form one sequence. Every weight has a code of `bits`

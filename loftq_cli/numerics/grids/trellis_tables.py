@@ -1,8 +1,11 @@
 """Tables of the trellis, trained on Gaussian numbers. Written by scripts/make_trellis_tables.py.
 
 Mean squared error on Gaussian numbers of variance 1:
+* 2 bits, 256 states: 0.07875
 * 2 bits, 1024 states: 0.07430
+* 3 bits, 256 states: 0.02152
 * 3 bits, 1024 states: 0.01974
+* 4 bits, 256 states: 0.00614
 * 4 bits, 1024 states: 0.00526
 """
 
@@ -16,6 +19,15 @@ TABLE_NUMBER = 1  # of these tables, in config.json of a packed checkpoint
 
 # 16-bit integers, little-endian, in base64, by bits and state_bits.
 _TABLES = {
+    (2, 8): (
+        "iAUE7owUNPanHwoQ8gZN+tcI4xf/9ukAhQ/F9ZztYuEw9ScQ++I5A9X/WvAm35MNp/0EFp3xzQQ5GDcAoO6tBPLw7hEdCG7/IO28CJMk"
+        "+fjMEtkFqvww0Z709P956NcMnft55+Lz3gXzCN0bzfYVCgLeKu27EHf+vvfXEtsDuOP5HOkIzgKG/MvnNgIt9EEKMh6i+v39vw4ZBkAT"
+        "+P1r+DsI8fGt9ZD9LgJ931DyiBNdAe4L8vEt8GoEUQyI99IcLPuu6AjtNQteC4XsVRXgACX7ov/C7LL59xlADNHbBS6KDEQK8v7q9L3w"
+        "kvwhJfQKUf/I9H8EkeclDdQDpxaW8nD/TPcMFfsNWAxKHMkopfwl67bzngxJ4CXtwPqt1boH2hgRAKwJ4fkt9+4Crw6Z7Azi8fYwAxsQ"
+        "B+8Y4sgP7PqoE6EFMxnq9iraVPyEAjnuTgb67PcDRg8y/ob3w+0jCM8odP1TEonkeAgWESn3bv4YCgAXnwC48j0TvvUp6EMD5gUmH6j0"
+        "pgaOBOn1GP8C6Oj3mQX/5rsa5v1+53APIvOTBYvoffbxEs/1+wUfF/P+uu9WAn8Pmfc5+54hkABqDvsJp/qs/cAco//I8e8R5AsH/8sP"
+        "fvaO7HIHbwS5+OgXWOmx+jIIUu/n4mr/JQo+8l/xFv8MGxsKQwq4/BTvL/w="
+    ),
     (2, 10): (
         "JuxR/ST4hhpICxvnnSUi/ygAvvI0BZQN7ww36vX6VAOGCoz2WfCT/4Dk6RcfCygAqwDv80UMdfkwBPfuPREH+sgdAQhsDVcbav2R8hAI"
         "oREL/EsPNe4L+n35t/TZBBfqCQim8A38+BLX7ZgKOvTPADoKDhGs9rkB9hJpBhL26/oR+KkHbhLO9ycCIAjEEOsP2v8s+ScAhe0PGCQP"
@@ -45,6 +57,15 @@ _TABLES = {
         "Hhz3CvHqef5Y9FIW0+HY+/gIZu9l7YMCVfqI3tIAgAy1H1YHCglW5Gr4ZwzvF633UQGNA2MnKu/p5/kPGfXb6QcHx/JuHpEHzAzI/8z6"
         "RvZE4lj3BBaWCzgCtArq9YP/n+Y="
     ),
+    (3, 8): (
+        "Zv8mDRTvg/x46fgGPfWANS38ZeCB9Z8FHwQKC9Ya2xI0A2bpUPDOAIIJGPP1+Kr4kQh4DiYFOPk55MEWb/+E8rsPg/2a8Hv1WfrRAVQe"
+        "SwXWAyz7tRjb7IH0qiD86/z36hGT+Yj+e+nZCzUD4fBa8SD/nPev794HbhcT1G4OmeRm+v8B9//GC/YNsie9Bh/z0gpdHA8UtQ3o/1z3"
+        "qxQy6m7+eSBgELn5pPNd63kG2OEW7TT2quhnI9wM/vF34HPsst6+EzEG0wEC8kP8dvkuCzgI+wmCEFb/JumLA1L29vwiE2jwmPe88GQD"
+        "QfZJ/In9F/YzF53iNAQf1xsMiu1aD9r1Lgja5cvtywFYFOANifxSGCcRO+hU85ciRfwKCZLcYRueFlHVpwmi+c4G3xBrAKwE/PrSDhbx"
+        "WC2S/agWrggqBAgcRA3bB3kSRvOk/lbrKCof7uoGhxvY+e0BZgGA/3zzOQTyI7kPTecw/MkKlRV3/2nthBi03VP48/aoy44E+fC87Iv6"
+        "1hRiBwsOv+YnHegAXQXt/Tj54Aor7xgSKPX+Jd0LtBhY5Kv0qfy0AnoJ3w1K4Yf2TRLj/SwDEwed/SvpWvaB8SEhqxXbGyb/zQ459x//"
+        "Vwvd48rvXOfC21sG+QjlEtrm4Ru27twPnPveAhH6QQL02Mn+qgSVCZv0Mvg="
+    ),
     (3, 10): (
         "VRWGBoMJFfTzDssdo/q7/3n9kfb2FE0KGh3iJxj9lwICBsEB49qLGlDvHQFx+E0RCv4246sKW9bc+IUCmA7hBb3qcRbr7QgG0xI89oX2"
         "9Av8+n7/ruLbAvbxsCd8CAEOSPXS7q/jKPe/BeoRkP8pChIa+QpX5a4S8PRj/jIEdQfg/fsTTA6w8NT9qhwLBssK1ANVArn5du+K/0fn"
@@ -73,6 +94,15 @@ _TABLES = {
         "6QkhDlP+A/HIA9IZ4fdQE7UBnhlB+nIMwvZs8KnlchTXCDcQExaU9sUXJwO86Uv3hgO4JirjbgyYGPrt4+fu+DkTVfZWA8L0fQAkDAf7"
         "MglQEaIJXfnN/t0Zhu4b9IUDpuyEDW74vvIo/AwHCeW91poeBBV98nXmBR6gCr38LBLCG3kJhvzwDqgTtAS+ApTzq80iAPAI/PnGAi86"
         "Cu3G958aZwCYBl32gftm0rDz7ew="
+    ),
+    (4, 8): (
+        "yAHM9AL4FAmM8MX5pvSxBdL9vx+N/5ELI/K63z/7Eu1bCJUar/QCBBUOviZ+CyADDQboFecRlvoKCWnwYgH//jHqH/gIAjQNYPPn4+b8"
+        "V/rL7agFY/cpEBcUUv8F8Xv1Q/uQ/m4QFAL65oUFEdnoDYX0HAin7nwVn+I/0QELXPg1DrD/1v/+GjP1DASC5zH33fr8+MYHLO8m8jIX"
+        "hB4k/I/2VAZn79YLYTdvFPMObeuiABDoL/2q8mv7BPm7CH/1uQ+K8ErsdAeB/TUMYgCn9KAJJfzB+T8CSR3VBCclLBPz+WgPBxVu9Vkd"
+        "5g2sErIX3QEB5NEMEwUbGbcIrP1Z6Qvs4gNN5Wv6Qfh1/pYI+PvnDbT1CwLI8ooQ+RQmBoPfmQvuHyYFfv25EZQiguD9CcAH2smAF0zl"
+        "ywIu+bUA+fKl8Wj8m+njEW/bcAm5Lq8AW/nXDJ8c9ezA9o4QPgTaF+IGewMv5//XWu4RAXT6ef3pFXEacuoA9/MiFAzI/jvyJhP5CycI"
+        "ggXLCSsCYBcw3Sf2+O4vBNfqORtt/v8OOuXJGZ8AtuG1BtUCCvLw99juYQTqEGb0UP4K6Nj7idxNCuP9afqJINMAt+pv8lQEAv/OC2nw"
+        "PPgECAUrqfWPEn/t9gPxE8QP+ie+4twGJ9TgCTz8kgA1DD3oQ+wh8hT3Fe8="
     ),
     (4, 10): (
         "S+vCB7vwgthxEnUAvPxlFprT8t5b/FENDQvc+PkOJgXHADvsSAz4BYEPVed59VUD5giK73jiIP7C8sL6MxIa8NbzQPusEN8HSAWHG9zo"

@@ -18,9 +18,12 @@ from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
 
 SHAPES = ((32, 48), (16, 16), (35, 50), (5, 33), (18, 1), (1, 1), (3, 130))
 TABLES = {
-    2: "8f92c0373420b394",
-    3: "1ccaac99acd34dd2",
-    4: "9bb27c8b8ce48727",
+    (2, 8): "d6d30fd84f8401ac",
+    (2, 10): "8f92c0373420b394",
+    (3, 8): "ed014c2f80e3ba9d",
+    (3, 10): "1ccaac99acd34dd2",
+    (4, 8): "3df406c74e90aa6c",
+    (4, 10): "9bb27c8b8ce48727",
 }
 
 
@@ -29,7 +32,7 @@ def grid(bits: int = 2, dtype: torch.dtype = torch.float32, block_size: int = 32
 
 
 def value(codes: Tensor, row: int, column: int, own: TrellisGrid) -> float:
-    """Return table[state] of one weight by the definition: walk back through the tile, row by row, and round its end."""
+    """Return table[state] of one weight by its definition: walk back through the tile, row by row, past its start."""
     n_out, n_in = codes.shape
     top, left = row // TILE * TILE, column // TILE * TILE
     places = list(itertools.product(range(top, min(top + TILE, n_out)), range(left, min(left + TILE, n_in))))
@@ -68,11 +71,11 @@ def test_states_repeat_in_short_sequences() -> None:
 
 
 def test_tables_never_change() -> None:
-    for bits, digest in TABLES.items():
-        numbers = torch.tensor(table_values(bits, 10), dtype=torch.int16)
+    for (bits, state_bits), digest in TABLES.items():
+        numbers = torch.tensor(table_values(bits, state_bits), dtype=torch.int16)
         assert hashlib.sha256(numbers.numpy().astype("<i2").tobytes()).hexdigest()[:16] == digest
-        table = grid(bits).table()
-        assert table.shape == (1024,) and float(table.abs().max()) < 5
+        table = TrellisGrid(bits, state_bits, 32, torch.float32, torch.float32).table()
+        assert table.shape == (2**state_bits,) and float(table.abs().max()) < 5
     assert has_table(2, 10) and not has_table(2, 11)
 
 
