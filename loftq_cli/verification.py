@@ -30,6 +30,7 @@ from loftq_cli.tensorfile.hashing import FileRecord, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loftq_cli.artifacts.residuals import Residuals
     from loftq_cli.calibration.moments import Moments
     from loftq_cli.checkpoint import Checkpoint
     from loftq_cli.recipe.model import Recipe
@@ -108,8 +109,8 @@ def verify(
     must be no other file (names that start with a dot, such as `.gitattributes`, are ignored). With `source`, every
     matrix is decoded by the container's own decoder, and ‖W - Q - BA‖ / ‖W‖ must agree with the manifest within
     RELATIVE_TOLERANCE, and so must the weighted residual if it was calibrated; the second moments come from the cache
-    or from the text, which may take a run of the model. Copied tensors must equal the source's, bit for bit. This keeps one matrix in memory at a time,
-    and is skipped if any file is wrong.
+    or from the text, which may take a run of the model. Copied tensors must equal the source's, bit for bit. This keeps
+    one matrix in memory at a time, and is skipped if any file is wrong.
 
     Args:
         directory: output of `quantize`.
@@ -254,6 +255,7 @@ def _compare(
     moments: Moments | None,
 ) -> _Compared:
     """Compare a record with the source."""
+    from loftq_cli.artifacts.residuals import recompute_residuals
     from loftq_cli.checkpoint.base import read_named
 
     try:
@@ -286,48 +288,6 @@ def _compare_residuals(found: Residuals, record: MatrixRecord) -> _Compared:
         numbers = f"{found.weighted:.8g}, but {record.weighted_residual:.8g} in the manifest"
         return _Compared(f"has a weighted residual of {numbers}", deviation, weighted=True)
     return _Compared(None, deviation, weighted=True)
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """Residuals of one matrix read from the files: ‖W - Q - BA‖_F / ‖W‖_F, and ‖(W - Q - BA) R‖_F / ‖W R‖_F with R Rᵀ
-    the second moment of the layer's inputs; None without one."""
-
-    plain: float
-    weighted: float | None
-
-
-def recompute_residuals(
-    path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor, moment: Tensor | None
-) -> Residuals:
-    """Return the residuals of one matrix, with Q and BA read from the files.
-
-    Args:
-        weight: W, stored as in the source; it is overwritten.
-        moment: second moment of the layer's inputs, [in] or [in, in].
-    """
-    from loftq_cli.artifacts.decode import decode_matrix, read_factors
-    from loftq_cli.numerics.lowrank.truncate import frobenius
-    from loftq_cli.numerics.methods.weighted import whiten
-
-    error = record.orientation.turn(weight).float().contiguous()
-    norm = frobenius(error)
-    whitening = None if moment is None else whiten(moment)
-    weighted_norm = 0.0 if whitening is None else frobenius(whitening.apply(error))
-    error -= decode_matrix(path, manifest, record)
-    if record.rank:
-        error.addmm_(*read_factors(path, manifest, record), alpha=-1)
-    weighted = None if whitening is None else _share(frobenius(whitening.apply(error)), weighted_norm)
-    return Residuals(_share(frobenius(error), norm), weighted)
-
-
-def recompute_residual(path: Path, manifest: Manifest, record: MatrixRecord, weight: Tensor) -> float:
-    """Return ‖W - Q - BA‖_F / ‖W‖_F of one matrix, with Q and BA read from the files; `weight` is overwritten."""
-    return recompute_residuals(path, manifest, record, weight, None).plain
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def _first_line(error: Exception) -> str:

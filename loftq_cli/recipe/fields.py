@@ -216,8 +216,8 @@ class RecipeFields:
         str | None,
         Choices(c.INITS),
         Help(
-            "Starting point of refined and ldlq (the best low-rank part of the weights, or a zero adapter as in LoftQ) and of qa-lora "
-            "(the low-rank part of the error, or zero over a plainly quantized backbone).",
+            "Starting point of refined and ldlq (the best low-rank part of the weights, or a zero adapter as in LoftQ) "
+            "and of qa-lora (the low-rank part of the error, or zero over a plainly quantized backbone).",
             LOFTQ,
             default="svd",
         ),

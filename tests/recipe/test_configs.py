@@ -101,6 +101,7 @@ def test_schema_and_recipe_agree() -> None:
     tried += [{"alpha": value} for value in (16, 8.5, "16")] + [{"no_such_field": 1}, {"meta_version": 3.1}]
     for fields in tried:
         fields |= {"method": "refined"} if {"init", "levels"} & set(fields) else {}
+        fields |= {"calibrate": "text.txt"} if fields.get("method") == "ldlq" else {}
         try:
             make_recipe({name: value for name, value in fields.items() if value is not None} | {"model": "m"})
             accepted = None not in fields.values()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,33 +15,25 @@ from torch import Tensor
 from loftq_cli.artifacts.manifest import MatrixRecord
 from loftq_cli.artifacts.summary import matrix_record
 from loftq_cli.engine.compute.finite import first_nonfinite
+from loftq_cli.engine.compute.fit import fit_ldlq, fit_refined
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import encode_adapter
-from loftq_cli.kernels import block_quantizer, column_quantizer
+from loftq_cli.kernels import block_quantizer
 from loftq_cli.machine.memory import Float32Buffer
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
-from loftq_cli.numerics.grids.trellis import TrellisGrid
-from loftq_cli.numerics.lowrank.truncate import SAFE_NORM, frobenius
-from loftq_cli.numerics.methods.ldlq import ldlq
-from loftq_cli.numerics.methods.ldlq_steps import metric
+from loftq_cli.numerics.lowrank.truncate import SAFE_NORM
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_step, fast_step, loftq, plain_start
 from loftq_cli.numerics.methods.qalora import PooledStep
-from loftq_cli.numerics.methods.refined import TRELLIS_FEEDBACK, USUAL_FEEDBACK, Init, refined
-from loftq_cli.numerics.methods.refined_steps import LowRankSteps, shallow_steps
 from loftq_cli.numerics.methods.stacked import stacked_loftq
 from loftq_cli.numerics.methods.weighted import (
     WeightedResult,
-    WeightedStep,
-    Whitening,
     weighted_loftq,
-    weighted_result,
     whiten,
 )
 from loftq_cli.numerics.methods.zero_start import zero_start
-from loftq_cli.numerics.quantizers.protocols import FittingQuantizer, Quantizer
 from loftq_cli.planning.units import Unit
 from loftq_cli.recipe.model import Recipe
 from loftq_cli.tensorfile.dtypes import to_dtype
@@ -202,11 +193,11 @@ def _quantize(
     if recipe.plain or (rank == 0 and not recipe.fits_scales):
         return plain_start(weight, quantizer, rank=rank, generator=generator, group=recipe.pooling), None
     if recipe.method == "ldlq" and (moment is not None or _is_nested(unit.matrix.grid)):
-        found = _ldlq(weight, quantizer, rank, unit.matrix.grid, recipe, generator, moment)
+        found = fit_ldlq(weight, quantizer, rank, unit.matrix.grid, recipe, generator, moment)
         return found.result, None if moment is None else found
     whitening = None if moment is None else whiten(moment.to(device))
     if recipe.fits_scales:
-        return _refine(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
+        return fit_refined(weight, quantizer, rank, unit.matrix.grid, recipe, generator, whitening)
     step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
     if recipe.pooling > 1:
         step = PooledStep(rank, recipe.pooling, generator)
@@ -229,60 +220,6 @@ def _weight(unit: Unit, tensor: Tensor, device: torch.device, buffer: Float32Buf
     there = tensor.to(device)
     weight = there.float() if buffer is None or device.type != "cpu" else buffer.float32(there)
     return unit.matrix.orientation.turn(weight)
-
-
-def _refine(
-    weight: Tensor,
-    quantizer: Quantizer,
-    rank: int,
-    grid: Grid,
-    recipe: Recipe,
-    generator: torch.Generator,
-    whitening: Whitening | None,
-) -> tuple[LoftQResult, WeightedResult | None]:
-    """Run the refined method; without an adapter it only fits the scales (and levels)."""
-    assert isinstance(quantizer, FittingQuantizer), "the quantizer of every container can fit its scales"
-    exact = LowRankSteps(exact_step(rank), exact_step(rank))
-    steps = exact if recipe.svd == "exact" else shallow_steps(rank, generator)
-    if whitening is not None:
-        steps = LowRankSteps(WeightedStep(whitening, steps.step), WeightedStep(whitening, steps.last))
-    found = refined(
-        weight,
-        quantizer,
-        iters=recipe.iters,
-        low_rank=steps if rank else None,
-        init=cast(Init, recipe.init),
-        levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
-        keep_last=recipe.keep_last,
-        schedule=TRELLIS_FEEDBACK if isinstance(grid, TrellisGrid) else USUAL_FEEDBACK,
-        # Integer groups are fitted without column weights; the adapter and the choice of the step are weighted.
-        column_weight=None if whitening is None or isinstance(grid, AffineGrid) else whitening.variances,
-        objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
-    )
-    return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)
-
-
-def _ldlq(
-    weight: Tensor,
-    quantizer: Quantizer,
-    rank: int,
-    grid: Grid,
-    recipe: Recipe,
-    generator: torch.Generator,
-    moment: Tensor | None,
-) -> WeightedResult:
-    """Run LDLQ. Without a moment, of a layer whose inputs are not seen, all inputs count the same."""
-    step: LowRankStep = exact_step(rank) if recipe.svd == "exact" else fast_step(rank, generator)
-    return ldlq(
-        weight,
-        quantizer,
-        column_quantizer(grid, weight.device),
-        metric(torch.ones(weight.shape[1]) if moment is None else moment, weight.device),
-        rounds=recipe.iters,
-        low_rank=step if rank else None,
-        from_zero=recipe.init == "zero",
-        keep_last=recipe.keep_last,
-    )
 
 
 def _is_nested(grid: Grid) -> bool:

@@ -18,7 +18,7 @@ _REFINED_SET = 10  # further bytes per weight for `refined`: target and feedback
 # Bytes per weight of the rows that a trellis quantizes at a time: targets, gains, sequences, states.
 _TRELLIS_SET = 64
 _LDLQ_SET = 26  # for `ldlq`: target, errors, values, targets with feedback and E M in float32, two sets of codes
-# Bytes per squared number of inputs for `ldlq`: the second moment and its two roots, in float64 while they are computed.
+# Bytes per squared number of inputs for `ldlq`: the second moment and its roots, in float64 at first.
 _MOMENT_SET = 32
 _SPARE = 120 << 20  # allocator, thread stacks, buffers being written
 # Bytes per weight on a device, where quantizing makes several passes over memory: measured 30 alone, 33 in a stack.

@@ -1,7 +1,7 @@
 """LDLQ in the loop: rounding with error propagation, alternated with the best low-rank correction of the outputs.
 
 The objective is the layer's output on a text, E‖(W - Q - BA) x‖² = tr(E H Eᵀ) with H = E[x xᵀ]. Each round has four
-steps, for which see `numerics.methods.ldlq_steps`:
+steps (`numerics.methods.ldlq_steps`):
 
 1. BA is the best for the last Q, SVD_r((W - Q) M) M⁻¹ with M Mᵀ = H.
 2. W - BA is quantized from the first column to the last on the container's own grid, with scales fitted when a block
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from loftq_cli.numerics.grids.grid import Quantized, dequantize
+from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.lowrank.truncate import LowRank, frobenius
-from loftq_cli.numerics.methods.ldlq_steps import Metric, Swept, refit, sweep_columns
+from loftq_cli.numerics.methods.ldlq_metric import Metric
+from loftq_cli.numerics.methods.ldlq_steps import Swept, refit, sweep_columns
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep
 from loftq_cli.numerics.methods.weighted import WeightedResult, product_of
 from loftq_cli.numerics.quantizers.columns import ColumnQuantizer

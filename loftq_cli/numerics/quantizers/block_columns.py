@@ -38,9 +38,7 @@ class BlockColumns:
     def learn(self, target: Tensor, quantized: Quantized, column_weight: Tensor) -> BlockColumns:
         if not self.grid.codebook.fitted:
             return self
-        found = _blocks(quantized)
-        found = found if found.levels is not None else replace(found, levels=self.used_levels(target.device))
-        return replace(self, levels=fit_levels(target, found, self.grid, column_weight))
+        return replace(self, levels=fit_levels(target, _blocks(quantized), self.grid, column_weight))
 
     def parameters(self, quantized: Quantized, columns: Columns) -> tuple[Tensor, ...]:
         found = _blocks(quantized)
@@ -62,6 +60,10 @@ class BlockColumns:
     def used_levels(self, device: torch.device) -> Tensor:
         """Return the levels, float32 [2**bits]."""
         return self.grid.levels(device) if self.levels is None else self.levels
+
+    def own_levels(self, device: torch.device) -> Tensor | None:
+        """Return the levels that are stored with the matrix; None if the container knows them."""
+        return self.used_levels(device) if self.grid.codebook.fitted else None
 
     def looked_up(self, codes: Tensor) -> Tensor:
         """Return the level of every code."""
@@ -112,7 +114,7 @@ class BlockSweep:
         return _nearest(self.quantizer, target, self.scales[:, columns.start // self.block, None], columns, self.codes)
 
     def quantized(self) -> QuantizedBlocks:
-        return QuantizedBlocks(self.codes, self.scales.reshape(-1), self.quantizer.levels)
+        return QuantizedBlocks(self.codes, self.scales.reshape(-1), self.quantizer.own_levels(self.codes.device))
 
 
 @dataclass
@@ -137,7 +139,7 @@ class FrozenSweep:
         return _nearest(self.quantizer, target, self._scales(columns), columns, self.codes)
 
     def quantized(self) -> QuantizedBlocks:
-        return QuantizedBlocks(self.codes, self.scales, self.quantizer.levels, self.nested)
+        return QuantizedBlocks(self.codes, self.scales, self.quantizer.own_levels(self.codes.device), self.nested)
 
     def _scales(self, columns: Columns) -> Tensor:
         """Return the scale of every element, [out, width]."""

@@ -50,9 +50,14 @@ class Sweep(Protocol):
         codes: uint8 [out, in]; or more bytes a weight, if one does not hold a code.
     """
 
-    block: int
-    tile: int
-    codes: Tensor
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def tile(self) -> int: ...
+
+    @property
+    def codes(self) -> Tensor: ...
 
     def begin_block(self, columns: Columns, target: Tensor, weight: Tensor) -> None:
         """Choose the parameters of a block.

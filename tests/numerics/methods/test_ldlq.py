@@ -15,7 +15,8 @@ from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid, dequantize
 from loftq_cli.numerics.lowrank.truncate import frobenius
 from loftq_cli.numerics.methods.ldlq import ldlq
-from loftq_cli.numerics.methods.ldlq_steps import ABSORBED, DAMPING, Metric, metric, refit, sweep_columns
+from loftq_cli.numerics.methods.ldlq_metric import ABSORBED, DAMPING, Metric, metric
+from loftq_cli.numerics.methods.ldlq_steps import refit, sweep_columns
 from loftq_cli.numerics.methods.loftq import exact_step, fast_step
 from loftq_cli.numerics.methods.refined import refined
 from loftq_cli.numerics.methods.refined_steps import shallow_steps
@@ -80,7 +81,9 @@ def test_the_metric_is_the_damped_moment_as_a_triangular_product() -> None:
 def test_errors_that_the_correction_absorbs_are_almost_free(tile: int) -> None:
     found, v = metric(moment(150)), torch.linalg.qr(normal(150, 9)).Q
     eased = found.without(v)
-    expected = found.root.double() @ (torch.eye(150) - (1 - ABSORBED) * v.double() @ v.double().T) @ found.root.double().T
+    expected = (
+        found.root.double() @ (torch.eye(150) - (1 - ABSORBED) * v.double() @ v.double().T) @ found.root.double().T
+    )
     torch.testing.assert_close(eased.root.double() @ eased.root.double().T, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(eased.square(slice(0, 150)).double(), expected, rtol=1e-4, atol=1e-5)
     # E M' = (E (I + feedback)) with the tiles' corners of M' left over
