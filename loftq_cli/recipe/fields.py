@@ -233,7 +233,7 @@ class RecipeFields:
         ),
     ] = None
     iters: Annotated[
-        From0, UnsetIsNone, Help("Number of alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16; ldlq: 6")
+        From0, UnsetIsNone, Help("Number of alternating steps T; 0 is qlora.", LOFTQ, default="5; refined: 16; ldlq: 4")
     ] = None  # type: ignore[assignment]  # `Recipe` sets it: it depends on the method
     levels: Annotated[
         str | None,

@@ -30,21 +30,21 @@ class CompiledBlockColumns(BlockColumns):
     def sweep(self, weight: Tensor, column_weight: Tensor, before: Quantized | None) -> Sweep:
         sweep = super().sweep(weight, column_weight, before)
         if isinstance(sweep, BlockSweep):
-            return CompiledBlockSweep(self, sweep.scales, sweep.codes, sweep.n_in)
+            return CompiledBlockSweep(self, sweep.scales, sweep.codes, sweep.n_in, sweep.start)
         return sweep
 
-    def fit(self, target: Tensor, column_weight: Tensor) -> Tensor:
-        """Fit the scales of one block of columns, [out, 1]."""
+    def fit(self, target: Tensor, column_weight: Tensor, start: Tensor | None) -> Tensor:
+        """Do what `BlockColumns.fit` does."""
         grid = self.grid
         target = target.contiguous()
         scales, n_chunks = torch.empty(target.shape[0]), -(-target.shape[0] // blocks_kernel.CHUNK)
         kinds = _KINDS[grid.scale_dtype], _KINDS[grid.value_dtype]
         tables = _padded(self.used_levels(target.device))
-        arguments = _Fit(None, column_weight).arguments(
+        arguments = _Fit(start, column_weight, guards=start is None).arguments(
             grid, target.view(-1).numpy(), scales.numpy(), *tables, target.shape[1], *kinds
         )
         _share(lambda first, last: scales_kernel.fit_chunks(*arguments, first, last), n_chunks)
-        return scales.unsqueeze(1)
+        return scales
 
 
 @dataclass

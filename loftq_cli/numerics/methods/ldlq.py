@@ -28,7 +28,7 @@ from loftq_cli.numerics.methods.weighted import WeightedResult, product_of
 from loftq_cli.numerics.quantizers.columns import ColumnQuantizer
 from loftq_cli.numerics.quantizers.protocols import Quantizer
 
-DEFAULT_ROUNDS = 6
+DEFAULT_ROUNDS = 4
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from loftq_cli.numerics.quantizers.columns import Columns, Moved, Sweep
 class BlockColumns:
     """A `columns.ColumnQuantizer` of a codebook grid.
 
-    Scales are fitted to a block's targets when the block begins. Where they cannot be, because a block continues in the
-    next row or because the container quantizes scales together, all are fitted to the whole matrix before the sweep.
+    Scales are fitted to a block's targets when the block begins, in later sweeps from those of the sweep before. Where
+    they cannot be, because a block continues in the next row or because the container quantizes scales together, all
+    are fitted to the whole matrix before the sweep.
 
     Attributes:
         levels: float32 [2**bits], fitted to the matrix; None for those of the codebook.
@@ -33,7 +34,8 @@ class BlockColumns:
             return self._frozen(weight, column_weight)
         n_out, n_in = weight.shape
         scales = weight.new_empty(n_out, -(-n_in // self.grid.block_size))
-        return BlockSweep(self, scales, torch.empty_like(weight, dtype=torch.uint8), n_in)
+        start = None if before is None else _blocks(before).absmax.view(n_out, -1)
+        return BlockSweep(self, scales, torch.empty_like(weight, dtype=torch.uint8), n_in, start)
 
     def learn(self, target: Tensor, quantized: Quantized, column_weight: Tensor) -> BlockColumns:
         if not self.grid.codebook.fitted:
@@ -73,11 +75,11 @@ class BlockColumns:
         """Return the values the loader computes, for scales that broadcast to the codes."""
         return round_to(self.looked_up(codes) * scales, self.grid.value_dtype)
 
-    def fit(self, target: Tensor, column_weight: Tensor) -> Tensor:
-        """Return scales of the columns of one or more blocks, [out, blocks], or [blocks] where rows share them."""
-        rows = replace(self.grid, layout="rows") if self._fits_blocks(target.shape[1]) else self.grid
-        found = fit_scales(target, rows, self.used_levels(target.device), column_weight=column_weight)
-        return found.view(target.shape[0], -1) if rows.layout == "rows" else found
+    def fit(self, target: Tensor, column_weight: Tensor, start: Tensor | None) -> Tensor:
+        """Return scales [out] for the targets of one block, [out, width]; `start` are those of an earlier sweep."""
+        rows, levels = replace(self.grid, layout="rows"), self.used_levels(target.device)
+        guards = start is None
+        return fit_scales(target, rows, levels, previous=start, column_weight=column_weight, guards=guards)
 
     def _fits_blocks(self, n_in: int) -> bool:
         return not self.grid.nested and (self.grid.layout == "rows" or n_in % self.grid.block_size == 0)
@@ -95,12 +97,13 @@ class BlockColumns:
 
 @dataclass
 class BlockSweep:
-    """A `columns.Sweep` over rows that are sequences of blocks; `scales` [out, blocks]."""
+    """A `columns.Sweep` over rows that are sequences of blocks; `scales` and `start` [out, blocks]."""
 
     quantizer: BlockColumns
     scales: Tensor
     codes: Tensor
     n_in: int
+    start: Tensor | None
     tile: int = 1
 
     @property
@@ -108,7 +111,9 @@ class BlockSweep:
         return self.quantizer.grid.block_size
 
     def begin_block(self, columns: Columns, target: Tensor, weight: Tensor) -> None:
-        self.scales[:, columns.start // self.block] = self.quantizer.fit(target.contiguous(), weight)[:, 0]
+        number = columns.start // self.block
+        start = None if self.start is None else self.start[:, number].contiguous()
+        self.scales[:, number] = self.quantizer.fit(target.contiguous(), weight, start)
 
     def quantize(self, columns: Columns, target: Tensor) -> Tensor:
         return _nearest(self.quantizer, target, self.scales[:, columns.start // self.block, None], columns, self.codes)
