@@ -87,7 +87,7 @@ class TrellisPanel:
     def fit(self, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return codes [rows, in] and scales [rows, blocks], alternating from earlier scales or from the blocks' root
         mean square, for which the table is made."""
-        scales = self._start() if before is None else before
+        scales = self.start() if before is None else before
         for _ in range(_FIRST_FITS if before is None else 1):
             codes = self.assign(scales)
             scales = self.refit(codes, scales)
@@ -119,7 +119,7 @@ class TrellisPanel:
         best = torch.where((above > 0) & (below > 0), above / below, scales)
         return round_to(best, self.grid.scale_dtype)
 
-    def _start(self) -> Tensor:
+    def start(self) -> Tensor:
         """Return the root mean square of each block."""
         columns = self.target.shape[1]
         counts = row_blocks(torch.ones(1, columns, device=self.target.device), self.grid).sum(dim=1)

@@ -20,7 +20,8 @@ from loftq_cli.numerics.quantizers.viterbi import Encode
 class TrellisColumns:
     """A `columns.ColumnQuantizer` of a trellis grid, with tiles of sixteen columns.
 
-    The scales of a block are those that fit its own targets best, without feedback inside the block.
+    The first sweep starts from the blocks' root mean square, for which the table is made, and later ones from the
+    scales of the last; the caller then fits them to the codes.
     """
 
     grid: TrellisGrid
@@ -30,7 +31,7 @@ class TrellisColumns:
         n_out, n_in = weight.shape
         scales = weight.new_empty(n_out, self.grid.n_blocks(1, n_in))
         earlier = None if before is None else _blocks(before).absmax.view(scales.shape)
-        return TrellisSweep(self, scales, torch.empty_like(weight, dtype=torch.uint8), earlier)
+        return TrellisSweep(self, scales, torch.empty_like(weight, dtype=torch.uint8), earlier, column_weight)
 
     def learn(self, target: Tensor, quantized: Quantized, column_weight: Tensor) -> TrellisColumns:
         return self
@@ -40,7 +41,7 @@ class TrellisColumns:
 
     def move(self, quantized: Quantized, columns: Columns, parameter: int, change: Tensor) -> Moved:
         found = _blocks(quantized)
-        before = _scales(found)[:, columns.start // self.grid.block_size]
+        before = _scales(found)[:, columns.start // self.grid.block_size].clone()
         after = round_to(before + change, self.grid.scale_dtype)
         after = torch.where(after > 0, after, before)
         moved = values(found.codes[:, columns.slice], self.grid) * after.unsqueeze(1)
@@ -56,13 +57,16 @@ class TrellisColumns:
 
 @dataclass
 class TrellisSweep:
-    """A `columns.Sweep` by tiles; `scales` and those of an earlier sweep are [out, blocks]."""
+    """A `columns.JointSweep` by tiles; `scales` and those of an earlier sweep are [out, blocks], `weight` [width] is that
+    of the block at hand."""
 
     quantizer: TrellisColumns
     scales: Tensor
     codes: Tensor
     earlier: Tensor | None
+    weight: Tensor
     tile: int = TILE
+    joint_rows: int = TILE
 
     @property
     def block(self) -> int:
@@ -70,14 +74,14 @@ class TrellisSweep:
 
     def begin_block(self, columns: Columns, target: Tensor, weight: Tensor) -> None:
         here = columns.start // self.block
-        start = None if self.earlier is None else self.earlier[:, here, None]
-        self._weight = weight
-        self.scales[:, here] = self.quantizer.panel(target, weight).fit(start)[1][:, 0]
+        self.weight = weight
+        start = self.quantizer.panel(target, weight).start() if self.earlier is None else self.earlier[:, here, None]
+        self.scales[:, here] = start[:, 0]
 
     def quantize(self, columns: Columns, target: Tensor) -> Tensor:
         scales = self.scales[:, columns.start // self.block, None]
         first = columns.start % self.block
-        weight = self._weight[first : first + columns.width]
+        weight = self.weight[first : first + columns.width]
         codes = self.quantizer.panel(target, weight).assign(scales)
         self.codes[:, columns.slice] = codes
         return round_to(values(codes, self.quantizer.grid) * scales, self.quantizer.grid.value_dtype)
