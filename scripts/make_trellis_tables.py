@@ -3,10 +3,11 @@
     python scripts/make_trellis_tables.py
 
 A table begins as the quantiles of a Gaussian in random order (random values are what makes a bitshift trellis good:
-QTIP, arXiv 2406.11235, section 3). Lloyd's algorithm then alternates: encode new Gaussian numbers, and move every
-state's value to the mean of the numbers that were given this state. Values are rounded to multiples of 1/4096, so that
-they are the same everywhere. Other machines and versions of torch may end in other tables of the same quality: outputs
-refer to the tables by number, so a new table needs a new number, and the old ones must stay.
+QTIP, arXiv 2406.11235, section 3). Lloyd's algorithm then alternates: encode new Gaussian numbers, in units of their
+blocks' root mean square, and move every state's value to the mean of the numbers that were given this state. Values are
+rounded to multiples of 1/4096, so that they are the same everywhere. Other machines and versions of torch may end in
+other tables of the same quality: outputs refer to the tables by number, so a new table needs a new number, and the old
+ones must stay.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ TARGET = Path(__file__).parents[1] / "loftq_cli" / "numerics" / "grids" / "trell
 SCALE = 4096
 LENGTH = 256  # numbers in a sequence: a whole tile
 SEQUENCES = {8: 512, 10: 1024}  # new ones in every round, by state_bits
-ROUNDS = 40
+BLOCK = 64  # numbers that share a scale
+ROUNDS, LAST_ROUNDS, LAST_SHARE = 40, 12, 4  # the last rounds have more sequences, so that means have little noise
 WIDTHS = ((2, 8), (2, 10), (3, 8), (3, 10), (4, 8), (4, 10))  # bits, state_bits
 TEMPLATE = '''"""Tables of the trellis, trained on Gaussian numbers. Written by scripts/make_trellis_tables.py.
 
-Mean squared error on Gaussian numbers of variance 1:
+Mean squared error on Gaussian numbers in blocks of variance 1:
 {errors}
 """
 
@@ -70,6 +72,12 @@ def quantiles(n: int, generator: torch.Generator) -> Tensor:
     return torch.special.ndtri(places)[torch.randperm(n, generator=generator)].float()
 
 
+def numbers(n: int, generator: torch.Generator) -> Tensor:
+    """Return sequences of Gaussian numbers in units of their blocks' root mean square, [n, LENGTH]."""
+    blocks = torch.randn(n, LENGTH // BLOCK, BLOCK, generator=generator)
+    return (blocks / blocks.square().mean(dim=2, keepdim=True).sqrt()).flatten(1)
+
+
 def encoded(x: Tensor, table: Tensor, bits: int) -> Tensor:
     """Return the states of encoded sequences, int64."""
     state_bits = table.numel().bit_length() - 1
@@ -80,15 +88,15 @@ def train(bits: int, state_bits: int) -> tuple[Tensor, float]:
     """Return a table, int64 in units of 1 / SCALE, and its mean squared error on other numbers."""
     generator = torch.Generator().manual_seed(bits)
     table = quantiles(2**state_bits, generator)
-    for _ in range(ROUNDS):
-        x = torch.randn(SEQUENCES[state_bits], LENGTH, generator=generator)
+    for number in range(ROUNDS + LAST_ROUNDS):
+        x = numbers(SEQUENCES[state_bits] * (1 if number < ROUNDS else LAST_SHARE), generator)
         found = encoded(x, table, bits).flatten()
         counts = torch.bincount(found, minlength=table.numel()).double()
         sums = torch.bincount(found, x.flatten().double(), minlength=table.numel())
         table = torch.where(counts > 0, sums / counts.clamp(min=1), table.double()).float()
     rounded = (table * SCALE).round().long()
     table = rounded / SCALE
-    x = torch.randn(SEQUENCES[state_bits], LENGTH, generator=torch.Generator().manual_seed(99))
+    x = numbers(1024, torch.Generator().manual_seed(99))
     return rounded, float((x - table[encoded(x, table, bits)]).square().mean())
 
 

@@ -57,8 +57,12 @@ class TrellisColumns:
 
 @dataclass
 class TrellisSweep:
-    """A `columns.JointSweep` by tiles; `scales` and those of an earlier sweep are [out, blocks], `weight` [width] is that
-    of the block at hand."""
+    """A `columns.JointSweep` by tiles.
+
+    Attributes:
+        scales, earlier: of this sweep and of the last, [out, blocks].
+        weight: of the columns of the block at hand, [width].
+    """
 
     quantizer: TrellisColumns
     scales: Tensor
