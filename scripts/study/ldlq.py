@@ -23,11 +23,13 @@ from torch import Tensor
 
 TEXTS = {"wikitext": "WikiText-2 test", "domain": "Python reference"}
 EXTRA = (
-    Method("LDLQ", {"method": "ldlq"}, "full"),
-    Method("LDLQ, fitted levels", {"method": "ldlq", "levels": "fitted"}, "full"),
     Method("refined, trellis", {"method": "refined", "levels": "trellis"}),
-    Method("LDLQ, trellis", {"method": "ldlq", "levels": "trellis"}, "full"),
-    Method("LDLQ, fitted levels, from zero", {"method": "ldlq", "levels": "fitted", "init": "zero"}, "full"),
+    Method("LDLQ, trellis", {"method": "ldlq", "levels": "trellis", "iters": 6}, "full"),
+    Method("LDLQ", {"method": "ldlq", "iters": 6}, "full"),
+    Method("LDLQ, fitted levels", {"method": "ldlq", "levels": "fitted", "iters": 6}, "full"),
+    Method(
+        "LDLQ, fitted levels, from zero", {"method": "ldlq", "levels": "fitted", "init": "zero", "iters": 6}, "full"
+    ),
 )
 
 

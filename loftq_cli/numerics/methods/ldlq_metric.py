@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.numerics.lowrank.deterministic import cholesky
+from loftq_cli.numerics.lowrank.deterministic import cholesky, one_thread
 from loftq_cli.numerics.quantizers.columns import Columns
 
 DAMPING = 0.01  # share of the mean variance added to every input's (GPTQ)
@@ -50,7 +50,8 @@ class Metric:
 
     def undo(self, rows: Tensor) -> Tensor:
         """Return X M⁻¹ for X [rows, in]."""
-        return torch.linalg.solve_triangular(self.root, rows, upper=True, left=False)
+        solve = one_thread(lambda root: torch.linalg.solve_triangular(root, rows, upper=True, left=False))
+        return solve(self.root)
 
     def without(self, directions: Tensor | None, kept: float = ABSORBED) -> Eased:
         """Return M (I - (1 - ε) V Vᵀ) Mᵀ for orthonormal columns V [in, r] and ε = `kept`; None for no columns.

@@ -47,7 +47,8 @@ class Swept:
 
 def sweep_columns(weight: Tensor, sweep: Sweep, quantizer: ColumnQuantizer, eased: Eased) -> Swept:
     """Quantize `weight` X, float32 [out, in], from the first column to the last, with errors fed back."""
-    swept = _Sweeping(weight, sweep, quantizer, eased, *(torch.empty_like(weight) for _ in range(3)))
+    errors, values, target = (torch.empty_like(weight, dtype=dtype) for dtype in (_fed_dtype(weight), None, None))
+    swept = _Sweeping(weight, sweep, quantizer, eased, errors, values, target)
     for panel in _panels(weight.shape[1], sweep.block):
         swept.do_panel(panel)
     return Swept(sweep.quantized(), swept.values, swept.target)
@@ -75,21 +76,23 @@ class _Sweeping:
         feedback = self.eased.feedback(panel, self.sweep.tile)
         before = slice(0, panel.start)
         base = self.weight[:, panel.slice] + _multiply(self.errors[:, before], feedback[before])
+        errors = torch.empty_like(base)
         variances = self.eased.variances(panel, self.sweep.tile)
         for block in panel.pieces(self.sweep.block):
             inside = slice(block.start - panel.start, block.stop - panel.start)
             done = slice(panel.start, block.start)
-            target = torch.addmm(base[:, inside], self.errors[:, done], feedback[done, inside])
+            target = torch.addmm(base[:, inside], errors[:, : inside.start], feedback[done, inside])
             self.sweep.begin_block(block, target, variances[inside])
-            self._do_block(block, target, feedback[block.slice, inside])
+            errors[:, inside] = self._do_block(block, target, feedback[block.slice, inside])
+        self.errors[:, panel.slice] = errors
 
-    def _do_block(self, block: Columns, start: Tensor, feedback: Tensor) -> None:
-        """Choose a block's codes, then its parameters for these codes, then its codes again."""
+    def _do_block(self, block: Columns, start: Tensor, feedback: Tensor) -> Tensor:
+        """Choose a block's codes, then its parameters for these codes, then its codes again; return X - Q."""
         weight = self.weight[:, block.slice].contiguous()
         first = self._quantize(block, start.clone(), weight, feedback)
         settled = self._settle(block, start, weight, feedback, first) if block.width <= RUN else first
         self.values[:, block.slice], self.target[:, block.slice] = settled.values, settled.target
-        self.errors[:, block.slice] = weight - settled.values
+        return weight - settled.values
 
     def _quantize(self, block: Columns, target: Tensor, weight: Tensor, feedback: Tensor) -> _Block:
         values = torch.empty_like(target)
@@ -163,14 +166,17 @@ def _best_change(slope: Tensor, curve: Tensor) -> Tensor:
     return torch.where(curve > 0, slope / curve.clamp(min=_TINY), 0.0)
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply errors [out, k] by what they are fed back with, in bfloat16 where that is faster.
+def _fed_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which errors are fed back: bfloat16 where products are faster in it.
 
     An error of 2⁻⁹ in the part of a target that makes up for others changes codes only if they were nearly ties.
     """
-    if not left.shape[1] or not half_is_faster(left):
-        return left @ right
-    return product(left.bfloat16(), right.bfloat16()).float()
+    return torch.bfloat16 if half_is_faster(weight) else torch.float32
+
+
+def _multiply(errors: Tensor, factor: Tensor) -> Tensor:
+    """Return errors [out, k] times a float32 factor [k, width], multiplied in the errors' dtype, in float32."""
+    return product(errors, factor.to(errors.dtype)).float() if errors.shape[1] else errors.float() @ factor
 
 
 def refit(swept: Swept, weight: Tensor, quantizer: ColumnQuantizer, block: int, eased: Eased) -> Swept:
@@ -182,7 +188,7 @@ def refit(swept: Swept, weight: Tensor, quantizer: ColumnQuantizer, block: int, 
     """
     values, quantized = swept.values, swept.quantized
     errors = weight - values
-    absorbed = errors @ eased.absorbed
+    absorbed, errors = errors @ eased.absorbed, errors.to(_fed_dtype(weight))
     for panel in _panels(weight.shape[1], block):
         slope = _multiply(errors, eased.matrix[:, panel.slice])
         slope.addmm_(absorbed, eased.absorbed[panel.slice].T, alpha=-1)
@@ -190,19 +196,18 @@ def refit(swept: Swept, weight: Tensor, quantizer: ColumnQuantizer, block: int, 
         for columns in panel.pieces(block):
             inside = slice(columns.start - panel.start, columns.stop - panel.start)
             rest = slice(inside.start, panel.width)
-            step = _refit_block(
-                values[:, columns.slice], quantized, columns, quantizer, slope[:, rest], square[inside, rest]
-            )
-            values[:, columns.slice] += step
-            errors[:, columns.slice] -= step
-            absorbed.addmm_(step, eased.absorbed[columns.slice], alpha=-1)
+            before = values[:, columns.slice]
+            after = _refit_block(before, quantized, columns, quantizer, slope[:, rest], square[inside, rest])
+            absorbed.addmm_(after - before, eased.absorbed[columns.slice], alpha=-1)
+            errors[:, columns.slice] = weight[:, columns.slice] - after
+            values[:, columns.slice] = after
     return Swept(quantized, values, swept.target)
 
 
 def _refit_block(
     values: Tensor, quantized: Quantized, columns: Columns, quantizer: ColumnQuantizer, slope: Tensor, square: Tensor
 ) -> Tensor:
-    """Change one block's parameters and return the change of its values.
+    """Change one block's parameters and return its new values.
 
     Args:
         values: of the block, float32 [out, width].
@@ -210,16 +215,15 @@ def _refit_block(
         square: H' of the block with the same columns, [width, rest].
     """
     corner, width = square[:, : columns.width], columns.width
-    total = torch.zeros_like(values)
     for number, direction in enumerate(quantizer.parameters(quantized, columns)):
         curve = ((direction @ corner) * direction).sum(dim=1)
         change = _best_change((slope[:, :width] * direction).sum(dim=1), curve)
         moved = quantizer.move(quantized, columns, number, change)
-        step = moved.values - (values + total)
+        step = moved.values - values
         cost = ((step @ corner) * step).sum(dim=1) - 2 * (step * slope[:, :width]).sum(dim=1)
         better = cost < 0
         quantizer.put(quantized, columns, number, torch.where(better, moved.after, moved.before))
-        step = torch.where(better.unsqueeze(1), step, 0.0)
-        slope.addmm_(step, square, alpha=-1)
-        total += step
-    return total
+        rows = better.unsqueeze(1)
+        slope.addmm_(torch.where(rows, step, 0.0), square, alpha=-1)
+        values = torch.where(rows, moved.values, values)
+    return values
