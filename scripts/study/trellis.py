@@ -5,7 +5,7 @@
     python scripts/study/trellis.py gemma --model MODEL --bits 2 --every 20
     python scripts/study/trellis.py --report
 
-The first three add to scripts/study/results/trellis.json, saving after every matrix, and go on where they were stopped;
+The first three add to scripts/study/results/trellis-NAME.json, saving after every matrix, and go on where they were stopped;
 matrices are taken in an order that spreads over the model, so that the first ones are a fair sample. The numbers for
 fitted levels are those of residuals.py where it has them, and measured here otherwise. The last prints and writes the
 table (trellis.md).
@@ -30,7 +30,7 @@ from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.methods.refined import TRELLIS_FEEDBACK, refined
 from loftq_cli.numerics.methods.refined_steps import shallow_steps
 
-FILE, REPORT = RESULTS / "trellis.json", RESULTS / "trellis.md"
+REPORT = RESULTS / "trellis.md"
 FITTED = "refined, fitted"
 STATES = {"trellis": 10, "trellis-fast": 8}  # levels, and bits of a state
 BLOCK = 64
@@ -58,6 +58,7 @@ def known(name: str, key: str) -> dict[str, dict[str, float]]:
 
 def study(name: str, model: Path, bits: int, rank: int, every: int, levels: list[str]) -> None:
     """Measure what is missing."""
+    file = RESULTS / f"trellis-{name}.json"
     key = f"{bits} bits r {rank}"
     dtype, weights = matrices(model)
     order = list(weights)[::every]
@@ -65,27 +66,27 @@ def study(name: str, model: Path, bits: int, rank: int, every: int, levels: list
     order = [order[i * stride % len(order)] for i in range(len(order))]
     before = known(name, key)
     for tensor, weight in order:
-        kept: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"runs": {}}
-        have = kept["runs"].get(name, {}).get(key, {}).get(tensor, {})
+        kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+        have = kept["runs"].get(key, {}).get(tensor, {})
         todo = [kind for kind in levels if kind not in have]
         if not todo:
             continue
         fitted = before[tensor][FITTED] if tensor in before else fitted_residual(weight, dtype, bits, rank)
         found = {"fitted": fitted, **{kind: trellis_residual(weight, dtype, bits, rank, STATES[kind]) for kind in todo}}
-        kept = json.loads(FILE.read_text()) if FILE.exists() else {"runs": {}}
+        kept = json.loads(file.read_text()) if file.exists() else {"runs": {}}
         kept["machine"] = describe_machine()
-        runs = kept["runs"].setdefault(name, {}).setdefault(key, {})
+        runs = kept["runs"].setdefault(key, {})
         runs[tensor] = {**have, **{kind: round(value, 6) for kind, value in found.items()}}
-        FILE.write_text(json.dumps(kept, indent=1) + "\n")
+        file.write_text(json.dumps(kept, indent=1) + "\n")
         print(name, key, tensor, runs[tensor], flush=True)
 
 
 def report() -> None:
     """Write the table."""
     lines = ["# Trellis", "", "| model | | levels | matrices | fitted levels | trellis | share |", "|---" * 7 + "|"]
-    kept = json.loads(FILE.read_text())
-    for name, keys in kept["runs"].items():
-        for key, found in keys.items():
+    loaded = {file.stem.removeprefix("trellis-"): json.loads(file.read_text()) for file in RESULTS.glob("trellis-*.json")}
+    for name, kept in sorted(loaded.items()):
+        for key, found in kept["runs"].items():
             for kind in STATES:
                 both = [one for one in found.values() if kind in one]
                 if both:
@@ -97,7 +98,7 @@ def report() -> None:
         "Mean ‖W - Q - BA‖ / ‖W‖ of `refined`, at most 16 steps, blocks of 64, no data. `trellis` has 1024 states, "
         "`trellis-fast` 256. Where not all matrices were measured, they are spread over the model.",
         "",
-        f"Machine: {json.dumps(kept['machine'])}",
+        *(f"Machine of {name}: {json.dumps(kept['machine'])}" for name, kept in sorted(loaded.items())),
         "",
     ]
     REPORT.write_text("\n".join(lines))

@@ -18,12 +18,12 @@ from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
 
 SHAPES = ((32, 48), (16, 16), (35, 50), (5, 33), (18, 1), (1, 1), (3, 130))
 TABLES = {
-    (2, 8): "d6d30fd84f8401ac",
-    (2, 10): "8f92c0373420b394",
-    (3, 8): "ed014c2f80e3ba9d",
-    (3, 10): "1ccaac99acd34dd2",
-    (4, 8): "3df406c74e90aa6c",
-    (4, 10): "9bb27c8b8ce48727",
+    (2, 8): "04613db7a66df850",
+    (2, 10): "6aaf7267793e830d",
+    (3, 8): "aadaacd9f6f251be",
+    (3, 10): "afb9a0c9736f7582",
+    (4, 8): "5fe0ebbcc6742ec0",
+    (4, 10): "23448f9c54c7cc14",
 }
 
 
