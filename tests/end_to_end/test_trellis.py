@@ -42,7 +42,7 @@ def test_the_loaded_model_has_the_weights_that_were_optimised(name: str, source:
     assert manifest.totals.bits_stored == manifest.totals.bits_effective
     assert plan.backbone_bytes == manifest.totals.backbone_bytes
     sizes = {file: (out / file).stat().st_size for file in manifest.files}
-    assert sizes == {file: record.bytes for file, record in manifest.files.items()}
+    assert sizes == {file: record.nbytes for file, record in manifest.files.items()}
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["version"] == 3
     model = load_plainly(out, "AutoModelForCausalLM")
