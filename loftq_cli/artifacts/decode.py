@@ -13,8 +13,9 @@ from loftq_cli.formats import adapter, container_in, get_container, get_format
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES, QuantizedMatrix
 from loftq_cli.numerics.grids.affine import AffineGrid, ScaleRule, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, Layout
-from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.codebooks import TRELLIS, codebook
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.tensorfile.entry_names import parse_entries, whole_name
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def affine_record(grid: AffineGrid) -> AffineRecord:
 
 def _grid(record: MatrixRecord) -> Grid:
     scale_dtype, value_dtype = DTYPES[record.scale_dtype], DTYPES[record.value_dtype]
+    if record.affine is None and record.data_type in TRELLIS:
+        return TrellisGrid(record.bits, TRELLIS[record.data_type], record.block_size, scale_dtype, value_dtype)
     if record.affine is None:
         book = codebook(record.data_type, record.bits)
         layout = cast("Layout", record.layout)

@@ -15,6 +15,7 @@ from loftq_cli.artifacts.decode import affine_record
 from loftq_cli.artifacts.manifest import MANIFEST_VERSION, KeptRecord, Manifest, MatrixRecord, Totals, render
 from loftq_cli.formats.base import DTYPE_NAMES
 from loftq_cli.machine.usage import Cost, versions
+from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
@@ -178,7 +179,7 @@ def matrix_record(
         adapter_bytes=unit.adapter_bytes,
         weighted_plain_residual=weighted_plain_residual,
         weighted_residual=weighted_residual,
-        affine=None if isinstance(grid, BlockGrid) else affine_record(grid),
+        affine=affine_record(grid) if isinstance(grid, AffineGrid) else None,
         nested=isinstance(grid, BlockGrid) and grid.nested,
         heads=matrix.heads,
     )

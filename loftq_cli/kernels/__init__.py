@@ -14,12 +14,16 @@ from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.codebooks import codebook
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.quantizers.block import BlockQuantizer
 from loftq_cli.numerics.quantizers.block_columns import BlockColumns
 from loftq_cli.numerics.quantizers.columns import ColumnQuantizer
 from loftq_cli.numerics.quantizers.integer import AffineQuantizer
 from loftq_cli.numerics.quantizers.integer_columns import IntegerColumns
 from loftq_cli.numerics.quantizers.protocols import Quantizer
+from loftq_cli.numerics.quantizers.trellis import TrellisQuantizer
+from loftq_cli.numerics.quantizers.trellis_columns import TrellisColumns
+from loftq_cli.numerics.quantizers.viterbi import Encode
 
 
 def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
@@ -33,6 +37,8 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
     if isinstance(grid, AffineGrid):
         groups = _groups_on_gpu(device) if device.type == "cuda" else compiled.groups if compiled else None
         return AffineQuantizer(grid) if groups is None else groups(grid)
+    if isinstance(grid, TrellisGrid):
+        return TrellisQuantizer(grid, compiled.encode) if compiled else TrellisQuantizer(grid)
     if grid.nested:  # such scales are known only once all blocks are
         return BlockQuantizer(grid)
     blocks = _blocks_on_gpu(device) if device.type == "cuda" else compiled.blocks if compiled else None
@@ -41,7 +47,10 @@ def block_quantizer(grid: Grid, device: torch.device | str) -> Quantizer:
 
 def column_quantizer(grid: Grid, device: torch.device | str) -> ColumnQuantizer:
     """Return the fastest quantizer of a grid that goes column by column, compiled on the CPU."""
-    if torch.device(device).type == "cpu" and _compiled_quantizers() is not None:
+    compiled = _compiled_quantizers() if torch.device(device).type == "cpu" else None
+    if isinstance(grid, TrellisGrid):
+        return TrellisColumns(grid, compiled.encode) if compiled else TrellisColumns(grid)
+    if compiled is not None:
         from loftq_cli.kernels.cpu.column_quantizer import CompiledBlockColumns, CompiledIntegerColumns
 
         return CompiledIntegerColumns(grid) if isinstance(grid, AffineGrid) else CompiledBlockColumns(grid)
@@ -58,6 +67,7 @@ def load_kernels(grids: Iterable[Grid], device: torch.device) -> None:
 class _Compiled:
     blocks: Callable[[BlockGrid], Quantizer]
     groups: Callable[[AffineGrid], Quantizer]
+    encode: Encode
 
 
 @cache
@@ -67,6 +77,7 @@ def _compiled_quantizers() -> _Compiled | None:
         with collection_paused():
             from loftq_cli.kernels.cpu.block_quantizer import CompiledQuantizer
             from loftq_cli.kernels.cpu.integer_quantizer import CompiledAffineQuantizer
+            from loftq_cli.kernels.cpu.viterbi import encode
 
             trial = torch.linspace(-1, 1, 128).reshape(2, 64)
             CompiledQuantizer(BlockGrid(codebook("nf", 2), 64, "rows", torch.float32, torch.float32)).quantize_residual(
@@ -75,7 +86,7 @@ def _compiled_quantizers() -> _Compiled | None:
     except Exception as error:  # a compiler may raise anything, and the plain twin always works
         _warn("compiled quantizer", error, "several times slower")
         return None
-    return _Compiled(CompiledQuantizer, CompiledAffineQuantizer)
+    return _Compiled(CompiledQuantizer, CompiledAffineQuantizer, encode)
 
 
 @cache

@@ -240,7 +240,8 @@ class RecipeFields:
         Choices(c.LEVELS),
         Help(
             "Levels of refined and ldlq: NormalFloat, the best 4 or 8 of NF4's for 2 or 3 bits (fit bnb files), or "
-            "fitted to each matrix (packed only).",
+            "fitted to each matrix (packed only). trellis and trellis-fast work with loftq and qlora too: levels that "
+            "depend on earlier codes, closer at the same size and slower to find (2 to 4 bits; packed, dense).",
             LOFTQ,
             default="those of --data-type",
         ),

@@ -15,6 +15,7 @@ from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
+from loftq_cli.numerics.grids.codebooks import TRELLIS
 from loftq_cli.recipe.choices import (
     BITS,
     CALIBRATED,
@@ -115,7 +116,11 @@ class Recipe(RecipeFields):
         if self.init is not None and self.method not in STARTS:
             needed = " or ".join(STARTS)
             raise UsageError(f"--init {self.init} needs --method {needed}: {self.method} does not support it.")
-        if self.levels is not None and self.method not in FITTING:
+        if self.levels in TRELLIS and self.method == "qa-lora":
+            raise UsageError(
+                f"--levels {self.levels} has no zero points, as --method qa-lora needs: remove one of the two."
+            )
+        if self.levels not in (None, *TRELLIS) and self.method not in FITTING:
             needed = " or ".join(FITTING)
             raise UsageError(f"--levels {self.levels} needs --method {needed}: {self.method} does not support it.")
         if self.levels and self.data_type not in ("auto", "nf"):

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.packing import unpack_rows
+from loftq_cli.numerics.grids.trellis import TrellisGrid, row_panels, values
 
 # Bits looked up at once: a whole number of codes, with a table that fits the first-level cache (3 bits: second).
 _INDEX_BITS = {2: 8, 3: 12, 4: 8, 8: 8}
@@ -49,6 +52,8 @@ def decode_rows(
     Returns:
         `dtype` [rows, columns].
     """
+    if isinstance(grid, TrellisGrid):
+        return _decode_trellis(packed, scales, grid, columns, dtype)
     rows = packed.shape[0]
     # When compiling, call the function itself, because the compiler warns about the cache.
     compiling = torch.compiler.is_compiling()
@@ -72,7 +77,19 @@ def decode_rows(
     return out
 
 
-def levels_of(grid: Grid) -> tuple[float, ...]:
+def _decode_trellis(packed: Tensor, scales: Tensor, grid: TrellisGrid, columns: int, dtype: torch.dtype) -> Tensor:
+    """Decode rows that begin at a tile's first row."""
+    out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
+    table = grid.table(packed.device)
+    for part in row_panels(out):
+        found = values(unpack_rows(packed[part], grid.bits, columns), grid, table)
+        _blockwise(Tensor.mul_, found, scales[part].float(), grid.block_size)
+        found = _saturate(found, grid)
+        out[part] = found if dtype == grid.value_dtype else found.to(grid.value_dtype)
+    return out
+
+
+def levels_of(grid: BlockGrid | AffineGrid) -> tuple[float, ...]:
     """Return the value of code 0, 1, … before scale and zero."""
     if isinstance(grid, BlockGrid):
         return grid.codebook.levels

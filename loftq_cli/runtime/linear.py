@@ -19,6 +19,7 @@ from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.numerics.grids.packing import packed_width
+from loftq_cli.numerics.grids.trellis import TrellisGrid, tiles_of_rows
 from loftq_cli.runtime.codes import guard
 from loftq_cli.runtime.decode import decode_rows
 
@@ -115,6 +116,8 @@ class PackedWeight(nn.Module):
 
 def scale_dtypes(grid: Grid) -> dict[str, torch.dtype]:
     """Return the dtype of each buffer that is stored besides the codes, by name."""
+    if isinstance(grid, TrellisGrid):
+        return {"weight_absmax": grid.scale_dtype}
     if isinstance(grid, BlockGrid):
         assert grid.layout == "rows", "packed storage has blocks along rows"
         return {"weight_absmax": grid.scale_dtype, **({LEVELS: torch.float32} if grid.codebook.fitted else {})}
@@ -247,9 +250,13 @@ class LoftqEmbedding(PackedWeight, nn.Embedding):
         """int [...] -> compute dtype [..., embedding_dim]."""
         flat = ids.reshape(-1)
         codes, scales, zeros = self.stored()
+        places = None
+        if isinstance(self.grid, TrellisGrid):  # a row is decoded together with the others of its tiles
+            flat, places = tiles_of_rows(flat, self.num_embeddings)
         codes, scales = codes.index_select(0, flat), scales.index_select(0, flat)
         zeros = None if zeros is None else zeros.index_select(0, flat)
         rows = decode_rows(codes, scales, zeros, self.grid, self.columns, self.compute_dtype, self.own_levels())
+        rows = rows if places is None else rows.index_select(0, places)
         return rows.reshape(*ids.shape, self.columns)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:

@@ -22,8 +22,10 @@ from loftq_cli.modules.view import float32_patterns
 from loftq_cli.modules.weight_reads import ReadKind, partial_weight_reads
 from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
-from loftq_cli.numerics.grids.codebooks import Codebook
+from loftq_cli.numerics.grids.codebooks import TRELLIS, Codebook
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
+from loftq_cli.numerics.grids.trellis_tables import TABLE_NUMBER, has_table
 from loftq_cli.runtime.linear import LoftqEmbedding, LoftqLinear, PackedWeight
 from loftq_cli.runtime.paths import find_path, moved_prefixes
 from loftq_cli.runtime.unpacking import PackedParameter, Unpacking
@@ -78,6 +80,16 @@ class LoftqConfig(QuantizationConfigMixin):
 
 def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedGroup:
     scale_dtype = DTYPES[group["scale_dtype"]]
+    if group["data_type"] in TRELLIS:
+        trellis = TrellisGrid(
+            int(group["bits"]), int(group["state_bits"]), int(group["block_size"]), scale_dtype, value_dtype
+        )
+        if group["table"] != TABLE_NUMBER or not has_table(trellis.bits, trellis.state_bits):
+            raise LoftqError(
+                f"this checkpoint has table {group['table']} of {trellis.bits} and {trellis.state_bits} bits, "
+                "which this loftq lacks: run `pip install -U loftq-cli`."
+            )
+        return _group_of(trellis, group)
     if group["data_type"] == "int":
         integers = AffineGrid(
             int(group["bits"]),
@@ -91,6 +103,10 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
         return PackedGroup(integers, tuple(group["modules"]))
     book = Codebook(str(group["data_type"]), int(group["bits"]), tuple(float(level) for level in group["levels"]))
     grid = BlockGrid(book, int(group["block_size"]), "rows", scale_dtype=scale_dtype, value_dtype=value_dtype)
+    return _group_of(grid, group)
+
+
+def _group_of(grid: BlockGrid | TrellisGrid, group: Mapping[str, Any]) -> PackedGroup:
     parameters = [
         PackedParameter(name, grid, int(entry["in_features"]), bool(entry["transposed"]))
         for name, entry in group.get("parameters", {}).items()

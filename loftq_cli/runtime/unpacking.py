@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.numerics.grids.blocks import BlockGrid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.runtime.decode import decode_rows
 from loftq_cli.runtime.paths import find_path
 
@@ -30,7 +31,7 @@ class PackedParameter:
     `name` is its path in the class that the checkpoint was converted with."""
 
     name: str
-    grid: BlockGrid
+    grid: BlockGrid | TrellisGrid
     in_features: int
     transposed: bool
 
@@ -149,10 +150,17 @@ class Unpack(ConversionOps):
         return unpacked if self._first else {full_layer_name: next(iter(unpacked.values()))}
 
     def _dense(self, codes: Tensor, absmax: Tensor, parameter: PackedParameter, dtype: torch.dtype) -> Tensor:
-        rows = codes.flatten(0, -2), absmax.flatten(0, -2)
-        dense = decode_rows(*rows, None, parameter.grid, parameter.in_features, dtype)
+        if codes.ndim > 2 and isinstance(parameter.grid, TrellisGrid):  # whose rows depend on others of their matrix
+            pairs = zip(codes.flatten(0, -3), absmax.flatten(0, -3))
+            dense = torch.cat([self._rows(*pair, parameter, dtype) for pair in pairs])
+        else:
+            dense = self._rows(codes.flatten(0, -2), absmax.flatten(0, -2), parameter, dtype)
         dense = dense.unflatten(0, codes.shape[:-1])
         return dense.transpose(-1, -2).contiguous() if parameter.transposed else dense
+
+    @staticmethod
+    def _rows(codes: Tensor, absmax: Tensor, parameter: PackedParameter, dtype: torch.dtype) -> Tensor:
+        return decode_rows(codes, absmax, None, parameter.grid, parameter.in_features, dtype)
 
 
 def _tensors(value: Any) -> list[Tensor]:

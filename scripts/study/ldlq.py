@@ -23,6 +23,8 @@ from torch import Tensor
 
 TEXTS = {"wikitext": "WikiText-2 test", "domain": "Python reference"}
 EXTRA = (
+    Method("refined, trellis", {"method": "refined", "levels": "trellis"}),
+    Method("LDLQ, trellis", {"method": "ldlq", "levels": "trellis", "iters": 6}, "full"),
     Method("LDLQ", {"method": "ldlq", "iters": 6}, "full"),
     Method("LDLQ, fitted levels", {"method": "ldlq", "levels": "fitted", "iters": 6}, "full"),
     Method(

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import DTYPES
+from loftq_cli.numerics.grids import trellis
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.runtime import LoftqEmbedding, LoftqLinear, is_packable
 from loftq_cli.runtime import decode as decode_module
@@ -23,16 +24,17 @@ from loftq_cli.runtime.codes import PackedCodes
 
 SHAPES = ((8, 128), (7, 100), (5, 33), (3, 1))
 BITS = (2, 3, 4, 8)
+LEVELS = [(bits, "nf") for bits in BITS] + [(bits, "trellis") for bits in (2, 3, 4)]
 
 
 def fill(layer: nn.Module, codes: Tensor, absmax: Tensor) -> None:
     layer.load_state_dict({"weight": codes, "weight_absmax": absmax}, strict=False)
 
 
-def packed_linear(n_out: int, n_in: int, bits: int, dtype: torch.dtype, *, bias: bool = True):
+def packed_linear(n_out: int, n_in: int, bits: int, dtype: torch.dtype, *, bias: bool = True, levels: str = "nf"):
     """A packed layer and the dense layer it must equal."""
     torch.manual_seed(0)
-    grid, codes, absmax, q = encoded((n_out, n_in), bits, dtype)
+    grid, codes, absmax, q = encoded((n_out, n_in), bits, dtype, levels=levels)
     layer = LoftqLinear(n_in, n_out, bias, grid, dtype=dtype)
     fill(layer, codes, absmax)
     dense = nn.Linear(n_in, n_out, bias=bias, dtype=dtype)
@@ -44,9 +46,10 @@ def packed_linear(n_out: int, n_in: int, bits: int, dtype: torch.dtype, *, bias:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_dequantized_weights_are_what_the_format_decodes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for shape, bits, step in itertools.product(SHAPES, BITS, (200, 2**22)):
+    for shape, (bits, levels), step in itertools.product((*SHAPES, (37, 50)), LEVELS, (200, 2**22)):
         monkeypatch.setattr(decode_module, "_STEP_CPU", step)
-        grid, codes, absmax, q = encoded(shape, bits, dtype)
+        monkeypatch.setattr(trellis, "PANEL", step)
+        grid, codes, absmax, q = encoded(shape, bits, dtype, levels=levels)
         layer = LoftqLinear(shape[1], shape[0], False, grid)
         fill(layer, codes, absmax)
         assert layer.dequantized_weight().dtype == dtype
@@ -66,8 +69,8 @@ def test_scales_larger_than_the_value_dtype_saturate() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
 def test_forward_and_gradients_equal_the_dense_layer(dtype: torch.dtype, lead: tuple[int, ...]) -> None:
-    for bits, bias in itertools.product(BITS, (True, False)):
-        layer, dense = packed_linear(24, 40, bits, dtype, bias=bias)
+    for (bits, levels), bias in itertools.product(LEVELS, (True, False)):
+        layer, dense = packed_linear(24, 40, bits, dtype, bias=bias, levels=levels)
         inputs = [torch.randn(*lead, 40).to(dtype).requires_grad_() for _ in range(1)]
         inputs.append(inputs[0].detach().clone().requires_grad_())
         outputs = [module(x) for module, x in zip((layer, dense), inputs)]
@@ -194,8 +197,8 @@ def test_arithmetic_on_codes_is_refused_and_changes_nothing(act: Callable) -> No
 
 
 def test_embeddings_dequantize_the_rows_asked_for() -> None:
-    for bits, dtype in itertools.product(BITS, DTYPES.values()):
-        grid, codes, absmax, q = encoded((50, 33), bits, dtype, "embedding")
+    for (bits, levels), dtype in itertools.product(LEVELS, DTYPES.values()):
+        grid, codes, absmax, q = encoded((50, 33), bits, dtype, "embedding", levels=levels)
         table = LoftqEmbedding(50, 33, grid, padding_idx=0, dtype=dtype)
         fill(table, codes, absmax)
         for ids in (torch.tensor([[3, 49, 3], [0, 1, 2]]), torch.tensor(7), torch.zeros(0, 2, dtype=torch.int32)):
@@ -212,8 +215,9 @@ def test_layers_say_what_they_are() -> None:
     assert repr(layer) == f"LoftqLinear({expected})"
 
 
-def test_torch_compile_traces_a_packed_layer() -> None:
-    layer, dense = packed_linear(24, 40, 2, torch.float32)
+@pytest.mark.parametrize("levels", ["nf", "trellis"])
+def test_torch_compile_traces_a_packed_layer(levels: str) -> None:
+    layer, dense = packed_linear(24, 40, 2, torch.float32, levels=levels)
     compiled = torch.compile(nn.Sequential(layer, nn.ReLU()), backend="aot_eager")
     x = torch.randn(3, 40, requires_grad=True)
     y = compiled(x)

@@ -21,6 +21,7 @@ from loftq_cli.formats import get_format
 from loftq_cli.formats.adapter import encode_adapter
 from loftq_cli.kernels import block_quantizer
 from loftq_cli.machine.memory import Float32Buffer
+from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
 from loftq_cli.numerics.lowrank.truncate import SAFE_NORM
@@ -255,7 +256,7 @@ def _check_range(unit: Unit, weight: Tensor) -> None:
     """Check that the grid's dtypes can represent the weights; only float16 is too narrow for what float32 can hold."""
     assert unit.matrix is not None
     grid = unit.matrix.grid
-    dtypes = {grid.value_dtype, grid.scale_dtype if isinstance(grid, BlockGrid) else grid.product_dtype}
+    dtypes = {grid.value_dtype, grid.product_dtype if isinstance(grid, AffineGrid) else grid.scale_dtype}
     if torch.float16 in dtypes:
         highest = float(weight.abs().max()) if weight.numel() else 0.0
         if highest > torch.finfo(torch.float16).max:

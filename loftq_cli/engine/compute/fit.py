@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from loftq_cli.kernels import column_quantizer
+from loftq_cli.numerics.grids.affine import AffineGrid
 from loftq_cli.numerics.grids.blocks import BlockGrid
 from loftq_cli.numerics.grids.grid import Grid
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.numerics.lowrank.truncate import frobenius
 from loftq_cli.numerics.methods.ldlq import ldlq
 from loftq_cli.numerics.methods.ldlq_metric import metric
 from loftq_cli.numerics.methods.loftq import LoftQResult, LowRankStep, exact_step, fast_step
-from loftq_cli.numerics.methods.refined import Init, refined
+from loftq_cli.numerics.methods.refined import TRELLIS_FEEDBACK, USUAL_FEEDBACK, Init, refined
 from loftq_cli.numerics.methods.refined_steps import LowRankSteps, shallow_steps
 from loftq_cli.numerics.methods.weighted import WeightedResult, WeightedStep, Whitening, weighted_result
 from loftq_cli.numerics.quantizers.protocols import FittingQuantizer, Quantizer
@@ -44,8 +46,9 @@ def fit_refined(
         init=cast(Init, recipe.init),
         levels=grid.levels(weight.device) if isinstance(grid, BlockGrid) and grid.codebook.fitted else None,
         keep_last=recipe.keep_last,
+        schedule=TRELLIS_FEEDBACK if isinstance(grid, TrellisGrid) else USUAL_FEEDBACK,
         # Integer groups are fitted without column weights; the adapter and the choice of the step are weighted.
-        column_weight=None if whitening is None or not isinstance(grid, BlockGrid) else whitening.variances,
+        column_weight=None if whitening is None or isinstance(grid, AffineGrid) else whitening.variances,
         objective=None if whitening is None else lambda error: frobenius(whitening.apply(error)),
     )
     return found, None if whitening is None else weighted_result(weight, found, grid, quantizer, whitening)

@@ -28,11 +28,13 @@ from loftq_cli.engine.cost.schedule import choose_schedule
 from loftq_cli.machine.cache import cache_folder, keep, read_cached
 from loftq_cli.machine.precision import full_precision
 from loftq_cli.machine.usage import versions
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import UNWEIGHTED, Unit
 from loftq_cli.recipe.model import Recipe
 
 _TRIAL_WEIGHTS = 16_000_000  # large enough for the time to be proportional to it, small enough for a second or two
+_SLOW_TRIAL_WEIGHTS = 500_000  # of a trellis, which takes about 100 times as long
 _DISK_TRIAL = 64 << 20
 
 
@@ -72,7 +74,9 @@ class _Trials:
         """Return the seconds to convert one matrix; if several share the machine, the share of one."""
         assert unit.matrix is not None
         schedule = schedule if fits_a_lane(unit, recipe.method) else Schedule(threads=torch.get_num_threads())
-        trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling))
+        slow = isinstance(unit.matrix.grid, TrellisGrid)
+        most = _SLOW_TRIAL_WEIGHTS if slow else _TRIAL_WEIGHTS
+        trial = _trial_shape(*unit.matrix.shape, math.lcm(64, recipe.pooling), most)
         rank = unit.target.rank if unit.target else 0
         work = [
             recipe.method,
@@ -147,9 +151,9 @@ def _distinct(units: Iterable[Unit]) -> list[tuple[Unit, int]]:
     return [(first[key], count) for key, count in counts.items()]
 
 
-def _trial_shape(n_out: int, n_in: int, multiple: int = 64) -> tuple[int, int]:
-    """Return the shape itself, or a smaller one of the same proportions, about `_TRIAL_WEIGHTS` in multiples."""
-    shrink = (n_out * n_in / _TRIAL_WEIGHTS) ** 0.5
+def _trial_shape(n_out: int, n_in: int, multiple: int = 64, most: int = _TRIAL_WEIGHTS) -> tuple[int, int]:
+    """Return the shape itself, or a smaller one of the same proportions, about `most` weights in multiples."""
+    shrink = (n_out * n_in / most) ** 0.5
     if shrink <= 1:
         return n_out, n_in
     n_out, n_in = (max(1, round(size / shrink / multiple)) * multiple for size in (n_out, n_in))

@@ -9,11 +9,14 @@ import torch
 from loftq_cli.engine.compute.lanes import KEPT_BYTES, LANE_BYTES, Schedule
 from loftq_cli.engine.compute.stacks import Stack, form_stacks
 from loftq_cli.machine.usage import resident_memory
+from loftq_cli.numerics.grids.trellis import PANEL, TrellisGrid
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 
 _WORKING_SET = 12  # bytes per weight: W and W - Q in float32, W - Q in bfloat16, codes of this and of the best step
 _REFINED_SET = 10  # further bytes per weight for `refined`: target and feedback in float32, BA in bfloat16
+# Bytes per weight of the rows that a trellis quantizes at a time: targets, gains, sequences, states.
+_TRELLIS_SET = 64
 _LDLQ_SET = 26  # for `ldlq`: target, errors, values, targets with feedback and E M in float32, two sets of codes
 # Bytes per squared number of inputs for `ldlq`: the second moment and its roots, in float64 at first.
 _MOMENT_SET = 32
@@ -67,8 +70,9 @@ def working_set(unit: Unit, method: str = "loftq") -> int:
         return 2 * unit.source.nbytes
     per_weight = _WORKING_SET + {"refined": _REFINED_SET, "ldlq": _LDLQ_SET}.get(method, 0)
     moments = _MOMENT_SET * unit.matrix.in_features**2 if method == "ldlq" else 0
+    panel = _TRELLIS_SET * min(unit.matrix.weights, PANEL) if isinstance(unit.matrix.grid, TrellisGrid) else 0
     outputs = unit.backbone_bytes + 3 * unit.adapter_bytes
-    return unit.source.nbytes + per_weight * unit.matrix.weights + moments + outputs
+    return unit.source.nbytes + per_weight * unit.matrix.weights + moments + panel + outputs
 
 
 def device_set(unit: Unit, method: str = "loftq") -> int:

@@ -36,7 +36,7 @@ from loftq_cli.formats.bnb import QUANT_METHOD
 from loftq_cli.formats.refusals import INSTEAD
 from loftq_cli.formats.skip_lists import kept_patterns
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks, dequantize
-from loftq_cli.numerics.grids.codebooks import Codebook, codebook
+from loftq_cli.numerics.grids.codebooks import TRELLIS, Codebook, codebook
 from loftq_cli.numerics.grids.grid import Quantized
 from loftq_cli.numerics.grids.nested import NESTED_BLOCK, NestedScales, dynamic_map
 from loftq_cli.numerics.grids.panels import panels
@@ -78,6 +78,8 @@ class BnbFormat(FormatDefaults):
     def grid(self, request: GridRequest) -> BlockGrid | Refusal:
         if request.data_type == "int":
             return Refusal(f"a bitsandbytes checkpoint holds NF4 levels, not integers: {INSTEAD}", fatal=True)
+        if request.data_type in TRELLIS:
+            return Refusal(f"only packed and dense files can hold --levels {request.data_type}: {INSTEAD}", fatal=True)
         book = codebook(request.data_type, request.bits)
         if nf4_codes_of(book) is None:
             reason = (

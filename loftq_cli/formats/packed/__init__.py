@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loftq_cli.formats.base import Format
 
 QUANT_METHOD = "loftq"
-CONFIG_VERSION = 2  # added integers and per-matrix levels; without either, 1 is written
+CONFIG_VERSION = 3  # 2 added integers and per-matrix levels, 3 the trellis; the lowest that has all is written
 SCALE_NAMES = ("weight_absmax", "weight_scales", "weight_zeros", "weight_levels")
 _QUANTIZES = "end_to_end/test_quantize.py::test_small_llama"
 
@@ -27,7 +27,7 @@ PACKED = Container(
     open=_open,
     capability=Capability(
         bits=(2, 3, 4, 8),
-        levels="any codebook, integers with float zeros; mixed",
+        levels="any codebook, a trellis, integers with float zeros; mixed",
         exact=Claim("yes", _QUANTIZES),
         trains=Claim(
             "yes, at the stored bits", "runtime/test_linear.py::test_forward_and_gradients_equal_the_dense_layer"

@@ -5,7 +5,7 @@ For a linear layer at on-disk path P:
 | tensor | dtype | shape |
 |---|---|---|
 | `P.weight` | uint8 | [out, ceil(in * bits / 8)], each row a bit stream of codes, least significant bit first |
-| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)], codebooks only; may be negative |
+| `P.weight_absmax` | the scale dtype | [out, ceil(in / block_size)], codebooks and trellis; may be negative |
 | `P.weight_levels` | float32 | [2**bits], only if each matrix has its own levels (`fitted`) |
 | `P.weight_scales` | the scale dtype | [out, ceil(in / group_size)], integers only |
 | `P.weight_zeros` | float32 | the same, asymmetric integers only: the value of code 0 |
@@ -19,6 +19,8 @@ their zeros.
 
 Codebooks: Q = round(level[code] * absmax). Integers: Q = round((code - 2**(bits - 1)) * scale), or, with zeros,
 Q = round(code * scale + zero). Products and sums are computed in float32, with one rounding to the model's dtype.
+Trellis (`numerics.grids.trellis`): Q = round(table[state] * absmax), where the state is a window of a tile's codes. The
+table belongs to the program; config.json has the number of `state_bits` and of the `table`.
 Levels, bits, sizes and module paths are in config.json; JSON's shortest decimals reproduce float32 exactly. `fitted`
 levels are tensors instead, because everything in config.json is known before a weight is read.
 """
@@ -46,9 +48,11 @@ from loftq_cli.formats.packed import QUANT_METHOD
 from loftq_cli.formats.refusals import plain_scales
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups, Zero
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
-from loftq_cli.numerics.grids.codebooks import codebook
+from loftq_cli.numerics.grids.codebooks import TRELLIS, codebook
 from loftq_cli.numerics.grids.grid import Grid, Quantized, dequantize
 from loftq_cli.numerics.grids.packing import pack_rows, packed_width, unpack_rows
+from loftq_cli.numerics.grids.trellis import TrellisGrid
+from loftq_cli.numerics.grids.trellis_tables import TABLE_NUMBER
 from loftq_cli.tensorfile.tensors import OutputTensor
 
 _NO_TABLE = Refusal(
@@ -76,6 +80,9 @@ class PackedFormat(FormatDefaults):
             rule = request.scale_rule
             value_dtype = torch.float32 if request.unrounded else dtype
             return AffineGrid(request.bits, request.block_size, zero, dtype, value_dtype, scale_rule=rule)
+        if request.data_type in TRELLIS and request.bits != 8:
+            state_bits = TRELLIS[request.data_type]
+            return TrellisGrid(request.bits, state_bits, request.block_size, scale_dtype=dtype, value_dtype=dtype)
         book = codebook(request.data_type, request.bits)
         if request.parameter and book.fitted:
             return _NO_TABLE
@@ -87,10 +94,11 @@ class PackedFormat(FormatDefaults):
         name = matrix.tensor if stacked else f"{prefix}.weight"
         codes = matrix.stored(name, torch.uint8, (n_out, packed_width(n_in, grid.bits)))
         shape = n_out, grid.n_blocks(1, n_in)
-        if isinstance(grid, BlockGrid):
+        if not isinstance(grid, AffineGrid):
             absmax = matrix.stored(f"{name}{'.' if stacked else '_'}absmax", grid.scale_dtype, shape)
             levels = OutputTensor(f"{prefix}.weight_levels", torch.float32, (2**grid.bits,))
-            return (codes, absmax, levels) if grid.codebook.fitted else (codes, absmax)
+            own = isinstance(grid, BlockGrid) and grid.codebook.fitted
+            return (codes, absmax, levels) if own else (codes, absmax)
         scales = OutputTensor(f"{prefix}.weight_scales", grid.scale_dtype, shape)
         if grid.zero == "none":
             return codes, scales
@@ -98,10 +106,8 @@ class PackedFormat(FormatDefaults):
 
     def encode(self, matrix: QuantizedMatrix, quantized: Quantized) -> dict[str, Tensor]:
         weight, *others = self.tensors(matrix)
-        if isinstance(matrix.grid, BlockGrid):
-            found = blocks_of(quantized)
-            own = matrix.grid.levels() if found.levels is None else found.levels
-            numbers: tuple[Tensor | None, ...] = (found.absmax, own)
+        if not isinstance(matrix.grid, AffineGrid):
+            numbers: tuple[Tensor | None, ...] = blocks_of(quantized).absmax, blocks_of(quantized).levels
         else:
             numbers = groups_of(quantized).scales, groups_of(quantized).zeros
         stored = {
@@ -120,7 +126,7 @@ class PackedFormat(FormatDefaults):
         codes = unpack_rows(read(weight.name), matrix.grid.bits, matrix.in_features)
         first, second = [*(read(tensor.name).float() for tensor in others), None][:2]
         assert first is not None
-        if isinstance(matrix.grid, BlockGrid):
+        if not isinstance(matrix.grid, AffineGrid):
             return QuantizedBlocks(codes, first.reshape(-1), second)
         return QuantizedGroups(codes, first, second)
 
@@ -140,10 +146,9 @@ class PackedFormat(FormatDefaults):
                 parameters[matrix.parameter] = {"in_features": matrix.in_features, "transposed": transposed}
             else:
                 modules.append(matrix.module)
-        new = any(isinstance(grid, AffineGrid) or grid.codebook.fitted for grid in groups)
         return {
             "quant_method": QUANT_METHOD,
-            "version": 2 if new else 1,
+            "version": max(map(_version, groups)),
             "dtype": DTYPE_NAMES[dtype],
             "groups": [
                 {**_grid_values(grid, dtype), "modules": modules, "parameters": parameters}
@@ -152,7 +157,23 @@ class PackedFormat(FormatDefaults):
         }
 
 
+def _version(grid: Grid) -> int:
+    """Return the lowest version of the config that has this kind of grid."""
+    if isinstance(grid, TrellisGrid):
+        return 3
+    return 2 if isinstance(grid, AffineGrid) or grid.codebook.fitted else 1
+
+
 def _grid_values(grid: Grid, dtype: torch.dtype) -> dict[str, Any]:
+    if isinstance(grid, TrellisGrid):
+        return {
+            "bits": grid.bits,
+            "data_type": grid.data_type,
+            "state_bits": grid.state_bits,
+            "table": TABLE_NUMBER,
+            "block_size": grid.block_size,
+            "scale_dtype": DTYPE_NAMES[grid.scale_dtype],
+        }
     if isinstance(grid, BlockGrid):
         return {
             "bits": grid.bits,

@@ -13,7 +13,9 @@ from loftq_cli.errors import UsageError
 
 DataType = Literal["nf", "nf-sym", "uniform"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
-LEVELS = ("nf", "nf4-subset", "fitted")
+# `numerics.grids.trellis`, which has no codebook: bits of a state. What a name means never changes; files record it.
+TRELLIS = {"trellis": 10, "trellis-fast": 8}
+LEVELS = ("nf", "nf4-subset", "fitted", *TRELLIS)
 
 _NF: dict[int, tuple[float, ...]] = {
     2: (-1.0, 0.0, 0.33791524171829224, 1.0),
@@ -70,7 +72,7 @@ def codebook(data_type: str, bits: int) -> Codebook:
 
     `nf` and `nf-sym` have 2, 3 or 4 bits; `uniform` has 2, 3, 4 or 8 (LoftQ section 3.1: levels evenly spaced on the
     absmax grid, ±1 and ±1/3 at 2 bits). NormalFloat was never defined at 8 bits, where evenly spaced levels are as
-    good, so 8 bits is always `uniform`; the result's `data_type` reports that.
+    good, so 8 bits is always `uniform`, also in place of a trellis; the result's `data_type` reports that.
 
     Two more are for fitted scales at 2, 3 or 4 bits: `nf4-subset`, a nearly optimal subset of the NF4 levels, which a
     bitsandbytes file can store; and `fitted`, levels fitted to each matrix, starting from that subset.
@@ -78,7 +80,7 @@ def codebook(data_type: str, bits: int) -> Codebook:
     Raises:
         UsageError: there is no such codebook.
     """
-    if data_type not in (*DATA_TYPES, *LEVELS):
+    if data_type not in (*DATA_TYPES, *LEVELS) or (data_type in TRELLIS and bits != 8):
         raise UsageError(f"there is no data type '{data_type}': choose one of {', '.join(DATA_TYPES)}.")
     if bits not in (2, 3, 4, 8):
         raise UsageError(f"{bits} bits is not a width of '{data_type}': choose 2, 3, 4 or 8.")

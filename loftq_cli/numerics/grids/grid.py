@@ -1,4 +1,4 @@
-"""Common names for both kinds of grid: codebook blocks and integer groups."""
+"""Common names for all kinds of grid: codebook blocks, integer groups and the trellis."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from loftq_cli.numerics.grids import affine, blocks
+from loftq_cli.numerics.grids import affine, blocks, trellis
 from loftq_cli.numerics.grids.affine import AffineGrid, QuantizedGroups
 from loftq_cli.numerics.grids.blocks import BlockGrid, QuantizedBlocks
+from loftq_cli.numerics.grids.trellis import TrellisGrid
 
-Grid: TypeAlias = BlockGrid | AffineGrid
+Grid: TypeAlias = BlockGrid | AffineGrid | TrellisGrid
 Quantized: TypeAlias = QuantizedBlocks | QuantizedGroups
 
 
 def rows_of(quantized: Quantized, grid: Grid, rows: slice) -> Quantized | None:
-    """Return codes, scales and zeros of some rows, as views; None if blocks continue from one row to the next."""
+    """Return codes, scales and zeros of some rows, as views; None if they cannot be decoded without others."""
+    if isinstance(grid, TrellisGrid):
+        return None
     codes = quantized.codes[rows]
     if isinstance(quantized, QuantizedGroups):
         return QuantizedGroups(
@@ -34,5 +37,7 @@ def dequantize(quantized: Quantized, grid: Grid) -> Tensor:
     if isinstance(quantized, QuantizedGroups):
         assert isinstance(grid, AffineGrid), "groups need an integer grid"
         return affine.dequantize(quantized, grid)
+    if isinstance(grid, TrellisGrid):
+        return trellis.dequantize(quantized, grid)
     assert isinstance(grid, BlockGrid), "blocks need a codebook grid"
     return blocks.dequantize(quantized, grid)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loftq_cli.numerics.grids.grid import Quantized
@@ -20,6 +21,7 @@ from loftq_cli.numerics.quantizers.columns import (
     ColumnQuantizer,
     Columns,
     FusedSweep,
+    JointSweep,
     Sweep,
     quantize_by_tiles,
 )
@@ -125,7 +127,8 @@ class _Sweeping:
         if not moved:
             return first
         second = self._quantize(block, start.clone(), weight, feedback)
-        better = second.remaining(corner, self.sweep.tile).square().sum(dim=1) < cost
+        joint = self.sweep.joint_rows if isinstance(self.sweep, JointSweep) else 1
+        better = _lower(second.remaining(corner, self.sweep.tile).square().sum(dim=1), cost, joint)
         for number, change_made in enumerate(moved):
             chosen = torch.where(better, change_made.after, change_made.before)
             self.quantizer.put(quantized, block, number, chosen)
@@ -148,6 +151,15 @@ class _Block:
             return difference * corner.diagonal()
         tiles = torch.arange(corner.shape[0], device=corner.device) // tile
         return difference @ torch.where(tiles.unsqueeze(1) == tiles, corner, 0.0)
+
+
+def _lower(cost: Tensor, before: Tensor, joint: int) -> Tensor:
+    """Return where costs [out] are lower than before, compared in sums over groups of `joint` rows."""
+    if joint == 1:
+        return cost < before
+    pad = -cost.numel() % joint
+    sums = (F.pad(cost - before, (0, pad))).view(-1, joint).sum(dim=1)
+    return (sums < 0).repeat_interleave(joint)[: cost.numel()]
 
 
 def _best_change(slope: Tensor, curve: Tensor) -> Tensor:

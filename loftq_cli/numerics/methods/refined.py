@@ -47,15 +47,33 @@ from loftq_cli.numerics.quantizers.protocols import FeedingQuantizer, FittingQua
 Init = Literal["svd", "zero"]
 DEFAULT_ITERS = 16
 
-# Measured on trained matrices (scripts/study): each step U loses 30 % and gains 28 % of the residual; more diverges.
-_KEPT, _ADDED = 0.7, 0.28
-_TAPER = (0.0, 0.3, 0.6)  # the share of U in the last, the second last and the third last step
 _LEVELS_FROZEN = 2  # number of final steps in which levels are not updated
 _DIVERGED = 1.5  # multiple of the best residual that counts as diverged
 _CONVERGED = 1e-4  # relative change of the residual from one plain step to the next
-_STALLED = 2e-3  # the same with feedback; the taper begins after two such steps in a row
 _SETTLING = 6  # number of first steps exempt from that, as the residual rises at first
 _CANCELLING = 1e-3  # remaining share of ‖W - Q‖² below which BA's rounding to bfloat16 would show in E
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The schedule of error feedback.
+
+    Attributes:
+        kept, added: each step U loses 1 - `kept` of itself and gains `added` of the residual; more diverges.
+        taper: the share of U in the last, the second last, ... step; before, it is 1.
+        stalled: relative change of the residual that counts as none; the taper begins after two such steps in a row.
+    """
+
+    kept: float
+    added: float
+    taper: tuple[float, ...]
+    stalled: float
+
+
+# Measured on trained matrices (scripts/study).
+USUAL_FEEDBACK = Feedback(0.7, 0.28, (0.0, 0.3, 0.6), 2e-3)
+# A trellis has many codes for nearly the same values: it needs less, for longer, and ends where U fades out slowly.
+TRELLIS_FEEDBACK = Feedback(0.7, 0.15, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), 0.0)
 
 
 @runtime_checkable
@@ -77,6 +95,7 @@ def refined(
     low_rank: LowRankSteps | None,
     init: Init = "svd",
     feedback: bool = True,
+    schedule: Feedback = USUAL_FEEDBACK,
     levels: Tensor | None = None,
     keep_last: bool = False,
     column_weight: Tensor | None = None,
@@ -90,6 +109,7 @@ def refined(
         low_rank: None for a matrix without an adapter: then only scales (and levels) are fitted.
         init: BA starts as the rank-r SVD of W, or at zero as in LoftQ.
         feedback: False makes plain steps only, which never raise the residual but stall earlier.
+        schedule: of the feedback.
         levels: float32 [2**bits], the start for levels fitted to the matrix; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
         column_weight: float32 [in], positive: weights of the columns' errors when scales (and levels) are fitted;
@@ -102,7 +122,8 @@ def refined(
     plain = quantizer.quantize_residual(weight, weight).residual_norm()
     if levels is not None:
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
-    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feedback and low_rank is not None)
+    feeds = feedback and low_rank is not None
+    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feeds, schedule)
     run.objective = objective
     if low_rank is not None and init == "svd":
         run.found = low_rank.rough(weight, norm, None) or low_rank.step(weight, None)
@@ -140,6 +161,7 @@ class _Run:
     column_weight: Tensor | None
     steps_left: int
     feeds: bool
+    schedule: Feedback = USUAL_FEEDBACK
     objective: Callable[[Tensor], float] | None = None
     found: LowRank | None = None
     target: Tensor = field(init=False)
@@ -217,7 +239,7 @@ class _Run:
             self.half = None
             product = self.found.product(out=self.target)
         self.fed = torch.zeros_like(self.weight) if self.fed is None else self.fed
-        gains = FeedbackGains(_KEPT, _ADDED, self._share())
+        gains = FeedbackGains(self.schedule.kept, self.schedule.added, self._share())
         if isinstance(self.quantizer, FeedingQuantizer):
             norm = self.quantizer.feed_back(self.weight, product, done, self.fed, gains)
         else:
@@ -233,16 +255,18 @@ class _Run:
         return done.residual.add_(self.target).sub_(self.weight)
 
     def _share(self) -> float:
-        return _TAPER[self.steps_left - 1] if self.steps_left <= len(_TAPER) else 1.0
+        taper = self.schedule.taper
+        return taper[self.steps_left - 1] if self.steps_left <= len(taper) else 1.0
 
     def _feed_separately(self, error: Tensor) -> None:
         """Update U with the last error and add it to the target."""
-        self.fed = error * _ADDED if self.fed is None else self.fed.mul_(_KEPT).add_(error, alpha=_ADDED)
+        kept, added = self.schedule.kept, self.schedule.added
+        self.fed = error * added if self.fed is None else self.fed.mul_(kept).add_(error, alpha=added)
         self.target.add_(self.fed, alpha=self._share())
 
     def _plan_ahead(self, before: _Iterate | None, latest: _Iterate, best: _Iterate) -> None:
         """Decide from the latest step whether to continue, to end soon, or to drop feedback."""
-        tolerance = _STALLED if self.feeds else _CONVERGED
+        tolerance = self.schedule.stalled if self.feeds else _CONVERGED
         unchanged = before is not None and abs(before.objective - latest.objective) <= tolerance * latest.objective
         self.stalled = self.stalled + 1 if unchanged else 0
         if not self.feeds:
@@ -250,7 +274,7 @@ class _Run:
         elif not latest.objective <= _DIVERGED * best.objective:
             self._fall_back(best)
         elif self.stalled > 1 and latest.number >= _SETTLING:
-            self.steps_left = min(self.steps_left, len(_TAPER))
+            self.steps_left = min(self.steps_left, len(self.schedule.taper))
 
     def make_exact(self, kept: _Iterate) -> _Iterate:
         """Replace BA by the exact projection on its directions, and update the residual."""

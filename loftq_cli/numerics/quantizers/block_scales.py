@@ -174,17 +174,17 @@ class _Panel:
 
     def _fit(self, nearest: Tensor) -> _Fit:
         weighted = nearest if self.weights is None else nearest * self.weights
-        return _Fit(_sum(weighted * self.x), _sum(weighted * nearest))
+        return _Fit(sum_blocks(weighted * self.x), sum_blocks(weighted * nearest))
 
     def _error(self, nearest: Tensor, stored: Tensor) -> Tensor:
         """Return the true squared error, with products rounded as the loader does."""
         values = round_to(nearest * stored.unsqueeze(1), self.grid.value_dtype) / self.unit.unsqueeze(1)
         squares = (self.x - values).square_()
-        return _sum(squares if self.weights is None else squares * self.weights)
+        return sum_blocks(squares if self.weights is None else squares * self.weights)
 
 
-def _sum(terms: Tensor) -> Tensor:
-    """Sum [n, block] -> [n], always in the same order."""
+def sum_blocks(terms: Tensor) -> Tensor:
+    """Sum [n, block] -> [n], always in the same order; blocks have a power of two of elements, at least 8."""
     n_blocks = terms.shape[0]
     parts = terms.reshape(-1, STEPS)
     total = parts[:, 0]

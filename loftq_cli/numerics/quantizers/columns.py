@@ -83,6 +83,15 @@ class FusedSweep(Sweep, Protocol):
         """Do what `quantize_by_tiles` does."""
 
 
+@runtime_checkable
+class JointSweep(Sweep, Protocol):
+    """A sweep whose codes in one row decide values in others: groups of rows keep or change their codes together."""
+
+    @property
+    def joint_rows(self) -> int:
+        """The number of rows in a group; the last group may have fewer."""
+
+
 class ColumnQuantizer(Protocol):
     """Makes sweeps over matrices on one grid."""
 
