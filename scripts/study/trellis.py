@@ -84,7 +84,9 @@ def study(name: str, model: Path, bits: int, rank: int, every: int, levels: list
 def report() -> None:
     """Write the table."""
     lines = ["# Trellis", "", "| model | | levels | matrices | fitted levels | trellis | share |", "|---" * 7 + "|"]
-    loaded = {file.stem.removeprefix("trellis-"): json.loads(file.read_text()) for file in RESULTS.glob("trellis-*.json")}
+    loaded = {
+        file.stem.removeprefix("trellis-"): json.loads(file.read_text()) for file in RESULTS.glob("trellis-*.json")
+    }
     for name, kept in sorted(loaded.items()):
         for key, found in kept["runs"].items():
             for kind in STATES:

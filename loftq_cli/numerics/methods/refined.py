@@ -95,7 +95,7 @@ def refined(
     low_rank: LowRankSteps | None,
     init: Init = "svd",
     feedback: bool = True,
-    schedule: Feedback = USUAL_FEEDBACK,
+    schedule: Feedback | None = None,
     levels: Tensor | None = None,
     keep_last: bool = False,
     column_weight: Tensor | None = None,
@@ -109,7 +109,7 @@ def refined(
         low_rank: None for a matrix without an adapter: then only scales (and levels) are fitted.
         init: BA starts as the rank-r SVD of W, or at zero as in LoftQ.
         feedback: False makes plain steps only, which never raise the residual but stall earlier.
-        schedule: of the feedback.
+        schedule: of the feedback; None is the usual one.
         levels: float32 [2**bits], the start for levels fitted to the matrix; needs a `LevelQuantizer`.
         keep_last: keep the last iterate instead of the best one.
         column_weight: float32 [in], positive: weights of the columns' errors when scales (and levels) are fitted;
@@ -123,7 +123,8 @@ def refined(
     if levels is not None:
         quantizer = cast(LevelQuantizer, quantizer).with_levels(levels)
     feeds = feedback and low_rank is not None
-    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feeds, schedule)
+    run = _Run(weight, quantizer, low_rank, levels is not None, column_weight, iters, feeds)
+    run.schedule = schedule or USUAL_FEEDBACK
     run.objective = objective
     if low_rank is not None and init == "svd":
         run.found = low_rank.rough(weight, norm, None) or low_rank.step(weight, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_feedback_improves_on_stalled_plain_steps() -> None:
 
 
 def test_a_diverging_run_falls_back_to_plain_steps_from_the_best_iterate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ADDED", 4.0)
+    monkeypatch.setattr(module, "USUAL_FEEDBACK", replace(module.USUAL_FEEDBACK, added=4.0))
     w, kind = weight(), grid(2)
     result = run(w, kind, iters=10)
     peak = max(range(len(result.residuals)), key=lambda i: result.residuals[i])
@@ -84,9 +85,9 @@ def test_a_diverging_run_falls_back_to_plain_steps_from_the_best_iterate(monkeyp
 
 def test_kept_estimates_are_made_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large matrices use bfloat16 in steps with feedback, but the stored and reported results do not."""
-    w = weight(640, 576)
+    w, usual = weight(640, 576), module.USUAL_FEEDBACK
     for added in (0.28, 4.0):  # ends on its best iterate, or falls back to an early one
-        monkeypatch.setattr(module, "_ADDED", added)
+        monkeypatch.setattr(module, "USUAL_FEEDBACK", replace(usual, added=added))
         for kind in (grid(2), grid(4, "fitted", signed=True)):
             for options in ({"iters": 3}, {"iters": 8}, {"iters": 8, "keep_last": True}):
                 result = run(w, kind, rank=16, **options)
