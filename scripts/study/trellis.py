@@ -5,7 +5,7 @@
     python scripts/study/trellis.py gemma --model MODEL --bits 2 --every 20
     python scripts/study/trellis.py --report
 
-The first three add to scripts/study/results/trellis-NAME.json, saving after every matrix, and go on where they were stopped;
+The first three add to scripts/study/results/trellis-NAME.json, saving after every matrix, and go on where they stopped;
 matrices are taken in an order that spreads over the model, so that the first ones are a fair sample. The numbers for
 fitted levels are those of residuals.py where it has them, and measured here otherwise. The last prints and writes the
 table (trellis.md).
