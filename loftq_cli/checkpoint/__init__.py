@@ -38,7 +38,7 @@ def open_source(recipe: Recipe, *, stream: bool = False, weights: bool = True) -
         UsageError: a revision or `stream` is given for a directory.
         LoftqError: the checkpoint does not exist or cannot be read.
     """
-    local = Path(recipe.model).expanduser()
+    local = user_path(recipe.model)
     source: Path | HubModel = local
     if recipe.revision is not None or not local.exists():
         # Imports huggingface_hub, which a model on this machine does not need.

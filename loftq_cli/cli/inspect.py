@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loftq_cli.cli import options as o
 from loftq_cli.cli.terminal import duration, guarded, print_json, results, styled
+from loftq_cli.machine.confined import user_path
 from loftq_cli.machine.sizes import size_text
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def inspect_command(
         from loftq_cli.artifacts.manifest import NAME, read_manifest
         from loftq_cli.artifacts.plain_model import describe_model
 
-        directory = Path(model).expanduser()
+        directory = user_path(model)
         plain = any((directory / name).is_file() for name in ("config.json", "params.json"))  # the latter is Meta's
         if (directory / NAME).exists() or (directory.is_dir() and not plain):
             manifest = read_manifest(directory)

@@ -94,14 +94,14 @@ class _Counting(Reporter):
             return "…"
         return duration((self.total - self.done_bytes) / self.rate)
 
-    def residual_text(self) -> str:
-        """Return the mean residuals so far, `residual 0.5602 → 0.4591`."""
+    def mean_text(self) -> str:
+        """Return the mean residuals so far, `0.5602 → 0.4591`, plain and kept; "" before the first matrix."""
         if not self.records:
             return ""
         count = len(self.records)
         plain = sum(record.plain_residual for record in self.records) / count
         kept = sum(record.residual for record in self.records) / count
-        return f"residual {plain:.4f} → {kept:.4f}"
+        return f"{plain:.4f} → {kept:.4f}"
 
 
 class LineReporter(_Counting):
@@ -119,7 +119,8 @@ class LineReporter(_Counting):
         if self._verbose:
             residuals = f"residual {record.plain_residual:.4f} → {record.residual:.4f}"
             what = f"{record.module} {list(record.shape)} {record.bits} bits"
-            self.console.print(f"{len(self.records)}/{self.matrices} {what}, {residuals}", soft_wrap=True)
+            line = f"{len(self.records)}/{self.matrices} {what}, {residuals}, mean {self.mean_text()}"
+            self.console.print(line, soft_wrap=True)
             return
         now = time.monotonic()
         if now - self._last >= (_LINE_EVERY if now - self.started < _FIRST else _LATER_EVERY):
@@ -128,8 +129,8 @@ class LineReporter(_Counting):
 
     def _line(self, module: str) -> str:
         """Return where the conversion stands in one line of 80 columns; the module is cut at the left to fit."""
-        line = f"{len(self.records)}/{self.matrices}, {size_text(self.rate)}/s, {self.left()} left, mean "
-        line += self.residual_text()
+        line = f"{len(self.records)}/{self.matrices}, {size_text(self.rate)}/s, {self.left()} left, mean residual "
+        line += self.mean_text()
         return f"{line}, {_short(module, max(12, 78 - len(line)))}"
 
     def finishing(self, step: str) -> None:
@@ -183,7 +184,7 @@ class LiveReporter(_Counting):
 
     def _fields(self) -> dict[str, Any]:
         done, total = size_text(self.done_bytes), size_text(self.total)
-        below = self.residual_text()
+        below = f"residual {self.mean_text()}" if self.records else ""
         room = self.console.width - len(below) - 2
         return {
             "count": f"{len(self.records)}/{self.matrices}",
