@@ -168,7 +168,7 @@ def _convert(job: _Job, world: World | None) -> _Done:
     """Run the conversion as the main process."""
     from loftq_cli.calibration.calibrate import pin_calibration
     from loftq_cli.checkpoint import open_source
-    from loftq_cli.engine.output.finished import find_finished
+    from loftq_cli.engine.output.finished import find_finished, remove_leftovers
 
     _check_push(job.push_to)
     with open_source(job.asked, stream=job.stream) as (checkpoint, resolved):
@@ -176,6 +176,7 @@ def _convert(job: _Job, world: World | None) -> _Done:
         orders = job.orders(plan.recipe, plan.output, world)
         finished = None if job.overwrite else find_finished(plan)
         if finished is not None:
+            remove_leftovers(plan)
             job.reporter.note(f"{plan.output} is finished already, with the same recipe: nothing to convert.")
         if finished is not None and world is not None:
             world.announce(_NO_RUN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def make_windows(
     Raises:
         LoftqError: the text is too short, or the window too long for the model.
     """
-    limit = min(positions or _UNBOUNDED, tokenizer.model_max_length or _UNBOUNDED)
+    limit = min(positions or _UNBOUNDED, _longest_input(tokenizer) or _UNBOUNDED)
     if window is not None and window > limit:
         raise UsageError(f"--window {window} is too long: this model takes {limit} tokens.")
     length = window or min(limit, LONGEST_WINDOW)
@@ -167,6 +168,23 @@ def make_windows(
     body = torch.tensor(ids[: count * content]).reshape(count, content)
     frame = [torch.tensor(part, dtype=torch.long).expand(count, -1) for part in (before, after)]
     return Windows(torch.cat([frame[0], body, frame[1]], dim=1), len(before), len(after))
+
+
+def _longest_input(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the number of tokens that the tokenizer allows; transformers takes it from the file as it is.
+
+    Raises:
+        LoftqError: it is not a number.
+    """
+    limit: object = tokenizer.model_max_length
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < math.inf:
+        raise LoftqError(
+            f"tokenizer_config.json in {tokenizer.name_or_path} has model_max_length {limit!r:.80}, which is not a "
+            "number of tokens: correct it."
+        )
+    return int(limit)
 
 
 def _tokenize(text: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}|(hf|api_org)_[A-Za-z0-9]{20,}")  # a whole one also inside a word
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{8,}")
 _BASIC = re.compile(r"\b((?i:basic))\s+(?=[\w.~+/-]*[A-Z0-9=])[\w.~+/=-]{8,}")  # but not "basic knowledge"
 _USER = re.compile(r"(?i)\b(https?:/{1,2})[^\s/?#'\"@]+@")

@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
-from loftq_cli.engine.output.directory import STATE
+from loftq_cli.engine.output.directory import PUSH_STATE, STATE
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.retry import with_retries
@@ -259,7 +259,7 @@ class _SavedNumbers:
     """Numbers of pull requests by repository, kept in the directory's state."""
 
     def __init__(self, directory: Path) -> None:
-        self._folder, self._name = ConfinedFolder(directory), f"{STATE}/push.json"
+        self._folder, self._name = ConfinedFolder(directory), f"{STATE}/{PUSH_STATE}"
 
     def number(self, repo: str) -> int | None:
         found = self._read().get(repo)

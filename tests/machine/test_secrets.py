@@ -14,6 +14,7 @@ from loftq_cli.machine.secrets import without_secrets
         ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
         ("https://cdn.x/f?X-Amz-Signature=ab&c=d, x", "https://cdn.x/f?*** x"),
         ("https://me:secret@host/f", "https://***@host/f"),
+        (f"model.weighthf_{'aB3' * 8}", "model.weight***"),
         ("hf_short and https://host/f", "hf_short and https://host/f"),
     ],
 )

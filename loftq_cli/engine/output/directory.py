@@ -30,6 +30,7 @@ from loftq_cli.tensorfile.writer import ShardWriter
 STATE = ".loftq"
 _PARTIAL = f"{STATE}/partial"
 _PUBLISHING = f"{STATE}/publishing"  # exists once files are being moved to their final places
+PUSH_STATE = "push.json"  # in `.loftq`: pull requests that pushes have opened
 # What conversions, merges and pushes keep in the state's folder, without locks.
 _STATE_NAME = re.compile(
     r"journal(\..*)?|partial|publishing|run-.+|draft-.+|worker\.\d+\.log|merge(\.draft)?|push\.json"

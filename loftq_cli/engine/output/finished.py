@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, read_manifest
-from loftq_cli.engine.output.directory import journal_of
+from loftq_cli.engine.output.directory import PUSH_STATE, claim, clear_state, is_publishing, journal_of
 from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.planning.plan import Plan
 
@@ -24,3 +26,14 @@ def find_finished(plan: Plan) -> Manifest | None:
     paths = {ConfinedFolder(output).path(name): record.nbytes for name, record in manifest.files.items()}
     whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
     return manifest if whole and manifest.fingerprint == plan.fingerprint else None
+
+
+def remove_leftovers(plan: Plan) -> None:
+    """Remove the state of a run that was killed after it had published a finished output.
+
+    Raises:
+        UsageError: another run is writing the directory.
+    """
+    if is_publishing(plan.output):
+        with claim(plan.output, {"the model": plan.source}, partial(clear_state, plan.output, keep=PUSH_STATE)):
+            pass

@@ -20,7 +20,7 @@ from loftq_cli.engine.output.preflight import (
     published_names,
 )
 from loftq_cli.engine.output.source_sample import changed_files, file_states, replaced_unit, sample_source
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
@@ -71,18 +71,18 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
 
 
 def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one.
-
-    Raises:
-        LoftqError: the directory holds a damaged manifest.
-    """
-    output = plan.output
+    """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one."""
     try:
-        check_place(output, {"the model": plan.source})
-    except UsageError as error:
+        check_place(plan.output, {"the model": plan.source})
+        return _foreseen(plan, checkpoint) if plan.output.is_dir() else ""
+    except LoftqError as error:
         return f"quantize would refuse: {error}"
-    if not output.is_dir():
-        return ""
+    except OSError as error:
+        return f"quantize would refuse: {plan.output} cannot be read ({error.strerror}): choose another -o."
+
+
+def _foreseen(plan: Plan, checkpoint: Checkpoint) -> str:
+    output = plan.output
     header = journal_of(output).read_header()
     if header is not None:
         files = sample_source(checkpoint)

@@ -211,6 +211,7 @@ class Heartbeat:
         self._path = session.path / f"status.{name}"
         self._status = WorkerStatus(**dataclasses.asdict(Holder.me()))
         self._mutex, self._stop = threading.Lock(), threading.Event()
+        os.stat(session.path)  # if the run has ended, nothing may be written in its place
         self._path.write_bytes(b" " * _STATUS_BYTES)
         self._thread = threading.Thread(target=self._beat, name="loftq-heartbeat", daemon=True)
         self.update()

@@ -43,7 +43,7 @@ def carry_out(order: Order) -> int:
 
     try:
         heartbeat = Heartbeat(Session(Path(order.output), order.run_id), str(order.rank))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ExitCode.INCOMPLETE  # the run has ended already
     try:
         cost = _work(order, heartbeat.update)

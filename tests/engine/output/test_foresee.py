@@ -43,6 +43,14 @@ def test_places_that_quantize_refuses(random_llama: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("mine")
     assert notes(random_llama, tmp_path / "file") == [refused(random_llama, tmp_path / "file")]
     assert notes(random_llama, tmp_path) == [refused(random_llama, tmp_path)]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / ".loftq").write_text("a file")
+    (note,) = notes(random_llama, tmp_path / "odd")
+    assert "odd" in note and note.startswith("quantize would refuse: ")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "loftq.json").write_text("{")
+    (note,) = notes(random_llama, tmp_path / "damaged")
+    assert note.startswith("quantize would refuse: ") and "loftq.json" in note
     inside = random_llama / "out"
     assert notes(random_llama, inside) == [refused(random_llama, inside)] and not inside.exists()
 
@@ -54,6 +62,22 @@ def test_a_finished_output_is_left_alone_and_exits_0(random_llama: Path, tmp_pat
     result = runner.invoke(app, words)
     assert result.exit_code == 0 and "is finished already, with the same recipe: nothing to convert." in result.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_the_state_of_a_run_that_was_killed_at_its_very_end_is_removed(random_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / ".loftq").mkdir()
+    (out / ".loftq" / "publishing").touch()
+    assert loftq_cli.quantize(random_llama, output=out, **RECIPE) == done  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert not (out / ".loftq").exists()
+    (out / ".loftq").mkdir()
+    for name in ("publishing", "push.json"):
+        (out / ".loftq" / name).write_text("{}")
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
+    assert [path.name for path in (out / ".loftq").iterdir()] == ["push.json"], "a push goes on where it stopped"
 
 
 def test_a_rank_above_half_of_the_smaller_side_is_noted(random_llama: Path, tmp_path: Path) -> None:

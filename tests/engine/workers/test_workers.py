@@ -30,6 +30,7 @@ from loftq_cli.engine.workers import supervisor as supervise
 from loftq_cli.engine.workers.launcher import launched_rank
 from loftq_cli.engine.workers.order import Order
 from loftq_cli.engine.workers.session import Heartbeat, LivenessMonitor, Session, WorkerStatus, work_of
+from loftq_cli.engine.workers.worker import carry_out
 from loftq_cli.errors import ExitCode, LoftqError, UsageError
 from loftq_cli.machine.devices import choose_devices
 from loftq_cli.planning.plan import Plan
@@ -357,3 +358,11 @@ def test_slurm_steps_are_worlds_and_batch_scripts_are_not(monkeypatch) -> None:
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.7")
     assert launched_rank() == 3 and os.environ["WORLD_SIZE"] == "4" and os.environ["LOCAL_RANK"] == "1"
     assert os.environ["MASTER_ADDR"] == "10.0.0.7"
+
+
+def test_a_worker_writes_nothing_where_no_run_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "none"):
+        order = Order({"model": "m"}, str(output), False, 1, "cpu", None, None, "x")
+        assert carry_out(order) == ExitCode.INCOMPLETE
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
