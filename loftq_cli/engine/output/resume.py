@@ -20,7 +20,7 @@ from loftq_cli.engine.output.preflight import (
     published_names,
 )
 from loftq_cli.engine.output.source_sample import changed_files, file_states, replaced_unit, sample_source
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.units import Unit
 from loftq_cli.progress import Reporter
@@ -71,16 +71,19 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
 
 
 def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one.
-
-    Raises:
-        LoftqError: the directory holds a damaged manifest.
-    """
-    output = plan.output
+    """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one."""
     try:
-        check_place(output, {"the model": plan.source})
-    except UsageError as error:
+        return _foreseen(plan, checkpoint)
+    except LoftqError as error:  # such as a damaged manifest: the plan is worth printing all the same
         return f"quantize would refuse: {error}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return f"quantize would refuse: {plan.output} cannot be read ({reason}): choose another -o."
+
+
+def _foreseen(plan: Plan, checkpoint: Checkpoint) -> str:
+    output = plan.output
+    check_place(output, {"the model": plan.source})
     if not output.is_dir():
         return ""
     header = journal_of(output).read_header()
