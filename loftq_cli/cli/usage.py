@@ -20,8 +20,8 @@ def usage_sentence(error: Any) -> str:
     near = getattr(error, "possibilities", None)
     if text.startswith("No such option"):
         return f"{command} has no option {error.option_name}: {_did_you_mean(near, see)}"
-    if found := re.fullmatch(r"No such command '(.*?)'(?:\. Did you mean '(.*?)'\?)?", text):
-        return f"there is no command {found[1]}: {_did_you_mean([found[2]] if found[2] else None, see)}"
+    if found := re.fullmatch(r"No such command (['\"])(.*?)\1(?:\. Did you mean '(.*?)'\?)?", text, re.DOTALL):
+        return f"there is no command {found[2]}: {_did_you_mean([found[3]] if found[3] else None, see)}"
     if found := re.fullmatch(r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)", text):
         return f"{command} does not expect {found[1]}: remove it, or {see}"
     if found := re.fullmatch(r"Option '(.*)' requires an argument", text):

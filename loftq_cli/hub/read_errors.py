@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import (
     DisabledRepoError,
     EntryNotFoundError,
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.hub.answers import CutShort
 from loftq_cli.hub.retry import HubModel, is_transient, reason
-from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors
+from loftq_cli.hub.secrets import redact, scrub, scrubbed_errors, users_token
 
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -63,7 +63,7 @@ def _network_sentence(error: Exception, model: HubModel) -> LoftqError:
     page = f"{endpoint}/{model.repo}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, GatedRepoError):
-        login = "" if get_token() else ", then log in with `hf auth login`"
+        login = "" if users_token() else ", then log in with `hf auth login`"
         return LoftqError(f"{model.repo} is gated: request access at {page}{login} and run the same command again.")
     if isinstance(error, RevisionNotFoundError):
         return LoftqError(

@@ -15,12 +15,16 @@ def redact(text: str) -> str:
 
 
 def users_token() -> str | None:
-    """Return the token that requests to the Hub are sent with; None while nothing could have sent it."""
+    """Return the token that requests to the Hub are sent with; None while nothing could have sent it, and if its file
+    cannot be read."""
     if "huggingface_hub" not in sys.modules:  # importing it takes as long as `loftq --help`
         return None
     from huggingface_hub import get_token
 
-    return get_token()
+    try:
+        return get_token()
+    except (OSError, ValueError):  # of another user, below a file, or not text
+        return None
 
 
 @contextmanager

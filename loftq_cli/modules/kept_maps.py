@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.machine.cache import cache_folder, keep
+from loftq_cli.machine.cache import cache_folder, cached_bytes, keep
 from loftq_cli.machine.json_record import InvalidRecord, json_record, read_json
 from loftq_cli.modules.roles import ModuleMap, map_modules
 
@@ -77,14 +77,15 @@ def _code() -> list[object] | None:
 
 def _read(path: Path) -> ModuleMap | None:
     """Return a map that was kept; None if there is none or the file is damaged."""
+    content = cached_bytes(path, _MOST_BYTES)
+    if content is None:
+        return None
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return None
-        kept = read_json(_Kept, path.read_bytes())
+        kept = read_json(_Kept, content)
         if hashlib.sha256(kept.map.encode()).hexdigest() != kept.sha256:
             return None
         return read_json(ModuleMap, kept.map)
-    except (OSError, InvalidRecord):
+    except InvalidRecord:
         return None
 
 

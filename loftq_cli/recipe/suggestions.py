@@ -58,4 +58,4 @@ def suggestion(name: str, types: Sequence[Any], choices: Sequence[Any], value: o
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal() and len(text) < 10
+    return text.isascii() and text.replace(".", "", 1).isdecimal() and len(text) < 10

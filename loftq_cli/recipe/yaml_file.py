@@ -14,6 +14,7 @@ PLACES = ("output", "push_to")
 MATRIX = "matrix"  # the key for combinations in `loftq batch`
 
 _MAX_YAML, _DEEPEST = 1_000_000, 100
+_FROM_PIPES: dict[tuple[int, int], bytes] = {}  # the text of the last pipe, which cannot be read twice
 _SHELL_FILES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
@@ -66,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = _read_text(path)
         _check_yaml(path, text)
-        content = yaml.safe_load(text)
+        content = _loaded(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except yaml.YAMLError as error:
@@ -78,6 +79,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{path} is not a recipe: write one 'name: value' per line, such as 'bits: 2'.")
     return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _loaded(text: str) -> Any:
+    """Return what `yaml.safe_load` does, unless aliases make it too large: 30 of them can stand for 10**30 values.
+
+    Raises:
+        RecursionError: it is too large or too deep.
+    """
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _extent(root, {})[0] > _MAX_YAML:
+            raise RecursionError
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _extent(node: Any, known: dict[int, tuple[int, int]], above: int = 0) -> tuple[int, int]:
+    """Return how many characters and items a YAML node stands for with all aliases written out, and its depth."""
+    if above > _DEEPEST:
+        raise RecursionError
+    if isinstance(node.value, str):
+        return 1 + len(node.value), 0
+    if id(node) not in known:
+        inside = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        found = [_extent(part, known, above + 1) for part in inside]
+        known[id(node)] = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
+    if above + known[id(node)][1] > _DEEPEST:
+        raise RecursionError
+    return known[id(node)]
 
 
 def place_of(path: Path, name: str) -> str:
@@ -94,12 +130,21 @@ def place_of(path: Path, name: str) -> str:
 
 
 def _read_text(path: Path) -> str:
-    """Read the file, but no more of it than `_check_yaml` accepts. A FIFO is read only if the shell has made it."""
+    """Read the file, but no more of it than `_check_yaml` accepts. A FIFO is read only if the shell has made it, and
+    once: its text is kept for the next call."""
     given_by_shell = str(path).startswith(_SHELL_FILES)
     with open(path, "rb", opener=None if given_by_shell else _without_waiting) as file:
         if not given_by_shell and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UsageError(f"the recipe {path} cannot be read: it is not a regular file.")
-        return file.read(_MAX_YAML * 4 + 1).decode("utf-8")
+        found = os.fstat(file.fileno())
+        pipe = (found.st_dev, found.st_ino) if stat.S_ISFIFO(found.st_mode) else None
+        content = _FROM_PIPES.get(pipe) if pipe else None
+        if content is None:
+            content = file.read(_MAX_YAML * 4 + 1)
+        if pipe:
+            _FROM_PIPES.clear()
+            _FROM_PIPES[pipe] = content
+        return content.decode("utf-8")
 
 
 def _without_waiting(path: str, flags: int) -> int:

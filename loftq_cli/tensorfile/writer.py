@@ -34,6 +34,7 @@ class ShardWriter:
         self._handles: dict[str, int] = {}
         self._touched: set[str] = set()
         self.unflushed = 0  # bytes written since the last flush
+        self._lost: OSError | None = None
 
     def prepare(self) -> None:
         """Create missing files; a file that exists already keeps its content."""
@@ -81,9 +82,19 @@ class ShardWriter:
         self._touched.add(file.name)
 
     def flush(self) -> None:
-        """Flush everything that has been written to disk."""
-        for name in sorted(self._touched):
-            _flush(self._handles[name])
+        """Flush everything that has been written to disk.
+
+        Raises:
+            OSError: it failed, now or before: systems drop what they could not write, and say so only once.
+        """
+        if self._lost is not None:
+            raise self._lost
+        try:
+            for name in sorted(self._touched):
+                _flush(self._handles[name])
+        except OSError as error:
+            self._lost = error
+            raise
         self._touched.clear()
         self.unflushed = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,22 @@ def test_secrets_are_removed(text: str) -> None:
 def test_the_users_own_token_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "of-an-unusual-kind")
     assert redact("sent of-an-unusual-kind to it") == "sent *** to it"
+
+
+@pytest.mark.parametrize("damage", ["folder", "bytes", "below a file"])
+def test_a_token_file_that_cannot_be_read_changes_no_message(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file may belong to another user; before, every message ended in a traceback."""
+    path = tmp_path / "token"
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    place = path / "token" if damage == "below a file" else path
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place))
+    assert redact("model.safetensors has 3 bytes") == "model.safetensors has 3 bytes"
 
 
 def test_causes_attributes_and_notes_are_scrubbed() -> None:

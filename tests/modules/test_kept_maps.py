@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_a_failure_is_not_kept(folder: Path) -> None:
     assert found.unbuilt and not folder.exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "nonsense", "directory"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "nonsense", "directory", "pipe", "device"])
 def test_a_damaged_file_is_found_anew(damage: str, folder: Path, calls: list[dict]) -> None:
     checkpoint = saved("llama")
     found = map_modules_once(checkpoint.config, checkpoint.shapes)
@@ -90,7 +91,8 @@ def test_a_damaged_file_is_found_anew(damage: str, folder: Path, calls: list[dic
         path.write_text(json.dumps({"sha256": "0" * 64, "map": "{}"}))
     else:
         path.unlink()
-        path.mkdir()
+        make = {"directory": Path.mkdir, "pipe": os.mkfifo, "device": lambda place: place.symlink_to("/dev/zero")}
+        make[damage](path)
     assert map_modules_once(checkpoint.config, checkpoint.shapes) == found and len(calls) == 2
 
 

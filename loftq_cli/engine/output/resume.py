@@ -73,16 +73,19 @@ def resume_or_start(plan: Plan, checkpoint: Checkpoint, overwrite: bool, reporte
 def foresee(plan: Plan, checkpoint: Checkpoint) -> str:
     """Return what `resume_or_start` would do with the output directory as it is; "" to start in an empty one."""
     try:
-        check_place(plan.output, {"the model": plan.source})
-        return _foreseen(plan, checkpoint) if plan.output.is_dir() else ""
-    except LoftqError as error:
+        return _foreseen(plan, checkpoint)
+    except LoftqError as error:  # such as a damaged manifest: the plan is worth printing all the same
         return f"quantize would refuse: {error}"
     except OSError as error:
-        return f"quantize would refuse: {plan.output} cannot be read ({error.strerror}): choose another -o."
+        reason = error.strerror or str(error)
+        return f"quantize would refuse: {plan.output} cannot be read ({reason}): choose another -o."
 
 
 def _foreseen(plan: Plan, checkpoint: Checkpoint) -> str:
     output = plan.output
+    check_place(output, {"the model": plan.source})
+    if not output.is_dir():
+        return ""
     header = journal_of(output).read_header()
     if header is not None:
         files = sample_source(checkpoint)

@@ -166,7 +166,9 @@ def metric(moment: Tensor, device: torch.device | str = "cpu", *, damping: float
     """
     matrix = torch.diag(moment.double()) if moment.ndim == 1 else moment.double()
     mean = matrix.diagonal().mean()
-    if not float(mean) > 0:
+    if not (0 <= float(mean) < torch.inf):  # or NaN: nothing that a layer saw
+        raise torch.linalg.LinAlgError("the second moment is not finite and positive")
+    if float(mean) == 0:
         identity = torch.eye(moment.shape[0], dtype=torch.float32, device=device)
         return Metric(identity, identity)
     matrix = matrix.div_(mean) if matrix is not moment else matrix / mean

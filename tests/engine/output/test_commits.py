@@ -121,6 +121,27 @@ def test_the_journal_never_lists_what_was_not_flushed(tmp_path: Path, monkeypatc
     assert set(journal.entries()) == {"m0", "m1"}
 
 
+def test_a_flush_that_failed_within_a_write_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reports lost pages once: the next flush of the same file succeeds."""
+    writer, planned = open_units(tmp_path, 3)
+    disk, journal = Disk(1000.0, monkeypatch), Journal(tmp_path / "journal")
+    answers = iter([OSError(5, "Input/output error"), None, None, None])
+
+    def fails_once(handle: int) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    group = Commits(writer, journal, lambda: disk.now)
+    monkeypatch.setattr(files, "_MOST_UNFLUSHED", 8)
+    monkeypatch.setattr(files, "_flush", fails_once)
+    with pytest.raises(OSError, match="Input/output"), group:
+        group._cost = 1.0  # so that the first unit waits for the second
+        for tensor in planned:
+            group.add(Entry(tensor.name, {tensor.name: HASH}, None), {tensor.name: torch.ones(4, dtype=torch.uint8)})
+        pytest.fail("the flush failed")
+    assert not journal.entries()
+
+
 def test_finished_units_are_kept_after_another_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, planned = open_units(tmp_path, 3)
     disk, journal = Disk(100.0, monkeypatch), Journal(tmp_path / "journal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from support.interruptions import RECIPE, stop_after
 
 import loftq_cli
 from loftq_cli.cli import app
+from loftq_cli.engine.output import resume
 from loftq_cli.errors import UsageError
 
 
@@ -93,3 +95,36 @@ def test_a_rank_above_half_of_the_smaller_side_is_noted(random_llama: Path, tmp_
 def test_a_size_and_bits_contradict_each_other(random_llama: Path) -> None:
     with pytest.raises(UsageError, match="chooses the bits of every matrix: leave out --bits"):
         loftq_cli.plan(random_llama, bits=2, target_size="1GB")
+
+
+@pytest.mark.parametrize("damage", ["pipe", "folder", "endless", "text", "journal"])
+def test_a_plan_is_shown_for_an_output_that_cannot_be_read(damage: str, random_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / ".loftq").mkdir(parents=True)
+    manifest = output / "loftq.json"
+    if damage == "journal":
+        os.mkfifo(output / ".loftq" / "journal")
+    elif damage == "text":
+        manifest.write_text("{")
+    elif damage == "folder":
+        manifest.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(manifest)
+    else:
+        manifest.symlink_to("/dev/zero")
+    (note,) = [note for note in notes(random_llama, output) if "would refuse" in note]
+    assert str(output) in note and note.endswith(".") and ": " in note
+
+
+def test_a_plan_is_shown_for_an_unreadable_output(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    made = loftq_cli.plan(random_llama, output=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert resume.foresee(made, None) == (  # type: ignore[arg-type]
+        f"quantize would refuse: {tmp_path / 'out'} cannot be read (Permission denied): choose another -o."
+    )

@@ -247,3 +247,9 @@ def test_codes_may_span_several_columns() -> None:
     result = sweep_columns(weight, sweep, TileQuantizer(), found.without(None))  # type: ignore[arg-type]
     plain = (weight / 0.8).round() * 0.8
     assert weighted_error(found, weight - result.values) < 0.8 * weighted_error(found, weight - plain)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_moment_that_no_layer_has_is_refused(value: float) -> None:
+    with pytest.raises(torch.linalg.LinAlgError):
+        metric(torch.eye(8) * value)
