@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+from loftq_cli._version import REQUIREMENT
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.checkpoint.local import check_file
 from loftq_cli.errors import LoftqError
@@ -156,11 +157,11 @@ def _source(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
-    needs = "loftq-cli[train]" if _pooled_by_us(manifest) else " ".join(get_container(manifest.format).needs)
+    needs = (REQUIREMENT,) if _pooled_by_us(manifest) else get_container(manifest.format).needs
     return f"""## Load it
 
 ```bash
-pip install transformers {shlex.quote(needs) if "[" in needs else needs}
+pip install {shlex.join(["transformers", *needs])}
 ```
 
 ```python

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 
+from loftq_cli._version import pip_install
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.json_record import Amount, Count, InvalidRecord, Sha256, Size, json_record, one_of, read_json
 from loftq_cli.machine.regular_files import read_bounded
@@ -310,7 +311,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
     """
     try:
         if read_json(_Version, content).manifest_version > MANIFEST_VERSION:
-            raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
+            raise LoftqError(f"{path} was written by a newer loftq: run `{pip_install(upgrade=True)}`.")
         return read_json(Manifest, content)
     except InvalidRecord as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error
