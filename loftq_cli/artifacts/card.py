@@ -129,10 +129,9 @@ def _pooled_by_us(manifest: Manifest) -> bool:
 def card_title(manifest: Manifest) -> str:
     """Return `Llama-2-13b, 2-bit LoftQ`: the model that was converted, the bits and the method."""
     source = Path(manifest.source)
-    model = Path(hub_id(source) or source).name
-    return (
-        f"{markdown_cell(model)}, {_widths(manifest)}-bit {_METHODS.get(str(manifest.recipe.get('method')), 'LoftQ')}"
-    )
+    model = markdown_cell(Path(hub_id(source) or source).name)
+    method = _METHODS.get(str(manifest.recipe.get("method")), "LoftQ")
+    return f"{model}, {_widths(manifest)}-bit {method}"
 
 
 def _widths(manifest: Manifest) -> str:
