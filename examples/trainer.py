@@ -1,6 +1,6 @@
 """Convert a model to 2 bits and fine-tune its adapter with transformers' Trainer.
 
-    pip install 'loftq-cli[train]'
+    pip install 'loftq-cli @ git+https://github.com/loftq/loftq'
     python examples/trainer.py --text my-text.txt
 
 The output holds the conversion in `converted` and the trained adapter in `trained`.

@@ -1,6 +1,6 @@
 """Convert a model to 2 bits and fine-tune its adapter with TRL's SFTTrainer.
 
-    pip install 'loftq-cli[train]' trl
+    pip install 'loftq-cli @ git+https://github.com/loftq/loftq' trl
     python examples/trl_sft.py --data my-examples.jsonl
 
 Each line of the data is a JSON object with the field "text", or with "prompt" and "completion".

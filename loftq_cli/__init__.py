@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli._version import __version__ as __version__
+from loftq_cli.machine.system import check_system
 
 if TYPE_CHECKING:
     from loftq_cli.api import plan as plan
@@ -58,6 +59,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "LoftqError":
+        check_system()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

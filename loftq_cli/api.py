@@ -41,6 +41,7 @@ def quantize(
     stream: bool = False,
     overwrite: bool = False,
     push_to: str | None = None,
+    progress: bool = False,
     reporter: Reporter | None = None,
     **recipe: Unpack[RecipeKeywords],
 ) -> Manifest:
@@ -59,7 +60,8 @@ def quantize(
         stream: read a model on the Hub by range requests and keep no copy of its weights.
         overwrite: replace a finished conversion, or discard the state of an unfinished one.
         push_to: `ORG/NAME` on the Hub to push the finished conversion to, as `push` does. May come from `config`.
-        reporter: receives progress events; silent by default.
+        progress: show a bar, which is a widget in a notebook with ipywidgets, and a line of text elsewhere.
+        reporter: receives progress events, instead of a bar; silent by default.
         **recipe: the fields of a recipe, with the names and defaults of the command line: see `loftq quantize --help`
             and `loftq_cli.Recipe`.
 
@@ -72,7 +74,6 @@ def quantize(
         LoftqError: the checkpoint cannot be converted; an unfinished output is kept, and the same call resumes it.
     """
     from loftq_cli.engine.workers.launcher import joined_world
-    from loftq_cli.progress import Reporter
 
     file = Path(config) if config else None
     asked, places = make_recipe({"model": model, **recipe}, file), read_places(file)
@@ -84,7 +85,7 @@ def quantize(
         max_memory=None if max_memory is None else parse_size(max_memory),
         stream=stream,
         overwrite=overwrite,
-        reporter=reporter or Reporter(),
+        reporter=_reporter(progress, reporter),
     )
     with joined_world() as world:
         if world is not None and num_processes is not None:
@@ -162,6 +163,15 @@ class _Done:
 
     output: Path
     manifest: Manifest
+
+
+def _reporter(progress: bool, reporter: Reporter | None) -> Reporter:
+    from loftq_cli.progress import Reporter
+    from loftq_cli.progress.bar import BarReporter
+
+    if progress and reporter is not None:
+        raise UsageError("progress=True shows a bar of its own: leave it out, or leave out reporter.")
+    return reporter or (BarReporter() if progress else Reporter())
 
 
 def _convert(job: _Job, world: World | None) -> _Done:

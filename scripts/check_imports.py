@@ -1,7 +1,7 @@
 """Import every module of loftq_cli, and list those that fail although no library they need is missing.
 
-    python scripts/check_imports.py                       # in an environment with the base dependencies only
-    python scripts/check_imports.py --without peft gguf   # anywhere: pretend that these are not installed
+    python scripts/check_imports.py                         # in an environment with the base dependencies only
+    python scripts/check_imports.py --without trl datasets  # anywhere: pretend that these are not installed
 
 The exit code is 1 if a module failed.
 """
@@ -14,7 +14,7 @@ import pkgutil
 import sys
 
 # Modules that import an optional library at their top; others load them only when asked for.
-OPTIONAL = {"loftq_cli.kernels.gpu": "triton", "loftq_cli.runtime.pooled": "peft"}
+OPTIONAL = {"loftq_cli.kernels.gpu": "triton"}
 
 
 def optional_library(module: str) -> str | None:

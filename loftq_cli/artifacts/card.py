@@ -6,12 +6,14 @@ import re
 import shlex
 from pathlib import Path
 
+from loftq_cli._version import REQUIREMENT
 from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.checkpoint.local import check_file
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import get_container
 from loftq_cli.formats.loading import SnippetRequest
 from loftq_cli.machine.printable import json_text, markdown_cell, printable
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.plan import Plan
 from loftq_cli.recipe.model import Recipe, recipe_fields, recipe_specs
@@ -20,28 +22,29 @@ _WORST = 5
 _LONGEST_CARD = 10_000_000
 _LONGEST_FRONT = 50_000
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_METHODS = {"loftq": "LoftQ", "qlora": "QLoRA", "qa-lora": "QA-LoRA", "refined": "LoftQ (refined)", "ldlq": "LDLQ"}
 _LICENCE = ("license", "license_name", "license_link")
 
 
 def render_card(manifest: Manifest, plan: Plan) -> bytes:
-    """Render README.md of an output directory. Measured numbers have fixed widths, so its length can be planned."""
+    """Render README.md of an output directory. No measured number is longer than the one that its length is planned
+    with."""
     totals = manifest.totals
-    name = markdown_cell(plan.output.name)
     mix = f", {plan.recipe.mix} mix" if plan.recipe.mix else ""
     rows = [
-        ("weights on disk", f"{_gb(totals.source_bytes)} → {_gb(totals.backbone_bytes)}"),
-        ("adapter on disk", _gb(totals.adapter_bytes)),
+        ("weights on disk", f"{size_text(totals.source_bytes)} → {size_text(totals.backbone_bytes)}"),
+        ("adapter on disk", size_text(totals.adapter_bytes)),
         ("bits per quantized weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored{mix}"),
-        ("mean residual, plain quantization", f"{totals.plain_residual:8.4f}"),
-        (f"mean residual, {manifest.recipe['method']}", f"{totals.residual:8.4f}"),
+        ("mean residual, plain quantization", _number(totals.plain_residual)),
+        (f"mean residual, {manifest.recipe['method']}", _number(totals.residual)),
         *_calibration(manifest),
         ("matrices", f"{totals.matrices} quantized, {len(manifest.kept)} tensors in full precision"),
-        ("time", f"{totals.seconds:11.1f} s on {manifest.device:64}".rstrip()),
-        ("peak memory", f"{totals.peak_memory_bytes / 1e9:9.2f} GB"),
+        ("time", f"{totals.seconds:.1f} s on {manifest.device}"),
+        ("peak memory", size_text(totals.peak_memory_bytes)),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return f"""{_front_matter(manifest, plan)}
-# {name}
+# {card_title(manifest)}
 
 {_description(manifest)}
 
@@ -108,8 +111,8 @@ def _calibration(manifest: Manifest) -> list[tuple[str, str]]:
             "calibrated on",
             f"input {weights} of {_text(recipe['calibrate'])}, sha256 {recipe['calibration_hash']}",
         ),
-        ("mean weighted residual, plain quantization", f"{plain:8.4f}"),
-        ("mean weighted residual, kept", f"{kept:8.4f}"),
+        ("mean weighted residual, plain quantization", _number(plain)),
+        ("mean weighted residual, kept", _number(kept)),
     ]
 
 
@@ -123,9 +126,20 @@ def _pooled_by_us(manifest: Manifest) -> bool:
     return manifest.pooling > 1 and own and manifest.totals.adapter_bytes > 0
 
 
+def card_title(manifest: Manifest) -> str:
+    """Return `Llama-2-13b, 2-bit LoftQ`: the model that was converted, the bits and the method."""
+    source = Path(manifest.source)
+    model = markdown_cell(Path(hub_id(source) or source).name)
+    method = _METHODS.get(str(manifest.recipe.get("method")), "LoftQ")
+    return f"{model}, {_widths(manifest)}-bit {method}"
+
+
+def _widths(manifest: Manifest) -> str:
+    return "/".join(str(bits) for bits in sorted({record.bits for record in manifest.matrices}))
+
+
 def _description(manifest: Manifest) -> str:
-    bits = sorted({record.bits for record in manifest.matrices})
-    widths = "/".join(str(width) for width in bits)
+    widths = _widths(manifest)
     ranks = sorted({record.rank for record in manifest.matrices if record.rank})
     shown = "/".join(str(rank) for rank in ranks) if len(ranks) < 4 else f"{ranks[0]} to {ranks[-1]}"
     kind = "QA-LoRA" if manifest.pooling > 1 else "LoRA"
@@ -156,11 +170,11 @@ def _source(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest, plan: Plan) -> str:
-    needs = "loftq-cli[train]" if _pooled_by_us(manifest) else " ".join(get_container(manifest.format).needs)
+    needs = (REQUIREMENT,) if _pooled_by_us(manifest) else get_container(manifest.format).needs
     return f"""## Load it
 
 ```bash
-pip install transformers {shlex.quote(needs) if "[" in needs else needs}
+pip install {shlex.join(["transformers", *needs])}
 ```
 
 ```python
@@ -181,7 +195,8 @@ def _auto_class(manifest: Manifest) -> str:
 
 
 def _front_matter(manifest: Manifest, plan: Plan) -> str:
-    lines = ["library_name: transformers", "tags:", "- loftq", "- quantized", "- lora"]
+    lines = ["library_name: transformers", "tags:", "- loftq", "- quantized"]
+    lines += ["- lora"] if manifest.totals.adapter_bytes else []
     if tag := get_container(manifest.format).tag:
         lines.append(f"- {tag}")
     base = plan.recipe.model if plan.recipe.revision else hub_id(plan.source)
@@ -220,11 +235,12 @@ def _licence(source: Path) -> list[str]:
 
 
 def _worst(manifest: Manifest) -> str:
-    ordered = sorted(manifest.matrices, key=lambda record: -record.residual)[:_WORST]
-    width = max(len(markdown_cell(record.module)) for record in manifest.matrices)
+    names = {record.module: markdown_cell(record.module) for record in manifest.matrices}
+    # In the plan all residuals are equal, and the longest names must be the ones that are listed.
+    ordered = sorted(manifest.matrices, key=lambda record: (-record.residual, -len(names[record.module].encode())))
     rows = [
-        f"| {markdown_cell(record.module):{width}} | {record.plain_residual:8.4f} | {record.residual:8.4f} |"
-        for record in [*ordered, *ordered[:1] * (min(_WORST, len(manifest.matrices)) - len(ordered))]
+        f"| {names[record.module]} | {_number(record.plain_residual)} | {_number(record.residual)} |"
+        for record in ordered[:_WORST]
     ]
     return "\n".join(["| matrix | plain | kept |", "|---|---|---|", *rows])
 
@@ -259,5 +275,7 @@ def _versions(manifest: Manifest) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3f} GB" if size < 10**10 else f"{size / 1e9:.1f} GB"
+def _number(value: float) -> str:
+    """Return a residual with four decimals, or with fewer where it would take more than six characters."""
+    text = f"{value:.4f}"
+    return text if len(text) <= 6 else f"{value:.5g}" if value < 1e5 else f"{value:.0e}"

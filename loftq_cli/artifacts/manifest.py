@@ -17,9 +17,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 
+from loftq_cli._version import pip_install
 from loftq_cli.errors import ExitCode, LoftqError
+from loftq_cli.machine.html import html_table
 from loftq_cli.machine.json_record import Amount, Count, InvalidRecord, Sha256, Size, json_record, one_of, read_json
 from loftq_cli.machine.regular_files import read_bounded
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.modules.experts import Expert
 from loftq_cli.modules.orientation import Orientation, orientation_of
 from loftq_cli.numerics.grids.codebooks import DATA_TYPES, LEVELS
@@ -229,6 +232,23 @@ class Manifest:
         """Inputs pooled before the adapters (QA-LoRA); 1 for none."""
         return int(self.recipe["group_size"]) if self.recipe.get("method") == "qa-lora" else 1
 
+    def _repr_html_(self) -> str:
+        """Return the totals as a table, which notebooks show."""
+        totals = self.totals
+        residual = f"{totals.residual:.4f} with the adapter, {totals.plain_residual:.4f} plain"
+        rows = [
+            ("model", f"{self.source} ({self.architecture})" if self.architecture else self.source),
+            ("weights", f"{size_text(totals.source_bytes)} → {size_text(totals.backbone_bytes)}"),
+            ("adapter", size_text(totals.adapter_bytes)),
+            ("bits per weight", f"{totals.bits_effective:.2f} effective, {totals.bits_stored:.2f} stored"),
+            ("mean residual", residual if totals.adapter_bytes else f"{totals.residual:.4f}"),
+            ("matrices", f"{totals.matrices} quantized, {len(self.kept)} tensors in full precision"),
+            ("format", f"{self.format}, {self.dtype}"),
+            ("time", f"{totals.seconds:.1f} s on {self.device}"),
+            ("peak memory", size_text(totals.peak_memory_bytes)),
+        ]
+        return html_table(self.output, rows)
+
     def matrix(self, name: str) -> MatrixRecord:
         """Return the record of a module path or a tensor name.
 
@@ -310,7 +330,7 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
     """
     try:
         if read_json(_Version, content).manifest_version > MANIFEST_VERSION:
-            raise LoftqError(f"{path} was written by a newer loftq: upgrade with pip install -U loftq-cli.")
+            raise LoftqError(f"{path} was written by a newer loftq: run `{pip_install(upgrade=True)}`.")
         return read_json(Manifest, content)
     except InvalidRecord as error:
         raise LoftqError(f"{path} is damaged ({error}): convert the model again.") from error

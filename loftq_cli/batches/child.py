@@ -16,6 +16,7 @@ from typing import Any
 
 from loftq_cli.batches.expand import Job
 from loftq_cli.errors import ExitCode
+from loftq_cli.machine.system import usable_cores
 
 _SENTENCE = "loftq: "
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -103,7 +104,7 @@ def _environment(jobs: int) -> dict[str, str]:
     home = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH")]))
     if jobs > 1 and not any(name in environment for name in _THREADS):
-        share = str(max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else 1))
+        share = str(max(1, usable_cores() // jobs))
         environment.update(dict.fromkeys(_THREADS, share))
     return environment
 

@@ -16,6 +16,7 @@ from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.errors import ExitCode, UsageError
 from loftq_cli.hub.secrets import redact
 from loftq_cli.machine.printable import printable
+from loftq_cli.machine.sizes import size_text
 
 DONE = ("done", "finished", "planned")
 STATUSES = (*DONE, "incomplete", "failed", "interrupted")
@@ -147,7 +148,7 @@ def markdown(report: BatchReport) -> str:
     for outcome in report.outcomes:
         mark = "✅" if outcome.ok else "❌"
         bits = "" if outcome.bits_effective is None else f"{outcome.bits_effective:.2f}"
-        size = "" if outcome.output_bytes is None else f"{outcome.output_bytes / 1e9:.3f} GB"
+        size = "" if outcome.output_bytes is None else size_text(outcome.output_bytes)
         gain = "" if outcome.residual is None else f"{outcome.plain_residual:.4f} → {outcome.residual:.4f}"
         text = _markdown_text(outcome.error or outcome.status)
         lines.append(

@@ -15,6 +15,7 @@ from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.machine.cache import cache_folder
 from loftq_cli.machine.confined import real_path, user_path
 from loftq_cli.machine.precision import full_precision
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.recipe.model import Recipe
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from loftq_cli.planning.plan import Plan
     from loftq_cli.progress import Reporter
 
-_WHOLE = (
-    "{} cannot be run block by block, so calibration holds the whole model in memory in float32, {:.1f} GB of weights"
-)
+_WHOLE = "{} cannot be run block by block, so calibration holds the whole model in memory in float32, {} of weights"
 
 
 DEFAULT = "default"  # names the text that ships with loftq
@@ -189,7 +188,7 @@ def collect_moments(plan: Plan, checkpoint: Checkpoint, device: torch.device, fi
     model = open_model(checkpoint, device)
     if not model.blocks:
         weights = sum(p.numel() for p in model.model.parameters())
-        reporter.note(_WHOLE.format(plan.modules.architecture, 4 * weights / 1e9))
+        reporter.note(_WHOLE.format(plan.modules.architecture, size_text(4 * weights)))
     limit = position_limit(model.model.config)
     windows = make_windows(text, tokenizer, positions=limit, max_tokens=recipe.calibration_tokens, window=None)
     batch = model_inputs(model.model, windows)

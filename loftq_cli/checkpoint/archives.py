@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.machine.usage import available_memory
 from loftq_cli.tensorfile.dtypes import SAFETENSORS_NAMES
 
@@ -206,8 +207,8 @@ def _check_room(file: ByteSource) -> None:
     free = available_memory()
     if file.size > free:
         raise LoftqError(
-            f"{file.where} has {file.size / 1e9:.1f} GB in the format before torch 1.6, which is read whole, but only "
-            f"{free / 1e9:.1f} GB of memory are free: free some, or get the model as safetensors."
+            f"{file.where} has {size_text(file.size)} in the format before torch 1.6, which is read whole, but only "
+            f"{size_text(free)} of memory are free: free some, or get the model as safetensors."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.regular_files import open_regular
+from loftq_cli.machine.system import read_at
 
 _PIECE = 16 << 20  # bytes read at a time
 MAX_TOKENIZER = 64 << 20  # bytes; the largest published tokenizer.model has 10 MB
@@ -47,7 +48,7 @@ class LocalFile:
         view, done = target.numpy().data, 0
         while done < len(view):
             try:
-                count = os.preadv(self._open(), [view[done : done + _PIECE]], start + done)
+                count = read_at(self._open(), view[done : done + _PIECE], start + done)
             except OSError as error:
                 raise LoftqError(
                     f"{self.where} cannot be read ({error.strerror}): check the disk, then run the same command again.",

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -22,12 +22,13 @@ from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
 from loftq_cli.cli.schema import schema_command
-from loftq_cli.cli.terminal import guarded, report_usage_error
+from loftq_cli.cli.terminal import report_usage_error
 from loftq_cli.cli.usage import is_usage_error
 from loftq_cli.cli.verify import verify_command
 from loftq_cli.errors import ExitCode, LoftqError
 from loftq_cli.machine.openmp import openmp_spin_env
 from loftq_cli.machine.streams import discard, prepare_streams
+from loftq_cli.machine.system import check_system
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "peft", "bitsandbytes", "numba")
 
@@ -138,11 +139,20 @@ def _root(
 def main() -> None:
     """Entry point of the console script."""
     prepare_streams()
+    try:
+        check_system()
+    except LoftqError as error:
+        _stop(error)
     clean_logs()
     os.environ.update(openmp_spin_env(os.environ))
     try:
         app()
     except OSError as error:  # of the help or the version; commands handle their own
         discard(sys.stdout)
-        with guarded(debug=False):
-            raise LoftqError(f"standard output cannot be written ({error.strerror}): make room there.") from None
+        _stop(LoftqError(f"standard output cannot be written ({error.strerror}): make room there."))
+
+
+def _stop(error: LoftqError) -> NoReturn:
+    """End the process outside of a command, with what needs nothing but Python."""
+    print(f"loftq: {error}", file=sys.stderr)
+    sys.exit(int(error.exit_code))

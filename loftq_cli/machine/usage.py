@@ -67,4 +67,6 @@ def resident_memory() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
-        return 500 << 20
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import get_container, get_format
 from loftq_cli.formats.base import QuantizedMatrix, Request
+from loftq_cli.machine.sizes import size_text
 from loftq_cli.modules.reasons import Why
 from loftq_cli.planning.select import Decision
 from loftq_cli.planning.units import UNWEIGHTED, Unit
@@ -66,7 +67,7 @@ def _moment_notes(units: Sequence[Unit], recipe: Recipe) -> list[str]:
     size = 4 * max((matrix.in_features for matrix in seen), default=0) ** 2
     if recipe.calibrate_kind != "full" or size < _MUCH:
         return []
-    return [f"the second moments of one layer's inputs take up to {size / 1e9:.1f} GB, in float32."]
+    return [f"the second moments of one layer's inputs take up to {size_text(size)}, in float32."]
 
 
 def _unseen_notes(units: Sequence[Unit]) -> list[str]:

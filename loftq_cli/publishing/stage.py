@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.artifacts.card import hub_id
+from loftq_cli.artifacts.card import card_title, hub_id
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
 from loftq_cli.artifacts.manifest import Manifest, render, seal
 from loftq_cli.checkpoint.local import check_file
@@ -177,7 +177,8 @@ def _card(text: str, front: Mapping[str, Any], manifest: Manifest, destination: 
     body = body.replace(old, new)
     if destination.revision is not None:
         body = _with_revision(body, json.dumps(destination.revision, ensure_ascii=False))
-    body = body.replace(f"# {Path(manifest.output).name}\n", f"# {destination.name}\n", 1)
+    for title in (card_title(manifest), Path(manifest.output).name):  # the second in a merged model, and in loftq 0.1
+        body = body.replace(f"# {title}\n", f"# {destination.name}\n", 1)
     body = body.replace(f" -o {shlex.quote(manifest.output)}", f" -o {shlex.quote(destination.name)}")
     body = body.replace(f"loftq quantize {shlex.quote(manifest.source)} ", f"loftq quantize {shlex.quote(source)} ")
     return f"---\n{_tags(front, destination)}---\n{body}"

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli._version import pip_install
 from loftq_cli.checkpoint.local import read_json
 from loftq_cli.checkpoint.trained_on import check_trained_on, conversion_in, conversion_on_hub
 from loftq_cli.errors import LoftqError
@@ -72,7 +73,7 @@ def load(
     register()
     name, options = str(path), from_pretrained_kwargs
     source, placement = _select(options, _SOURCE_OPTIONS), _select(options, _PLACEMENT_OPTIONS)
-    _check_request(Path(path), adapter is True)
+    _check_request(name, adapter is not False, adapter is True)
     config = _read_config(name, source, options)
     loading = _loading_of(Path(path), config)
     for package in loading.packages:
@@ -100,11 +101,10 @@ def _adapter_folder(name: str, adapter: bool | str | PathLike[str], source: Mapp
     """Return the folder of the requested adapter.
 
     Raises:
-        LoftqError: there is none, or PEFT is missing.
+        LoftqError: there is none.
     """
     if isinstance(adapter, bool):
         return find_adapter(name, source) if adapter else None
-    _require("peft", "train", "load the adapter")
     folder = Path(adapter)
     for file in (CONFIG, WEIGHTS):
         if not (folder / Path(file).name).is_file():
@@ -133,10 +133,17 @@ def _select(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def _check_request(folder: Path, adapter: bool) -> None:
-    """Check everything that can be checked before anything is loaded or downloaded."""
-    if adapter:
-        _require("peft", "train", "load the adapter")
+def _check_request(name: str, peft: bool, adapter: bool) -> None:
+    """Check everything that can be checked before anything is loaded or downloaded.
+
+    Args:
+        peft: an adapter will be loaded: with `adapter` the initial one, otherwise one that is named.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        _check_hub_id(name)
+    if peft:
+        _require("peft", "", "load the adapter")
     if not folder.is_dir():
         return
     if not (folder / "config.json").is_file():
@@ -149,10 +156,33 @@ def _check_request(folder: Path, adapter: bool) -> None:
         _check_same_conversion(folder)
 
 
+def _check_hub_id(name: str) -> None:
+    """Raise for what is no directory and cannot be a model on the Hub either, without asking the Hub."""
+    from loftq_cli.checkpoint.remote.model import parse_model
+
+    model = parse_model(name, None)
+    if isinstance(model, Path):
+        raise LoftqError(
+            f"there is no directory {name}: give the output of `loftq quantize`, or org/name for a model on the Hub."
+        )
+    if model.revision is not None:
+        raise LoftqError(f"{name} names a revision: load {model.repo} with revision={model.revision!r}.")
+
+
 def _read_config(name: str, source: Mapping[str, Any], options: Mapping[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    config: PretrainedConfig = open_pretrained(AutoConfig, name, **source, **_select(options, ("trust_remote_code",)))
+    try:
+        config: PretrainedConfig = open_pretrained(
+            AutoConfig, name, **source, **_select(options, ("trust_remote_code",))
+        )
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise LoftqError(
+            f"there is no directory {name}, and no model of that name could be opened on the Hub: check the name, the "
+            "connection and `hf auth login`."
+        ) from error
     return config
 
 
@@ -278,7 +308,7 @@ def _quantization(config: PretrainedConfig) -> Mapping[str, Any]:
 
 def _require(module: str, extra: str, purpose: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise LoftqError(f"{module} is needed to {purpose}: run `pip install 'loftq-cli[{extra}]'`.")
+        raise LoftqError(f"{module} is needed to {purpose}: run `{pip_install(extra)}`.")
 
 
 def _check_same_conversion(folder: Path) -> None:

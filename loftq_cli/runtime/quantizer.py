@@ -14,6 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from loftq_cli._version import pip_install
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats.base import DTYPE_NAMES, DTYPES
 from loftq_cli.formats.packed import CONFIG_VERSION, QUANT_METHOD, SCALE_NAMES
@@ -63,7 +64,7 @@ class LoftqConfig(QuantizationConfigMixin):
         if version > CONFIG_VERSION:
             raise LoftqError(
                 f"this checkpoint has packed layout version {version} and this loftq reads up to {CONFIG_VERSION}: "
-                "run `pip install -U loftq-cli`."
+                f"run `{pip_install(upgrade=True)}`."
             )
         self.packed_groups()
 
@@ -87,7 +88,7 @@ def _packed_group(group: Mapping[str, Any], value_dtype: torch.dtype) -> PackedG
         if group["table"] != TABLE_NUMBER or not has_table(trellis.bits, trellis.state_bits):
             raise LoftqError(
                 f"this checkpoint has table {group['table']} of {trellis.bits} and {trellis.state_bits} bits, "
-                "which this loftq lacks: run `pip install -U loftq-cli`."
+                f"which this loftq lacks: run `{pip_install(upgrade=True)}`."
             )
         return _group_of(trellis, group)
     if group["data_type"] == "int":

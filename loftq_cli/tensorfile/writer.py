@@ -15,6 +15,7 @@ from torch import Tensor
 from loftq_cli.tensorfile.tensors import TensorFile
 
 _PIECE = 8 << 20
+_MOST_AT_ONCE = 1 << 30  # bytes of one call; macOS refuses calls of 2 GiB
 _MOST_UNFLUSHED = 64 << 20  # bytes that may wait for a flush
 # macOS has no fdatasync.
 _flush = getattr(os, "fdatasync", os.fsync)
@@ -101,9 +102,8 @@ class ShardWriter:
     def read(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         """Return the bytes at a tensor's position: all, or `nbytes` from `offset` on."""
         file, planned = self._homes[name]
-        return os.pread(
-            self._handles[file.name], planned.nbytes if nbytes is None else nbytes, file.starts[name] + offset
-        )
+        count = planned.nbytes if nbytes is None else nbytes
+        return b"".join(read_pieces(self._handles[file.name], file.starts[name] + offset, count))
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -142,5 +142,5 @@ def read_pieces(handle: int, start: int, count: int) -> Iterator[bytes]:
 
 def _write_all(handle: int, data: memoryview, position: int) -> None:
     while data:
-        written = os.pwrite(handle, data, position)
+        written = os.pwrite(handle, data[:_MOST_AT_ONCE], position)
         data, position = data[written:], position + written

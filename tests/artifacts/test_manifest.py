@@ -13,6 +13,7 @@ import pytest
 import typer.testing
 
 import loftq_cli
+from loftq_cli._version import REQUIREMENT
 from loftq_cli.artifacts.manifest import NAME, parse_manifest, render
 from loftq_cli.cli import app
 from loftq_cli.errors import LoftqError
@@ -123,7 +124,8 @@ def test_json_that_is_not_an_object(text: bytes, shown: str) -> None:
 def test_a_newer_version_is_named_whatever_else_it_holds(content: bytes) -> None:
     values = {**json.loads(content), "manifest_version": 2, "matrices": {"new": True}, "more": [1]}
     said = refusal(json.dumps(values).encode())
-    assert said == "out/loftq.json was written by a newer loftq: upgrade with pip install -U loftq-cli."
+    wanted = f"pip install -U '{REQUIREMENT}'"
+    assert said == f"out/loftq.json was written by a newer loftq: run `{wanted}`."
 
 
 def test_integers_stand_for_floats_and_rendering_gives_the_same_values(content: bytes) -> None:

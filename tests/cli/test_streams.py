@@ -20,6 +20,7 @@ def run(*words: object) -> tuple[int, list[str]]:
         done = subprocess.run(
             [sys.executable, "-m", "loftq_cli", *map(str, words)], stdout=full, stderr=subprocess.PIPE, text=True
         )
+    assert "Traceback" not in done.stderr
     return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("loftq: ")]
 
 

@@ -17,6 +17,7 @@ import yaml
 from support.paths import ROOT
 
 import loftq_cli
+from loftq_cli._version import REQUIREMENT
 
 CONFIGS = ROOT / "configs"
 EXTRAS = (
@@ -103,11 +104,37 @@ def test_every_module_imports_without_the_extras() -> None:
     declared = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     assert declared is not None
     base = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', declared[1])}
-    assert "transformers" in base and "peft" not in base
+    assert {"transformers", "peft"} <= base and "bitsandbytes" not in base
     missing = [name for name in EXTRAS if name not in base]
     command = [sys.executable, str(ROOT / "scripts" / "check_imports.py"), "--without", *missing]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("0 failed\n"), done.stdout + done.stderr
+
+
+def test_what_loading_needs_is_a_base_dependency_and_old_extras_remain(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(wheel.read(name))
+    base = {re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert {"peft", "transformers", "accelerate"} <= base
+    extras = {"train", "bnb", "gptq", "compressed-tensors", "gguf", "demo", "docs", "dev"}
+    assert extras <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_every_install_line_is_the_one_that_works() -> None:
+    name, *place = REQUIREMENT.split(" ", 1)
+    right = re.compile(rf"{name}(\[[\w,-]+\])?{''.join(f' {re.escape(part)}' for part in place)}(?![\w.=/@-])")
+    files = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").iterdir(),
+        *CONFIGS.rglob("*.y*ml"),
+    ]
+    lines = [
+        (path.name, line) for path in files if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()
+        if "pip install" in line and "loftq-cli" in line
+    ]  # fmt: skip
+    assert len(lines) >= 8 and [(file, line) for file, line in lines if not right.search(line)] == []
 
 
 def test_ci_runs_every_python_that_is_declared() -> None:

@@ -93,5 +93,5 @@ def test_what_is_refused(source: Path) -> None:
     group = {"bits": 2, "data_type": "trellis", "state_bits": 10, "block_size": 64, "scale_dtype": "bfloat16"}
     LoftqConfig([{**group, "table": 1, "modules": []}])
     for changes in ({"table": 2}, {"table": 1, "state_bits": 11}):
-        with pytest.raises(LoftqError, match=r"this loftq lacks: run `pip install -U loftq-cli`"):
+        with pytest.raises(LoftqError, match=r"this loftq lacks: run `pip install -U 'loftq-cli @ git[^ ]*'`\."):
             LoftqConfig([{**group, **changes, "modules": []}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -310,15 +311,38 @@ def test_a_packed_matrix_that_would_land_in_a_dense_layer_is_refused(copied: Pat
         load(copied)
 
 
-@pytest.mark.parametrize(("module", "extra"), [("peft", "train"), ("bitsandbytes", "bnb")])
+@pytest.mark.parametrize(("module", "extra"), [("peft", ""), ("bitsandbytes", "[bnb]")])
 def test_missing_libraries_are_named(module: str, extra: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (copied / "config.json").write_text(json.dumps(config))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a))
-    with pytest.raises(LoftqError, match=rf"{module} is needed .*pip install 'loftq-cli\[{extra}\]'"):
+    command = re.escape(f"pip install 'loftq-cli{extra} @ git")
+    with pytest.raises(LoftqError, match=rf"{module} is needed .*: run `{command}[^ ]*'`\."):
         load(copied)
+
+
+@pytest.mark.parametrize("adapter", [True, False, "trained"])
+@pytest.mark.parametrize("name", ["nodir", "./nodir", "/no/such/dir", "a/b/c", "out put/x", "org/nodir/", "~/nodir"])
+def test_what_is_no_directory_is_said_at_once(
+    name: str, adapter: bool | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("used the network"))
+    with pytest.raises(LoftqError) as caught:
+        load(name, adapter=adapter)
+    wanted = "give the output of `loftq quantize`, or org/name for a model on the Hub."
+    assert str(caught.value) == f"there is no directory {name}: {wanted}"
+
+
+def test_other_names_that_cannot_be_loaded_end_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoftqError, match=r"^org/name@abc names a revision: load org/name with revision='abc'\.$"):
+        load("org/name@abc")
+    with pytest.raises(LoftqError, match=r"^there is no directory org/nodir, and no model of that name could be"):
+        load("org/nodir", local_files_only=True)
 
 
 def test_a_hub_id_is_read_from_the_cache(copied: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_config_round_trips_with_fields_it_does_not_know() -> None:
 
 
 def test_configs_that_cannot_be_read_say_so() -> None:
-    with pytest.raises(LoftqError, match=r"layout version 99 .*pip install -U loftq-cli"):
+    with pytest.raises(LoftqError, match=r"layout version 99 .*pip install -U 'loftq-cli @ git"):
         LoftqConfig.from_dict(config_of(version=99))
     group = config_of()["groups"][0]
     for damage in ({"levels": [0.0, 1.0]}, {"scale_dtype": "int7"}, {"bits": "two"}):

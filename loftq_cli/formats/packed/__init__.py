@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loftq_cli._version import REQUIREMENT
 from loftq_cli.formats.container import Auto, Capability, Claim, Container
 from loftq_cli.formats.loading import Loading
 
@@ -34,7 +35,7 @@ PACKED = Container(
         ),
         serves=Claim("transformers with `loftq_cli.runtime`", _QUANTIZES),
     ),
-    needs=("loftq-cli[train]",),
+    needs=(REQUIREMENT,),
     loading=Loading(
         before=("import loftq_cli.runtime  # registers the packed layers with transformers",),
         layer_scales=SCALE_NAMES,
