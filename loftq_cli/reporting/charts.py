@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loftq_cli.reporting.text import number, shown
 
-_WIDTH, _HEIGHT = 340, 170
+_WIDTH, _HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 32
 
 
@@ -36,6 +36,7 @@ class Axes:
     Attributes:
         logarithmic: both axes; values that are not positive are left out.
         marks: draw every point, with its values as a tooltip.
+        height: of the drawing.
     """
 
     x: str
@@ -44,6 +45,7 @@ class Axes:
     y_range: tuple[float, float]
     logarithmic: bool = False
     marks: bool = False
+    height: int = _HEIGHT
 
 
 def lines(title: str, curves: Sequence[Line], axes: Axes) -> str:
@@ -58,7 +60,7 @@ def lines(title: str, curves: Sequence[Line], axes: Axes) -> str:
         parts.append(f'<polyline class="line s{curve.hue}" points="{_path(points, axes)}"/>')
         parts += [_mark(x, y, curve, axes) for x, y in points if axes.marks]
     legend = "".join(f'<span class="key s{curve.hue}">{shown(curve.name)}</span>' for curve in curves)
-    return _svg(title, parts) + (f'<p class="legend">{legend}</p>' if len(curves) > 1 else "")
+    return _svg(title, parts, axes.height) + (f'<p class="legend">{legend}</p>' if len(curves) > 1 else "")
 
 
 def bars(title: str, values: Sequence[tuple[int, float]], axes: Axes, hue: int = 1) -> str:
@@ -74,12 +76,12 @@ def bars(title: str, values: Sequence[tuple[int, float]], axes: Axes, hue: int =
             f'<rect class="bar s{hue}" x="{x + width * 0.1:.1f}" y="{top:.1f}" width="{width * 0.8:.1f}" '
             f'height="{height:.1f}"><title>{shown(text)}</title></rect>'
         )
-    return _svg(title, parts)
+    return _svg(title, parts, axes.height)
 
 
-def _svg(title: str, parts: Sequence[str]) -> str:
+def _svg(title: str, parts: Sequence[str], height: int) -> str:
     return (
-        f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-label="{shown(title)}">{"".join(parts)}'
+        f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {height}" aria-label="{shown(title)}">{"".join(parts)}'
         "</svg>"
     )
 
@@ -99,7 +101,7 @@ def _path(points: Sequence[tuple[float, float]], axes: Axes) -> str:
 def _frame(axes: Axes) -> str:
     """Return grid lines, tick labels and the names of both axes."""
     parts = []
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    bottom, right = axes.height - _BOTTOM, _WIDTH - _RIGHT
     for tick in ticks(axes.y_range, axes.logarithmic):
         y = _y(tick, axes)
         parts.append(f'<path class="grid" d="M{_LEFT},{y:.1f}H{right}"/>')
@@ -107,7 +109,9 @@ def _frame(axes: Axes) -> str:
     for tick in ticks(axes.x_range, axes.logarithmic, whole=True):
         parts.append(f'<text x="{_x(tick, axes):.1f}" y="{bottom + 13}" text-anchor="middle">{_tick(tick)}</text>')
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">{shown(axes.x)}</text>')
+    parts.append(
+        f'<text x="{(_LEFT + right) / 2:.0f}" y="{axes.height - 4}" text-anchor="middle">{shown(axes.x)}</text>'
+    )
     parts.append(
         f'<text x="9" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 9 {middle:.0f})">'
         f"{shown(axes.y)}</text>"
@@ -143,7 +147,8 @@ def _x(value: float, axes: Axes) -> float:
 
 
 def _y(value: float, axes: Axes) -> float:
-    return _HEIGHT - _BOTTOM - _position(value, axes.y_range, axes.logarithmic) * (_HEIGHT - _TOP - _BOTTOM)
+    share = _position(value, axes.y_range, axes.logarithmic)
+    return axes.height - _BOTTOM - share * (axes.height - _TOP - _BOTTOM)
 
 
 def _position(value: float, limits: tuple[float, float], logarithmic: bool) -> float:

@@ -82,6 +82,12 @@ class Conversion:
         return tuple(dict.fromkeys(cell.stack for cell in self.cells if cell.layer is not None))
 
     @property
+    def embedding_share(self) -> float:
+        """The embedding's share of all tensors, 0 to 1."""
+        embedding = sum(share.nbytes for share in self.shares if share.label.startswith("embedding"))
+        return embedding / (sum(share.nbytes for share in self.shares) or 1)
+
+    @property
     def loose(self) -> tuple[Cell, ...]:
         """The matrices outside of all layers, such as the head."""
         return tuple(cell for cell in self.cells if cell.layer is None)

@@ -35,7 +35,7 @@ def heatmap(title: str, cells: Sequence[Cell], panels: Sequence[Panel], most: in
     drawn = layers[: max(1, most // max(1, len(columns)))]
     labels = column_labels(columns)
     row = _LOW_ROW if len(drawn) > _MANY_ROWS else _ROW
-    top = round(16 + 5.1 * max(map(len, labels)))
+    top = round(22 + 6.3 * max(map(len, labels)))
     panel_width = _CELL * len(columns)
     parts = [
         f'<text x="{_GUTTER - 5}" y="{top + row * place + row - 2}" text-anchor="end">{layer}</text>'
@@ -78,12 +78,17 @@ def level_of(value: float, low: float, high: float) -> int:
 
 
 def column_labels(modules: Sequence[str]) -> tuple[str, ...]:
-    """Return short names of modules: the last parts of each, as many as tell them apart."""
-    for count in range(1, 8):
-        names = [".".join(module.split(".")[-count:]) for module in modules]
-        if len(set(names)) == len(names):
-            return tuple(clipped(name, _LABEL) for name in names)
-    return tuple(clipped(name, _LABEL) for name in modules)
+    """Return short names of modules: the last parts of each, as many as tell it from the others."""
+    return tuple(clipped(_shortest(module, modules), _LABEL) for module in modules)
+
+
+def _shortest(module: str, modules: Sequence[str]) -> str:
+    parts = module.split(".")
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        if not any(other != module and f".{other}".endswith(f".{end}") for other in modules):
+            return end
+    return module
 
 
 def cell_text(cell: Cell) -> str:
@@ -91,8 +96,8 @@ def cell_text(cell: Cell) -> str:
     many = f"{cell.count} matrices, " if cell.count > 1 else ""
     ends = f" ({residual(cell.low)} to {residual(cell.high)})" if cell.count > 1 else ""
     return (
-        f"{cell.module}: {many}{residual(cell.plain)} plain, {residual(cell.kept)} kept{ends}, {number(cell.bits)} bits "
-        f"{'/'.join(cell.types)}, rank {number(cell.rank)}"
+        f"{cell.module}: {many}{residual(cell.plain)} plain, {residual(cell.kept)} kept{ends}, {number(cell.bits)} "
+        f"bits {'/'.join(cell.types)}, rank {number(cell.rank)}"
     )
 
 

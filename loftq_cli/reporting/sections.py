@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loftq_cli.artifacts.manifest import Manifest
 from loftq_cli.machine.sizes import size_text
 from loftq_cli.reporting import charts
 from loftq_cli.reporting.data import Conversion, by_layer
@@ -14,6 +13,7 @@ from loftq_cli.reporting.text import clipped, number, residual, shown, table
 
 _MOST_CELLS = 6000  # of all heatmaps together: about 2 MB
 _HUES = 7
+_BARS = 104  # height of a chart of bars
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ def _tiles(conversions: Sequence[Conversion]) -> Section:
         "At a glance",
         "The residual is ‖W − Q − BA‖ / ‖W‖ in the Frobenius norm, the mean over the quantized matrices; plain is "
         "quantization alone, without an adapter. It measures the weights, not the quality of the model.",
-        tuple(f'<div class="tiles">{"".join(_headlines(conversion.manifest))}</div>' for conversion in conversions),
+        tuple(f'<div class="tiles">{"".join(_headlines(conversion))}</div>' for conversion in conversions),
     )
 
 
-def _headlines(manifest: Manifest) -> list[str]:
+def _headlines(conversion: Conversion) -> list[str]:
+    manifest = conversion.manifest
     totals, output = manifest.totals, manifest.totals.backbone_bytes + manifest.totals.adapter_bytes
     adapter = f", {size_text(totals.adapter_bytes)} of it the adapter" if totals.adapter_bytes else ", no adapter"
     gain = 1 - totals.residual / totals.plain_residual if totals.plain_residual else 0.0
@@ -64,6 +65,8 @@ def _headlines(manifest: Manifest) -> list[str]:
         plain, kept = (sum(values) / len(values) for values in zip(*pairs))
         text = _change("error of the layers' outputs", 1 - kept / plain if plain else 0.0)
         tiles.append((f"{residual(plain)} → {residual(kept)}", text))
+    if conversion.embedding_share:
+        tiles.append((f"{conversion.embedding_share:.1%}", "of the output is the embedding"))
     tiles.append((f"{totals.matrices}", f"matrices quantized, {len(manifest.kept)} tensors in full precision"))
     peak = f"on {manifest.device}, peak memory {size_text(totals.peak_memory_bytes)}"
     tiles.append((_duration(totals.seconds), peak))
@@ -144,16 +147,17 @@ def _layers(conversions: Sequence[Conversion]) -> Section:
     most_rank = max(max(cell.rank for item in conversions for cell in item.cells), 1)
     cards = []
     for item in conversions:
-        parts = []
-        for stack in item.stacks:
+        parts = [f"<p>{shown(_summary(item))}</p>"]
+        for stack in item.stacks if _varies(item) else ():
             cells = [cell for cell in item.cells if cell.stack == stack]
             bits, ranks = by_layer(cells, lambda cell: cell.bits), by_layer(cells, lambda cell: cell.rank)
             span = (bits[0][0] - 0.5, bits[-1][0] + 0.5)
-            parts.append(f"<h4>{shown(stack or 'layers')}</h4>")
-            parts.append(charts.bars("bits by layer", bits, charts.Axes("layer", "bits", span, (0, most_bits))))
+            axes = charts.Axes("layer", "bits", span, (0, most_bits), height=_BARS)
+            parts += [f"<h4>{shown(stack or 'layers')}</h4>", charts.bars("bits by layer", bits, axes)]
             if any(rank for _, rank in ranks):
-                parts.append(charts.bars("rank by layer", ranks, charts.Axes("layer", "rank", span, (0, most_rank)), 2))
-        cards.append("".join(parts) + f"<p>{shown(_summary(item))}</p>")
+                axes = charts.Axes("layer", "rank", span, (0, most_rank), height=_BARS)
+                parts.append(charts.bars("rank by layer", ranks, axes, 2))
+        cards.append("".join(parts))
     return Section("Bits and rank by layer", "Means over the matrices of a layer.", tuple(cards))
 
 
@@ -162,7 +166,7 @@ def _summary(conversion: Conversion) -> str:
     records = conversion.manifest.matrices
     bits, ranks = sorted({record.bits for record in records}), sorted({record.rank for record in records})
     rank = "no adapter" if ranks == [0] else "rank " + _listed(ranks)
-    return f"{_listed(bits)} bits and {rank}, over all matrices."
+    return f"{_listed(bits)} bits and {rank}, {'over' if _varies(conversion) else 'for'} all matrices."
 
 
 def _listed(values: Sequence[int]) -> str:
@@ -238,7 +242,7 @@ def _spectra(conversions: Sequence[Conversion]) -> Section:
         for one in item.spectra
         for value in (*one.weight, *one.backbone, *(one.error or ()))
     ]
-    low = max(min((value for value in values if value > 0), default=1e-3), 1e-4)
+    low = max(min((value for value in values if value > 0), default=1e-3), 1e-3)
     last = max((one.indices[-1] for item in conversions for one in item.spectra), default=1)
     axes = charts.Axes("number of the singular value", "relative to W", (1, max(last, 2)), (low, 1), logarithmic=True)
     cards = []

@@ -36,9 +36,9 @@ p{{margin:.25rem 0 .6rem}}header p,section>p,.scale,.legend,.card p{{color:var(-
 section{{margin:1.6rem 0 0}}
 .columns{{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));align-items:start}}
 .card{{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.9rem 1rem;min-width:0}}
-.tiles{{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr))}}
+.tiles{{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr))}}
 .tile{{border:1px solid var(--rule);border-radius:.5rem;padding:.55rem .7rem;min-width:0}}
-.tile b{{display:block;font-size:1.2rem;font-weight:650;line-height:1.25;font-variant-numeric:tabular-nums}}
+.tile b{{display:block;font-size:1.1rem;font-weight:650;line-height:1.25;font-variant-numeric:tabular-nums}}
 .tile span{{color:var(--muted);font-size:.78rem;display:block}}
 @media screen and (min-width:60rem){{.single main{{columns:2;column-gap:1rem}}
 .single main>section{{break-inside:avoid;margin:0 0 1rem}}.single main>section.whole{{column-span:all}}}}

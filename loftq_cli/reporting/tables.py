@@ -12,6 +12,7 @@ from loftq_cli.reporting.sections import Section
 from loftq_cli.reporting.text import shown, table
 
 _ITEMS = 12  # of a list such as the rules of an allocation, which has one for every matrix
+_SHOWN_BELOW = ("model", "revision")
 _OPEN_FILES = 12
 _MOST_FILES = 500
 
@@ -34,7 +35,8 @@ def _recipes(conversions: Sequence[Conversion]) -> str:
     fields = [
         name
         for name in defaults
-        if any(recipe.get(name, defaults[name]) not in (defaults[name], _listed(defaults[name])) for recipe in recipes)
+        if name not in _SHOWN_BELOW
+        and any(recipe.get(name, defaults[name]) not in (defaults[name], _listed(defaults[name])) for recipe in recipes)
     ]
     return _joint(
         conversions, [(name, [_value(recipe.get(name, defaults[name])) for recipe in recipes]) for name in fields]
