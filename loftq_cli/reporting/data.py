@@ -163,7 +163,8 @@ def _shares(manifest: Manifest) -> tuple[Share, ...]:
         parts[f"{label}, full precision"].append(kept.nbytes)
     shares = [Share(label, sum(sizes), _count(len(sizes))) for label, sizes in parts.items()]
     if manifest.totals.adapter_bytes:
-        adapted = sum(record.rank > 0 for record in (*manifest.matrices, *manifest.kept))
+        ranks = [record.rank for record in manifest.matrices] + [kept.rank for kept in manifest.kept]
+        adapted = sum(rank > 0 for rank in ranks)
         shares.append(Share("adapter", manifest.totals.adapter_bytes, f"for {_count(adapted)}"))
     return tuple(sorted((share for share in shares if share.nbytes), key=lambda share: (-share.nbytes, share.label)))
 
