@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loftq_cli.publishing.push import push as push
     from loftq_cli.recipe.model import Recipe as Recipe
     from loftq_cli.recipe.schema import recipe_schema as recipe_schema
+    from loftq_cli.reporting.job import report as report
     from loftq_cli.runtime.load import load as load
     from loftq_cli.verification import Verification as Verification
     from loftq_cli.verification import verify as verify
@@ -51,6 +52,7 @@ _HOMES = {
     "quantize": "loftq_cli.api",
     "read_manifest": "loftq_cli.artifacts.manifest",
     "recipe_schema": "loftq_cli.recipe.schema",
+    "report": "loftq_cli.reporting.job",
     "verify": "loftq_cli.verification",
 }
 __all__ = ["__version__", *_HOMES]

@@ -21,6 +21,7 @@ from loftq_cli.cli.options import with_recipe_options
 from loftq_cli.cli.plan import plan_command
 from loftq_cli.cli.push import push_command
 from loftq_cli.cli.quantize import quantize_command
+from loftq_cli.cli.report import report_command
 from loftq_cli.cli.schema import schema_command
 from loftq_cli.cli.terminal import report_usage_error
 from loftq_cli.cli.usage import is_usage_error
@@ -40,6 +41,7 @@ _COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "merge": ("Convert", merge_command),
     "inspect": ("Look", inspect_command),
     "eval": ("Look", eval_command),
+    "report": ("Look", report_command),
     "push": ("Share", push_command),
     "schema": ("Look", schema_command),
     "verify": ("Look", verify_command),

@@ -24,7 +24,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "Mixed precision and rank budgets": ("budget",),
     "Calibration and text": ("calibration", "forward", "evaluation"),
     "Output, resuming and workers": ("engine", "api", "tensorfile"),
-    "Reading a converted directory": ("artifacts", "verification"),
+    "Reading a converted directory": ("artifacts", "verification", "reporting"),
     "Loading and training": ("runtime", "kernels"),
     "Merging": ("merging",),
     "Batches": ("batches",),

@@ -10,7 +10,7 @@ from support.commands import runner
 from loftq_cli.cli import app, command_with_options
 from loftq_cli.cli.help_page import COMMON
 
-COMMANDS = ("quantize", "plan", "batch", "merge", "inspect", "eval", "push", "schema", "verify")
+COMMANDS = ("quantize", "plan", "batch", "merge", "inspect", "eval", "report", "push", "schema", "verify")
 
 
 def page(*words: str, columns: int = 80) -> str:
