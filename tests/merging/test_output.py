@@ -124,7 +124,7 @@ def test_a_copied_file_that_was_changed_is_kept(overwrite: bool, tmp_path: Path)
 def test_the_record_shows_which_copies_are_a_merges(backbone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     merge(backbone, out)
-    copied = json.loads((out / RECORD).read_text())["side_files"]
+    copied = json.loads((out / RECORD).read_text())["files"]
     assert "generation_config.json" in copied and set(copied) <= {path.name for path in out.iterdir()}
     start(out, overwrite=True)  # a merge of another model, which has none of them
     assert not entries(out)
