@@ -7,7 +7,7 @@ import pytest
 from loftq_cli.formats import adapter
 from loftq_cli.formats.adapter import AdapterTarget, adapter_config
 
-SCHEME = {"scaling": 2.0, "task_type": None, "base_model": "x", "fan_in_fan_out": False}
+SCHEME = {"scaling": 2.0, "task_type": None, "base_model": "x", "fan_in_fan_out": False, "fingerprint": "f"}
 
 
 def config(ranks: dict[str, int], modules: list[str]) -> dict:
