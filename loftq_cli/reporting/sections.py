@@ -9,7 +9,7 @@ from loftq_cli.machine.sizes import size_text
 from loftq_cli.reporting import charts
 from loftq_cli.reporting.data import Conversion, by_layer
 from loftq_cli.reporting.heatmap import Panel, heatmap, legend
-from loftq_cli.reporting.text import clipped, number, residual, shown, table
+from loftq_cli.reporting.text import breakable, clipped, number, residual, shown, table
 
 _MOST_CELLS = 6000  # of all heatmaps together: about 2 MB
 _HUES = 7
@@ -112,7 +112,7 @@ def _maps(conversion: Conversion, panels: Sequence[Panel], share: int) -> str:
     if conversion.loose:
         names = [panel.title for panel in panels]
         rows = [
-            [shown(cell.module), *(number(panel.value(cell)) for panel in panels)] for cell in conversion.loose[:50]
+            [breakable(cell.module), *(number(panel.value(cell)) for panel in panels)] for cell in conversion.loose[:50]
         ]
         parts += ["<h4>outside of the layers</h4>", table(["module", *names], rows, "numbers")]
     return "".join(parts)
@@ -223,7 +223,7 @@ def _worst(conversions: Sequence[Conversion]) -> Section:
     for item in conversions:
         rows = [
             [
-                shown(record.module),
+                breakable(record.module),
                 residual(record.plain_residual),
                 residual(record.residual),
                 str(record.bits),

@@ -9,7 +9,7 @@ from loftq_cli.machine.sizes import size_text
 from loftq_cli.recipe.model import recipe_fields
 from loftq_cli.reporting.data import Conversion
 from loftq_cli.reporting.sections import Section
-from loftq_cli.reporting.text import shown, table
+from loftq_cli.reporting.text import breakable, shown, table
 
 _ITEMS = 12  # of a list such as the rules of an allocation, which has one for every matrix
 _SHOWN_BELOW = ("model", "revision")
@@ -90,7 +90,7 @@ def _cell(value: str) -> str:
 def _files(manifest: Manifest) -> str:
     listed = list(manifest.files.items())
     rows = [
-        [shown(name), size_text(record.nbytes), f"<code>{shown(record.sha256)}</code>"]
+        [breakable(name), size_text(record.nbytes), f"<code>{shown(record.sha256)}</code>"]
         for name, record in listed[:_MOST_FILES]
     ]
     if len(listed) > _MOST_FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from loftq_cli.hub.secrets import redact
@@ -12,6 +13,11 @@ from loftq_cli.machine.printable import printable
 def shown(text: object) -> str:
     """Return text for an element or an attribute: escaped, without control and bidirectional characters or secrets."""
     return html.escape(printable(redact(str(text))))
+
+
+def breakable(name: object) -> str:
+    """Return a name as `shown` does, with places for a line break after its separators."""
+    return re.sub(r"(?<=[./_-])(?=\w)", "<wbr>", shown(name))
 
 
 def clipped(text: str, length: int) -> str:

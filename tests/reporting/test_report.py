@@ -20,6 +20,7 @@ from loftq_cli.modules.experts import Expert
 from loftq_cli.reporting.data import collect
 from loftq_cli.reporting.page import MARK, render_page
 from loftq_cli.reporting.style import SCRIPT
+from loftq_cli.reporting.text import breakable
 
 HOSTILE = "</title><script>alert(1)</script>\u202e\x1b[31m\"'&"
 
@@ -287,3 +288,8 @@ def test_directories_of_the_same_name_are_numbered(two_bits: Path, tmp_path: Pat
     )
     names = [text for tag, text in page.texts if tag == "h3"]
     assert set(names) == {"two-bits (1)", "two-bits (2)"}
+
+
+def test_names_break_after_separators() -> None:
+    assert breakable("model.layers.0.mlp.gate_proj") == "model.<wbr>layers.<wbr>0.<wbr>mlp.<wbr>gate_<wbr>proj"
+    assert breakable("a<b.c'd") == "a&lt;b.<wbr>c&#x27;d"
