@@ -139,9 +139,12 @@ def test_ten_thousand_matrices_are_read_in_well_under_a_second(content: bytes) -
     values = json.loads(content)
     one = values["matrices"][0]
     values["matrices"] = [{**one, "module": f"layers.{number}"} for number in range(10_000)]
-    text, started = json.dumps(values).encode(), time.process_time()
-    assert len(parse_manifest(Path(NAME), text).matrices) == 10_000
-    assert time.process_time() - started < 1.0
+    text, seconds = json.dumps(values).encode(), []
+    for _ in range(5):  # a busy machine may slow some of them down
+        started = time.process_time()
+        assert len(parse_manifest(Path(NAME), text).matrices) == 10_000
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 1.0
 
 
 @pytest.mark.parametrize("name", ["loftq.json", "model.safetensors"])

@@ -359,7 +359,7 @@ def test_the_unpickler_that_streams_is_torch_loads_own() -> None:
         ("a" * 2_000_000, "too long"),
         ("bits: *nowhere", "not valid YAML"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nrule: *c", "recipe.yaml, line 1: a recipe has no field 'a'"),
-        ("rule: &a [*a]", "must be a list of strings"),
+        ("rule: &a [*a]", "is too long or nested too deeply"),
         ("bits: 5.0", "recipe.yaml, line 1: bits cannot be 5"),
         ("bits: [2]", "line 1: bits cannot be [2]"),
         ("bits: true", "line 1: bits cannot be True"),
