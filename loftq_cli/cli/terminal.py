@@ -118,6 +118,10 @@ def quiet_hub_logging(*, silent: bool) -> None:
     logging.set_verbosity_error()
     if silent or not sys.stderr.isatty():
         disable_progress_bars()
+        if "transformers" in sys.modules:  # it reads the setting of huggingface_hub only once, when it is imported
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()
 
 
 def duration(seconds: float) -> str:

@@ -105,8 +105,8 @@ def _foreseen(plan: Plan, checkpoint: Checkpoint) -> str:
 def _why_not_replaced(plan: Plan, checkpoint: Checkpoint, manifest: Manifest) -> str:
     if manifest.fingerprint == plan.fingerprint:
         return (
-            f"{plan.output} was finished with the same recipe, but files of it are missing or have another size: "
-            "give --overwrite to repeat it."
+            f"{plan.output} was finished with the same recipe, but files of it are missing, damaged or of another "
+            "size: give --overwrite to repeat it."
         )
     other = "version of loftq" if manifest.source_fingerprint == checkpoint.fingerprint else "source"
     different = _difference(manifest.recipe, plan) or f"another {other}"

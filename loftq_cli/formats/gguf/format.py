@@ -198,10 +198,18 @@ def _names() -> Any:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json, completed with the defaults of its model type."""
+    """Return config.json, completed with the defaults of its model type.
+
+    Raises:
+        LoftqError: transformers refuses a value of it.
+    """
     from transformers import AutoConfig
 
-    return {**AutoConfig.for_model(**config).to_dict(), **config}
+    try:
+        return {**AutoConfig.for_model(**config).to_dict(), **config}
+    except Exception as error:  # transformers raises many kinds
+        cause = " ".join(str(error).split())[:160]
+        raise LoftqError(f"config.json has a value that transformers refuses ({cause}): correct it.") from error
 
 
 def _type(matrix: QuantizedMatrix) -> GgmlType:

@@ -76,10 +76,22 @@ def test_the_state_of_a_run_that_was_killed_at_its_very_end_is_removed(random_ll
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
     assert not (out / ".loftq").exists()
     (out / ".loftq").mkdir()
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
+    assert not (out / ".loftq").exists(), "killed between two removals"
+    (out / ".loftq").mkdir()
     for name in ("publishing", "push.json"):
         (out / ".loftq" / name).write_text("{}")
     loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
     assert [path.name for path in (out / ".loftq").iterdir()] == ["push.json"], "a push goes on where it stopped"
+
+
+def test_a_damaged_manifest_is_not_taken_for_a_finished_output(random_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
+    content = (out / "loftq.json").read_text()
+    (out / "loftq.json").write_text(content.replace('"seconds": ', '"seconds": 1', 1))
+    with pytest.raises(UsageError, match="files of it are missing, damaged or of another size"):
+        loftq_cli.quantize(random_llama, output=out, **RECIPE)  # type: ignore[arg-type]
 
 
 def test_a_rank_above_half_of_the_smaller_side_is_noted(random_llama: Path, tmp_path: Path) -> None:

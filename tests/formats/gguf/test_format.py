@@ -236,3 +236,11 @@ def test_the_file_holds_the_vocabulary(kind: str, tmp_path: Path) -> None:
     for text in ("def test(path): return None", "Größe: 12 €\n\tx = 3"):
         wanted = ours(text, add_special_tokens=False).input_ids
         assert theirs(text, add_special_tokens=False).input_ids == wanted
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[1]], "many"])
+def test_a_config_that_transformers_refuses_is_named(value: object) -> None:
+    from loftq_cli.formats.gguf.format import _with_defaults
+
+    with pytest.raises(LoftqError, match=r"config\.json has a value that transformers refuses \(.*\): correct it"):
+        _with_defaults({"model_type": "llama", "num_attention_heads": value})
