@@ -1,4 +1,4 @@
-"""Train the tables of the trellis on Gaussian numbers and write loftq_cli/numerics/grids/trellis_tables.py.
+"""Train the tables of the trellis on Gaussian numbers and write loftq_cli/numerics/grids/trellis_table_data.py.
 
     python scripts/make_trellis_tables.py
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from loftq_cli.kernels.cpu.viterbi import encode
 from loftq_cli.numerics.grids.trellis import states
+from loftq_cli.numerics.grids.trellis_tables import TABLE_SCALE
 
-TARGET = Path(__file__).parents[1] / "loftq_cli" / "numerics" / "grids" / "trellis_tables.py"
-SCALE = 4096
+TARGET = Path(__file__).parents[1] / "loftq_cli" / "numerics" / "grids" / "trellis_table_data.py"
 LENGTH = 256  # numbers in a sequence: a whole tile
 SEQUENCES = {8: 512, 10: 1024}  # new ones in every round, by state_bits
 BLOCK = 64  # numbers that share a scale
@@ -37,32 +37,9 @@ Mean squared error on Gaussian numbers in blocks of variance 1:
 
 from __future__ import annotations
 
-import base64
-from functools import cache
-
-TABLE_SCALE = 4096  # tables contain multiples of 1 / TABLE_SCALE
-TABLE_NUMBER = 1  # of these tables, in config.json of a packed checkpoint
-
 # 16-bit integers, little-endian, in base64, by bits and state_bits.
-_TABLES = {{
+TABLES = {{
 {tables}}}
-
-
-def has_table(bits: int, state_bits: int) -> bool:
-    """True if there is a table."""
-    return (bits, state_bits) in _TABLES
-
-
-@cache
-def table_values(bits: int, state_bits: int) -> tuple[int, ...]:
-    """Return the value of each state, as a multiple of 1 / TABLE_SCALE.
-
-    Raises:
-        KeyError: there is no such table.
-    """
-    content = base64.b64decode(_TABLES[bits, state_bits])
-    pairs = zip(content[::2], content[1::2])
-    return tuple((low | high << 8) - ((high & 0x80) << 9) for low, high in pairs)
 '''
 
 
@@ -85,7 +62,7 @@ def encoded(x: Tensor, table: Tensor, bits: int) -> Tensor:
 
 
 def train(bits: int, state_bits: int) -> tuple[Tensor, float]:
-    """Return a table, int64 in units of 1 / SCALE, and its mean squared error on other numbers."""
+    """Return a table, int64 in units of 1 / TABLE_SCALE, and its mean squared error on other numbers."""
     generator = torch.Generator().manual_seed(bits)
     table = quantiles(2**state_bits, generator)
     for number in range(ROUNDS + LAST_ROUNDS):
@@ -94,8 +71,8 @@ def train(bits: int, state_bits: int) -> tuple[Tensor, float]:
         counts = torch.bincount(found, minlength=table.numel()).double()
         sums = torch.bincount(found, x.flatten().double(), minlength=table.numel())
         table = torch.where(counts > 0, sums / counts.clamp(min=1), table.double()).float()
-    rounded = (table * SCALE).round().long()
-    table = rounded / SCALE
+    rounded = (table * TABLE_SCALE).round().long()
+    table = rounded / TABLE_SCALE
     x = numbers(1024, torch.Generator().manual_seed(99))
     return rounded, float((x - table[encoded(x, table, bits)]).square().mean())
 
