@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from loftq_cli.artifacts.manifest import NAME as MANIFEST
-from loftq_cli.artifacts.manifest import Manifest, is_sealed, read_content, read_manifest
+from loftq_cli.artifacts.manifest import Manifest, is_sealed, parse_manifest, read_content
 from loftq_cli.engine.output.directory import PUSH_STATE, STATE, claim, clear_state, journal_of
 from loftq_cli.machine.confined import ConfinedFolder
 from loftq_cli.planning.plan import Plan
@@ -24,11 +24,11 @@ def find_finished(plan: Plan) -> Manifest | None:
     try:
         if not (output / MANIFEST).is_file() or journal_of(output).read_header() is not None:
             return None
-        sealed = is_sealed(read_content(output / MANIFEST))
+        content = read_content(output / MANIFEST)
     except OSError:
         return None  # claiming the directory says what is wrong with it
-    manifest = read_manifest(output)
-    if not sealed:
+    manifest = parse_manifest(output / MANIFEST, content)
+    if not is_sealed(content):
         return None
     paths = {ConfinedFolder(output).path(name): record.nbytes for name, record in manifest.files.items()}
     whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
